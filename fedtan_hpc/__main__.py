@@ -1,0 +1,5 @@
+"""``python -m fedtan_hpc``."""
+
+from .cli import main
+
+main()

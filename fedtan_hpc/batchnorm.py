@@ -1,0 +1,146 @@
+"""The BN layer whose statistics can be global, and the two calls that put it to use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import comm
+from .federation import Federation
+from .normalise import GlobalNormalise
+
+_CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class FedTANBatchNorm(_BatchNorm):
+    """Batch normalization of (N, C) or (N, C, ...) that is local, or global inside a context.
+
+    Inside ``federated_statistics``, in training mode, mean and variance are those of all clients,
+    forward and backward (FedTAN, arXiv 2301.02982).  Otherwise it is ``torch.nn.BatchNorm``.
+    """
+
+    _federation: Federation | None = None
+    _index = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise per channel; returns the shape, dtype and memory format of ``x``."""
+        if self._federation is None or not self.training:
+            return super().forward(x)
+        return self._forward_global(x)  # type: ignore[no-any-return]
+
+    # Not compiled: the collectives must run in eager order on every rank.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_global(self, x: Tensor) -> Tensor:
+        assert self._federation is not None
+        self._check_input_dim(x)
+        call = self._federation.call(self._index)
+        y, mean_C, variance_C, count = GlobalNormalise.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, self.eps, call
+        )
+        self._update_running_statistics(mean_C, variance_C * (count / (count - 1)))
+        return y  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean_C: Tensor, variance_C: Tensor) -> None:
+        """Move towards the global mean and unbiased variance, the same bits on every rank."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = self.momentum
+        if share is None:  # torch's cumulative average
+            share = 1.0 / float(self.num_batches_tracked)
+        for running, now in ((self.running_mean, mean_C), (self.running_var, variance_C)):
+            running.mul_(1 - share).add_(now.to(running.dtype), alpha=share)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2 or input.size(1) != self.num_features:
+            raise ValueError(
+                f"expected (N, {self.num_features}) or (N, {self.num_features}, ...), "
+                f"got {tuple(input.shape)}"
+            )
+
+
+def convert_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm1d/2d/3d and SyncBatchNorm in ``module`` by a ``FedTANBatchNorm``.
+
+    The new layers hold the very same parameters, buffers, hooks and settings, so state_dict keys
+    and optimizers stay valid; a layer used in several places stays one layer.  ``module`` is
+    changed in place and returned; if it is a BN layer itself, the new layer is returned.
+
+    Raises ``ValueError`` for other kinds of BN (lazy, quantised, a subclass of one's own), whose
+    behaviour the conversion would lose.
+    """
+    return _convert(module, "", {})
+
+
+def _convert(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in done:
+        return done[module]
+    if isinstance(module, _BatchNorm) and not isinstance(module, FedTANBatchNorm):
+        done[module] = _as_fedtan(module, name)
+        return done[module]
+    done[module] = module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            path = f"{name}.{child_name}" if name else child_name
+            module._modules[child_name] = _convert(child, path, done)
+    return module
+
+
+def _as_fedtan(layer: _BatchNorm, name: str) -> FedTANBatchNorm:
+    if type(layer) not in _CONVERTIBLE:
+        kinds = ", ".join(kind.__name__ for kind in _CONVERTIBLE)
+        raise ValueError(
+            f"layer {name or '(root)'} is a {type(layer).__name__}, and only {kinds} can be "
+            "converted; run one batch through lazy layers first"
+        )
+    converted = FedTANBatchNorm.__new__(FedTANBatchNorm)
+    converted.__dict__.update(layer.__dict__)
+    return converted
+
+
+@contextmanager
+def federated_statistics(
+    module: nn.Module, weight: float, group: comm.Group = None
+) -> Iterator[None]:
+    """Make the statistics of ``module``'s BN layers global while the context is open.
+
+    ``weight`` is this rank's p_k; the weights of the group's ranks (default: all ranks) must be
+    >= 0 and sum to 1.  All ranks run the same layers in the same order, forward and backward, with
+    batches of any size; a rank with weight 0 takes part and adds nothing.  One collective per BN
+    layer forward and one backward.  Without a process group this is the only client.
+
+    Raises ``ValueError`` if the module has unconverted BN layers, or (from a layer's forward pass,
+    on every rank) if the weights are not as said.
+    """
+    layers = _layers(module)
+    before = (
+        [layer._federation for layer in layers.values()],
+        [layer._index for layer in layers.values()],
+    )
+    federation = Federation(float(weight), group, list(layers))
+    for index, layer in enumerate(layers.values()):
+        layer._federation, layer._index = federation, index
+    try:
+        yield
+        federation.close()
+    finally:
+        federation.is_open = False
+        for layer, outer, index in zip(layers.values(), *before, strict=True):
+            layer._federation, layer._index = outer, index
+
+
+def _layers(module: nn.Module) -> dict[str, FedTANBatchNorm]:
+    """The module's FedTAN layers by name; an unconverted BN layer is an error."""
+    found = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, FedTANBatchNorm):
+            found[name or "(root)"] = layer
+        elif isinstance(layer, _BatchNorm):
+            raise ValueError(f"layer {name or '(root)'} is local BN: call convert_batchnorm first")
+    return found

@@ -1,0 +1,126 @@
+"""The command line: hydra's options to a checked ``Config``, a run, and an exit code.
+
+Exit codes: 0 done; 1 the run failed; 2 a mistake in the options; 130 interrupted.  (torchrun
+itself exits with 1 whatever its workers return.)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from . import environment
+from .checks import check, check_ranks
+from .config import Config
+from .errors import ConfigError, RunError
+from .explain import explain, unknown
+
+_GRACE_SECONDS = 15.0
+
+
+def main() -> None:
+    """Run the job that the command line describes, or each of a sweep's (-m) in turn."""
+    try:
+        configs = compose(sys.argv[1:])
+        info = environment.detect()
+        for config in configs:
+            check(config)
+            check_ranks(config, info)
+        from .job import run  # torch loads here, after all that can go wrong without it
+
+        for config in configs:
+            run(config)
+    except ConfigError as error:
+        _leave(2, [f"fedtan_hpc: {line}" for line in error.mistakes])
+    except KeyboardInterrupt:
+        _leave(130, ["fedtan_hpc: interrupted"])
+    except RunError as error:
+        if error.on_all_ranks:
+            _leave(1, [f"fedtan_hpc: {error}"])
+        _fail(error.__cause__ or error, str(error))
+    except Exception as error:
+        rank = environment.rank_hint()
+        _fail(error, f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def compose(overrides: Sequence[str]) -> list[Config]:
+    """The configurations that the command line asks for; one, or a sweep's.
+
+    Raises ``ConfigError`` for options that do not exist or have the wrong type.
+    """
+    # hydra's own report is several lines and exits with 1; this makes it raise instead.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    ConfigStore.instance().store(name="schema", node=Config)
+    composed: list[DictConfig] = []
+    entry = hydra.main(version_base="1.3", config_path=str(_conf()), config_name="config")
+    try:
+        with ExitStack() as stack:
+            if environment.rank_hint() != 0:  # --help and usage are rank 0's to print
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            entry(composed.append)()
+        return [_to_config(config) for config in composed]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, overrides)) from error
+
+
+def _conf() -> Path:
+    """conf/ beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def _to_config(composed: DictConfig) -> Config:
+    if added := list(_added(composed, Config())):
+        raise ConfigError(*(unknown(option, value) for option, value in added))
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def _added(composed: DictConfig, schema: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Options that ``+name=value`` brought in and the schema does not have."""
+    names = {field.name for field in fields(schema)}
+    found: list[tuple[str, Any]] = []
+    for key in composed:
+        if key not in names:
+            found.append((prefix + str(key), composed[key]))
+        elif is_dataclass(part := getattr(schema, str(key))):
+            found += _added(composed[key], part, f"{prefix}{key}.")
+    return found
+
+
+def _fail(cause: BaseException, line: str) -> NoReturn:
+    """This rank's own failure: the traceback, the line, and out without waiting for the others."""
+    traceback.print_exception(cause)
+    print(f"fedtan_hpc: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _leave(code: int, lines: list[str]) -> NoReturn:
+    """Rank 0 speaks for all; the others give it time before they leave.
+
+    Launchers end the other ranks as soon as one has failed, so a rank that left first could
+    silence rank 0.  A rank that is still alive after the wait has a trouble of its own to tell.
+    """
+    if environment.rank_hint() != 0:
+        time.sleep(_GRACE_SECONDS)
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)

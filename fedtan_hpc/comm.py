@@ -1,0 +1,122 @@
+"""The only user of torch.distributed: start and stop, sums over ranks, and what they cost.
+
+A group is a ``torch.distributed`` process group, or None for all ranks.  Without an initialised
+process group there is one client, and every sum over ranks is the value itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group: TypeAlias = dist.ProcessGroup | None
+
+
+@dataclass
+class Traffic:
+    """Collectives that training needs (statistics and model averages), counted on this rank."""
+
+    messages: int = 0
+    """Collective calls."""
+    bytes: int = 0
+    """Payload that this rank put into them, in bytes."""
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """What was added after ``earlier`` was copied from this counter."""
+        return Traffic(self.messages - earlier.messages, self.bytes - earlier.bytes)
+
+    def copy(self) -> Traffic:
+        """The present count, which does not move on."""
+        return Traffic(self.messages, self.bytes)
+
+
+training_traffic = Traffic()
+
+
+def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> None:
+    """Join the process group that the launcher's MASTER_ADDR and MASTER_PORT describe."""
+    dist.init_process_group(
+        backend,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def stop() -> None:
+    """Leave the process group once all ranks are here."""
+    barrier()
+    dist.destroy_process_group()
+
+
+def is_started() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: Group = None) -> int:
+    """This process's number in the group, from 0."""
+    return dist.get_rank(group) if is_started() else 0
+
+
+def world_size(group: Group = None) -> int:
+    """Number of processes in the group."""
+    return dist.get_world_size(group) if is_started() else 1
+
+
+def sum_for_training(message: Tensor, group: Group = None) -> Tensor:
+    """Sum ``message`` over the ranks in place, as one counted collective; same bits everywhere."""
+    if is_started():
+        dist.all_reduce(message, group=group)
+        training_traffic.messages += 1
+        training_traffic.bytes += message.nbytes
+    return message
+
+
+def sum_over_ranks(message: Tensor) -> Tensor:
+    """Sum ``message`` over all ranks in place: metrics, evaluation and checks; not counted."""
+    if is_started():
+        dist.all_reduce(message)
+    return message
+
+
+def max_over_ranks(message: Tensor) -> Tensor:
+    """The largest of the ranks' ``message``, element by element, in place; not counted."""
+    if is_started():
+        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+    return message
+
+
+def all_gather(message: Tensor) -> list[Tensor]:
+    """The ranks' ``message`` tensors (one shape), by rank; for reports, not in a hot path."""
+    if not is_started():
+        return [message]
+    gathered = [torch.empty_like(message) for _ in range(world_size())]
+    dist.all_gather(gathered, message)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank."""
+    box = [value]
+    if is_started():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_tensors(tensors: list[Tensor]) -> None:
+    """Overwrite every rank's ``tensors`` with rank 0's."""
+    if is_started():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_started():
+        dist.barrier()

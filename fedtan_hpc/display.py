@@ -1,0 +1,68 @@
+"""What rank 0 shows: a progress bar on a terminal, plain lines elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .metrics import NullLog, RoundRecord, Summary
+
+
+class Display(NullLog):
+    """Follows the rounds of a run."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._accuracy = ""
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("", total=rounds)
+            self._bar.start()
+
+    def round(self, record: RoundRecord) -> None:
+        """Move the bar on; without a terminal, a line for each evaluation."""
+        if record.test_accuracy is not None:
+            self._accuracy = f"  test accuracy {100 * record.test_accuracy:.1f} %"
+        text = f"train loss {record.train_loss:.4f}{self._accuracy}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record.round, description=text)
+        elif record.test_accuracy is not None:
+            number = f"{record.round:{len(str(self._rounds))}d}"
+            seconds = f"{record.round_seconds:.3f} s/round"
+            print(f"round {number}/{self._rounds}  {text}  {seconds}", flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def show_result(summary: Summary) -> None:
+    """The result table."""
+    table = Table(title="Result", show_header=False)
+    rows = (
+        ("algorithm", summary.algorithm),
+        ("test accuracy", f"{100 * summary.test_accuracy:.2f} %"),
+        ("test loss", f"{summary.test_loss:.4f}"),
+        ("rounds", f"{summary.rounds}"),
+        ("seconds", f"{summary.total_seconds:.1f}"),
+        ("seconds a round, median", f"{summary.median_round_seconds:.4f}"),
+        ("ranks, backend, device", f"{summary.world_size}, {summary.backend}, {summary.device}"),
+        ("files", summary.run_dir),
+    )
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "test accuracy" else "")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100 + len(summary.run_dir)  # a log has room for the whole path
+    console.print(table)

@@ -1,0 +1,25 @@
+"""The two failures that users meet: a mistake in the configuration, and a run that cannot go on."""
+
+
+class ConfigError(ValueError):
+    """One or more mistakes in the configuration, one line each; found before any data loads."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+class RunError(RuntimeError):
+    """A failure in the middle of a run; the message names the round and the rank or client.
+
+    ``on_all_ranks``: every rank raises the same, so that one of them may speak for all.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool) -> None:
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
+
+
+def mistake(option: str, value: object, allowed: str, remedy: str) -> str:
+    """One line: the option, the value given, what is allowed and what to do."""
+    return f"{option}={value}: allowed is {allowed}; {remedy}"

@@ -1,0 +1,85 @@
+"""hydra's and OmegaConf's errors, told as the option, the value, what is allowed and the remedy."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from enum import EnumMeta
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from .config import Config
+from .errors import mistake
+
+_PLAIN = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One line for an error of composing the options from ``overrides``."""
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return mistake(group, choice, " | ".join(sorted(error.options)), "choose one of these")
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override}: not understood; write option=value, for example rounds=20, "
+        return text + "and quote values with spaces or brackets for the shell"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        return unknown(str(cause.full_key), _value(str(cause.full_key), overrides))
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        option = str(cause.full_key).partition("[")[0]
+        remedy = "see the options table of the README, or --help"
+        return mistake(option, _value(option, overrides), allowed(option), remedy)
+    return str(error).partition("\n")[0]
+
+
+def unknown(option: str, value: object) -> str:
+    """One line for an option that does not exist."""
+    names = list(option_names())
+    near = get_close_matches(option, names, n=1) or [
+        name for name in names if name.rpartition(".")[2] == option.rpartition(".")[2]
+    ]
+    remedy = f"did you mean {near[0]}?" if near else "--help lists all options"
+    return mistake(option, value, "no such option", remedy).replace("allowed is ", "", 1)
+
+
+def allowed(option: str) -> str:
+    """What the option's type admits, in words."""
+    cls: Any = Config
+    for name in option.split("."):
+        cls = get_type_hints(cls)[name]
+    if is_dataclass(cls):
+        return f"set through its own options, such as {option}.{fields(cls)[0].name}"
+    return _in_words(cls)
+
+
+def option_names(cls: Any = Config, prefix: str = "") -> Iterator[str]:
+    """All options by their dotted names."""
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        if is_dataclass(hints[field.name]):
+            yield from option_names(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _in_words(kind: Any) -> str:
+    if isinstance(kind, EnumMeta):
+        return " | ".join(str(choice) for choice in kind)  # type: ignore[var-annotated]
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_in_words(part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return "a list of whole numbers such as [1,2]"
+    return _PLAIN[kind]
+
+
+def _value(option: str, overrides: Sequence[str]) -> str:
+    """What the command line says for ``option``."""
+    for override in reversed(overrides):
+        name, _, value = override.lstrip("+~").partition("=")
+        if name == option:
+            return value
+    return "?"

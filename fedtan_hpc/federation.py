@@ -1,0 +1,86 @@
+"""One synchronised forward and backward pass: with whom, with which weight, at which layer.
+
+A ``Federation`` lives as long as a ``federated_statistics`` context.  It numbers the layers' calls,
+sends their messages and reads what comes back.  On a CPU every message is checked at once; on an
+accelerator, where looking at a value waits for the device, when the context ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from . import comm, messages
+from .messages import GlobalMoments, Share
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One use of one layer; ``number`` is the same on all ranks that run the same network."""
+
+    federation: Federation
+    layer: str
+    number: int
+
+    def share_moments(self, share: Share, mean_C: Tensor, variance_C: Tensor) -> GlobalMoments:
+        """One collective: the rank's moments in, the global ones out."""
+        tag = 2 * self.number
+        message = messages.pack_moments(tag, share, mean_C, variance_C)
+        self._send(message, tag, messages.check_moments)
+        return messages.unpack_moments(message)
+
+    def share_derivatives(self, share: Share, sums_2C: Tensor) -> Tensor:
+        """One collective: the rank's two sums per channel in, sum_k p_k sums_k out; float64."""
+        tag = 2 * self.number + 1
+        message = messages.pack_derivatives(tag, share, sums_2C)
+        self._send(message, tag, messages.check_derivatives)
+        return messages.unpack_derivatives(message)
+
+    def _send(self, message: Tensor, tag: int, check: Callable[[Tensor, int, int], None]) -> None:
+        comm.sum_for_training(message, self.federation.group)
+
+        def verify() -> None:
+            try:
+                check(message, tag, comm.world_size(self.federation.group))
+            except (ValueError, RuntimeError) as error:
+                raise type(error)(f"layer {self.layer}: {error}") from None
+
+        self.federation.verify_soon(verify, now=message.device.type == "cpu")
+
+
+@dataclass
+class Federation:
+    """The clients that normalise together: this rank's weight p_k and the group of ranks."""
+
+    weight: float
+    group: comm.Group
+    layers: Sequence[str]
+    """Names of the module's BN layers, in the module's order."""
+    is_open: bool = True
+    _calls: list[int] = field(default_factory=list)
+    _unverified: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._calls = [0] * len(self.layers)
+
+    def call(self, index: int) -> LayerCall:
+        """The next call of layer ``index``; counted from 1, so that no number is 0."""
+        self._calls[index] += 1
+        number = self._calls[index] * len(self.layers) + index
+        return LayerCall(self, self.layers[index], number)
+
+    def verify_soon(self, verify: Callable[[], None], now: bool) -> None:
+        """Run ``verify`` at once, or when the context ends if that spares waiting for a device."""
+        if now or not self.is_open:
+            verify()
+        else:
+            self._unverified.append(verify)
+
+    def close(self) -> None:
+        """End the context; raises what the checks put off until now have found."""
+        self.is_open = False
+        unverified, self._unverified = self._unverified, []
+        for verify in unverified:
+            verify()

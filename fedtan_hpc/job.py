@@ -1,0 +1,137 @@
+"""The whole job: options in, a trained model and its summary out."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, comm, device, environment, files, models, run_folder
+from .checks import check, check_ranks
+from .config import Config
+from .device import Place
+from .display import Display, show_result
+from .environment import RankInfo
+from .errors import ConfigError
+from .metrics import NullLog, RoundRecord, RunLog, Summary
+from .prepare import prepare
+
+
+def run(config: Config) -> Summary:
+    """Train as ``config`` says; every rank returns the same summary, rank 0 writes ``run_dir``.
+
+    The ranks are those of an initialised process group, else those that the launcher started.
+    A run that is already finished in ``run_dir`` is not repeated: its summary is returned.
+
+    Raises ``ConfigError`` (on every rank, before data load) for mistakes in the options, and
+    ``RunError``, naming rank and round, when training fails.
+    """
+    started = time.perf_counter()
+    check(config)
+    info = _rank_info()
+    check_ranks(config, info)
+    place = device.choose(config, info)
+    torch.set_num_threads(config.threads)
+    with _process_group(config, info, place):
+        folder = run_folder.name(config)
+        summary = _claim(folder, config) or _train(config, info, place, folder, started)
+        if info.rank == 0:
+            show_result(summary)
+    return summary
+
+
+def _rank_info() -> RankInfo:
+    if not comm.is_started():
+        return environment.detect()
+    return environment.of_caller(comm.rank(), comm.world_size())
+
+
+@contextmanager
+def _process_group(config: Config, info: RankInfo, place: Place) -> Iterator[None]:
+    """Join the other ranks, unless there are none or the caller has done so; part at the end.
+
+    After a failure nobody waits for ranks that may never come.
+    """
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    if info.launcher == "none" or comm.is_started():
+        yield
+        return
+    comm.start(info.rank, info.world_size, place.backend, config.comm.timeout_seconds)
+    yield
+    comm.stop()
+
+
+def _claim(folder: Path, config: Config) -> Summary | None:
+    """Rank 0 claims the folder; what it finds, or what is wrong with it, reaches all ranks."""
+    outcome: Any = None
+    if comm.rank() == 0:
+        try:
+            outcome = run_folder.claim(folder, config)
+        except ConfigError as error:
+            outcome = error.mistakes
+    outcome = comm.broadcast_object(outcome)
+    if isinstance(outcome, tuple):
+        raise ConfigError(*outcome)
+    if outcome is not None and comm.rank() == 0:
+        print(f"this run is finished; its files stay as they are in {folder}")
+    return outcome  # type: ignore[no-any-return]
+
+
+def _train(config: Config, info: RankInfo, place: Place, folder: Path, started: float) -> Summary:
+    """Rounds and result; rank 0 alone writes and shows."""
+    if info.rank == 0:
+        ranks = f"{info.world_size} ranks by {info.launcher}"
+        print(f"{ranks}, {place.backend}, {place.device}, {config.threads} threads each; {folder}")
+    trainer = prepare(config, info, place)
+    logs: list[NullLog] = [RunLog(folder), Display(config.rounds)] if info.rank == 0 else []
+    try:
+        records = trainer.train(logs)
+    finally:
+        for log in logs:
+            log.close()
+    parameters = models.parameter_count(trainer.model)
+    summary = _summarise(config, info, place, records, folder, parameters, started)
+    if info.rank == 0:
+        state = {key: value.cpu() for key, value in trainer.model.state_dict().items()}
+        files.replace(folder / "model.pt", lambda path: torch.save(state, path))
+        run_folder.finish(folder, summary)
+    return summary
+
+
+def _summarise(
+    config: Config,
+    info: RankInfo,
+    place: Place,
+    records: list[RoundRecord],
+    folder: Path,
+    parameters: int,
+    started: float,
+) -> Summary:
+    last = records[-1]
+    assert last.test_accuracy is not None
+    assert last.test_loss is not None
+    return Summary(
+        algorithm=str(config.algorithm.name),
+        rounds=config.rounds,
+        test_accuracy=last.test_accuracy,
+        test_loss=last.test_loss,
+        total_seconds=time.perf_counter() - started,
+        median_round_seconds=statistics.median(record.round_seconds for record in records),
+        world_size=info.world_size,
+        backend=place.backend if comm.is_started() else "none",
+        device=str(place.device),
+        parameters=parameters,
+        versions={
+            "fedtan_hpc": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
+        run_dir=str(folder),
+    )

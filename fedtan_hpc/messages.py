@@ -1,0 +1,164 @@
+"""What a rank puts into a collective, and the reading of the sum.
+
+Every message of the statistics begins with a header of small integers, so that the sum itself
+tells whether the ranks belong together: the layer's tag t (layer, call, direction) as t and t^2,
+for sum t^2 = (sum t)^2 / ranks only if all t are equal; and counts of bad weights and of empty
+batches.  All is float64, in which those integers are exact.
+
+Moments need more than float64 when a channel's mean is large against its spread: with
+mu = sum p m and s = sum p (v + m^2), the difference s - mu^2 loses (mean / spread)^2 of 2^53.
+Every sum is therefore carried as two halves, high (24 bits, as wide as float32, so that sums of
+products stay exact) and low (the rest), and the difference is taken between the halves.
+
+Shapes: C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Halves: TypeAlias = tuple[Tensor, Tensor]
+
+WEIGHT_TOLERANCE = 1e-6
+"""How far from 1 the weights' sum may be."""
+
+_HEADER = 7
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank contributes: its weight p_k and n_k values per channel."""
+
+    weight: float
+    count: int
+
+    @property
+    def takes_part(self) -> bool:
+        """A valid weight above 0 and a batch that is not empty."""
+        return self.weight_is_valid and self.weight > 0 and self.count > 0
+
+    @property
+    def weight_is_valid(self) -> bool:
+        """Finite and not negative."""
+        return math.isfinite(self.weight) and self.weight >= 0
+
+    @property
+    def lacks_batch(self) -> bool:
+        """It counts, and yet brings nothing."""
+        return self.weight_is_valid and self.weight > 0 and self.count == 0
+
+
+@dataclass(frozen=True)
+class GlobalMoments:
+    """Mean and biased variance over all ranks, float64, and the values behind them."""
+
+    mean_C: Tensor
+    variance_C: Tensor
+    count: Tensor
+    """Values per channel on all ranks whose weight is not 0, float64, 0-d."""
+
+
+def pack_moments(tag: int, share: Share, mean_C: Tensor, variance_C: Tensor) -> Tensor:
+    """A rank's forward message: header, then p m and p (v + m^2) in halves; (7 + 4C,) float64.
+
+    ``mean_C`` and ``variance_C`` (biased) are the rank's own; a rank that does not take part
+    sends zeros whatever they are.
+    """
+    weight = share.weight if share.takes_part else 0.0
+    high = torch.tensor(weight, dtype=torch.float32).double().item()
+    counts = [
+        tag,
+        tag * tag,
+        0 if share.weight_is_valid else 1,
+        1 if share.lacks_batch else 0,
+        share.count if share.takes_part else 0,
+        high,
+        weight - high,
+    ]
+    header = mean_C.new_tensor(counts, dtype=torch.float64)
+    if not share.takes_part:
+        return torch.cat([header, header.new_zeros(4 * mean_C.numel())])
+    p = header[5], header[6]
+    mean = _split(mean_C.double())
+    square_high, square_low = _multiply(mean, mean)
+    first = _multiply(p, mean)
+    second = _multiply(p, (square_high, square_low + variance_C))
+    return torch.cat([header, *first, *second])
+
+
+def unpack_moments(message: Tensor) -> GlobalMoments:
+    """Global mean sum p m and variance sum p (v + (m - mean)^2) from the summed message."""
+    header, body = message[:_HEADER], message[_HEADER:]
+    total = _split(header[5], header[6])
+    first_high, first_low, second_high, second_low = body.view(4, -1)
+    first = _split(first_high, first_low)
+    second = _split(second_high, second_low)
+    a_high, a_low = _multiply(second, total)
+    b_high, b_low = _multiply(first, first)
+    weights = header[5] + header[6]
+    difference = (a_high - b_high) + (a_low - b_low)
+    return GlobalMoments(
+        mean_C=(first_high + first_low) / weights,
+        variance_C=(difference / weights.square()).clamp_min(0.0),
+        count=header[4],
+    )
+
+
+def pack_derivatives(tag: int, share: Share, sums_2C: Tensor) -> Tensor:
+    """A rank's backward message: tag, then p times its two sums per channel; (2 + 2C,) float64."""
+    header = sums_2C.new_tensor([tag, tag * tag], dtype=torch.float64)
+    body = sums_2C.double() * share.weight if share.takes_part else torch.zeros_like(sums_2C)
+    return torch.cat([header, body.double()])
+
+
+def unpack_derivatives(message: Tensor) -> Tensor:
+    """The summed derivatives, (2C,) float64."""
+    return message[2:]
+
+
+def check_moments(message: Tensor, tag: int, ranks: int) -> None:
+    """Raise what a summed forward message shows to be wrong; it shows the same to every rank.
+
+    ``ValueError`` for weights and batches, ``RuntimeError`` for ranks at different layers.
+    """
+    tags, squares, bad_weights, empty_batches, count, high, low = message[:_HEADER].tolist()
+    _check_tags(tags, squares, tag, ranks)
+    if bad_weights:
+        raise ValueError(f"{bad_weights:.0f} of {ranks} weights are negative or not finite")
+    if empty_batches:
+        raise ValueError(f"{empty_batches:.0f} of {ranks} batches are empty, with a weight above 0")
+    if abs(high + low - 1) > WEIGHT_TOLERANCE:
+        raise ValueError(f"the weights sum to {high + low:.9g} over {ranks} ranks, not to 1")
+    if count < 2:
+        raise ValueError("one value per channel on all ranks together; a variance needs two")
+
+
+def check_derivatives(message: Tensor, tag: int, ranks: int) -> None:
+    """Raise ``RuntimeError`` if a summed backward message mixes layers."""
+    tags, squares = message[:2].tolist()
+    _check_tags(tags, squares, tag, ranks)
+
+
+def _check_tags(tags: float, squares: float, tag: int, ranks: int) -> None:
+    if tags != ranks * tag or squares != ranks * tag * tag:
+        raise RuntimeError(
+            "another rank sent the statistics of another layer: all ranks must run the same "
+            "layers in the same order, all eagerly or all compiled"
+        )
+
+
+def _split(value: Tensor, low: Tensor | float = 0.0) -> Halves:
+    """``value + low`` as a high half of float32's width and the rest."""
+    high = value.float().double()
+    return high, (value - high) + low
+
+
+def _multiply(a: Halves, b: Halves) -> Halves:
+    """The product in halves; only the product of the two low halves is rounded at their scale."""
+    high, rest = _split(a[0] * b[0])
+    return high, rest + (a[0] * b[1] + a[1] * b[0] + a[1] * b[1])

@@ -1,0 +1,73 @@
+"""Who holds which training sample: pure functions of the labels, the clients and a seed.
+
+Each returns one ascending index array per client; together they hold every sample exactly once,
+and every client holds at least ``MINIMUM_SAMPLES``.  N samples.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import PartitionConfig, PartitionName
+from .limits import MINIMUM_SAMPLES
+
+Indices: TypeAlias = npt.NDArray[np.int64]
+
+
+def split(labels_N: Indices, clients: int, config: PartitionConfig, seed: int) -> list[Indices]:
+    """Share the samples out as ``config`` says."""
+    if config.name is PartitionName.shards:
+        return shards(labels_N, clients, config.classes_per_client or 2, seed)
+    if config.name is PartitionName.dirichlet:
+        return dirichlet(labels_N, clients, config.alpha or 0.5, seed)
+    return iid(len(labels_N), clients, seed)
+
+
+def iid(samples: int, clients: int, seed: int) -> list[Indices]:
+    """Shuffled and dealt out; sizes differ by one at most."""
+    order = np.random.default_rng([seed, samples]).permutation(samples)
+    return [np.sort(part) for part in np.array_split(order, clients)]
+
+
+def shards(labels_N: Indices, clients: int, classes_per_client: int, seed: int) -> list[Indices]:
+    """Contiguous pieces of the samples sorted by label (McMahan et al. 2017; FedTAN's non-i.i.d.).
+
+    Going round the classes, client k holds the next ``classes_per_client`` of them, and the
+    clients that hold a class share its samples out evenly: 5 clients x 2 classes of 10 gives
+    client 0 the classes 0 and 1, client 1 the classes 2 and 3, and so on.
+    """
+    rng = np.random.default_rng([seed, clients, classes_per_client])
+    classes = np.unique(labels_N)
+    slots = np.arange(clients * classes_per_client)
+    parts: list[list[Indices]] = [[] for _ in range(clients)]
+    for place, label in enumerate(classes):
+        owners = slots[slots % len(classes) == place] // classes_per_client
+        members = rng.permutation(np.flatnonzero(labels_N == label))
+        for owner, piece in zip(owners, np.array_split(members, len(owners)), strict=True):
+            parts[owner].append(piece)
+    return _with_minimum([np.concatenate(pieces) for pieces in parts])
+
+
+def dirichlet(labels_N: Indices, clients: int, alpha: float, seed: int) -> list[Indices]:
+    """Each class is shared out in proportions drawn from Dirichlet(alpha) (Hsu et al. 2019)."""
+    rng = np.random.default_rng([seed, clients])
+    parts: list[list[Indices]] = [[] for _ in range(clients)]
+    for label in np.unique(labels_N):
+        members = rng.permutation(np.flatnonzero(labels_N == label))
+        ends = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members)
+        for part, piece in zip(parts, np.split(members, ends.round().astype(int)), strict=True):
+            part.append(piece)
+    return _with_minimum([np.concatenate(pieces) for pieces in parts])
+
+
+def _with_minimum(parts: list[Indices]) -> list[Indices]:
+    """Give clients with too few samples some of whoever then has most."""
+    for client in range(len(parts)):
+        while len(parts[client]) < MINIMUM_SAMPLES:
+            richest = max(range(len(parts)), key=lambda k: len(parts[k]))
+            parts[client] = np.append(parts[client], parts[richest][-1])
+            parts[richest] = parts[richest][:-1]
+    return [np.sort(part) for part in parts]
