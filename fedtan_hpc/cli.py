@@ -6,12 +6,12 @@ itself exits with 1 whatever its workers return.)
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +34,7 @@ _GRACE_SECONDS = 15.0
 def main() -> None:
     """Run the job that the command line describes, or each of a sweep's (-m) in turn."""
     try:
-        configs = compose(sys.argv[1:])
+        configs = compose()
         info = environment.detect()
         for config in configs:
             check(config)
@@ -56,8 +56,8 @@ def main() -> None:
         _fail(error, f"rank {rank}: {type(error).__name__}: {error}")
 
 
-def compose(overrides: Sequence[str]) -> list[Config]:
-    """The configurations that the command line asks for; one, or a sweep's.
+def compose() -> list[Config]:
+    """The configurations that ``sys.argv`` asks for; one, or a sweep's (-m).
 
     Raises ``ConfigError`` for options that do not exist or have the wrong type.
     """
@@ -66,16 +66,24 @@ def compose(overrides: Sequence[str]) -> list[Config]:
     ConfigStore.instance().store(name="schema", node=Config)
     composed: list[DictConfig] = []
     entry = hydra.main(version_base="1.3", config_path=str(_conf()), config_name="config")
+    usage = io.StringIO()
+    speaks = environment.rank_hint() == 0  # --help is rank 0's to print
     try:
-        with ExitStack() as stack:
-            if environment.rank_hint() != 0:  # --help and usage are rank 0's to print
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(redirect_stdout(nowhere))
-                stack.enter_context(redirect_stderr(nowhere))
+        with redirect_stderr(usage), redirect_stdout(sys.stdout if speaks else io.StringIO()):
             entry(composed.append)()
         return [_to_config(config) for config in composed]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, overrides)) from error
+        raise ConfigError(explain(error, sys.argv[1:])) from error
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise ConfigError(_flag_mistake(usage.getvalue())) from error
+
+
+def _flag_mistake(usage: str) -> str:
+    """argparse's last line in place of its page."""
+    reason = usage.strip().rpartition("error: ")[2]
+    return f"{reason}; options are written name=value, and --help lists them"
 
 
 def _conf() -> Path:

@@ -50,7 +50,7 @@ class LocalTraining:
             optimizer.zero_grad()
             with self._statistics(step, model, client.weight):
                 loss = cross_entropy(model(batch.inputs), batch.labels)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         return torch.stack(losses).double().mean()

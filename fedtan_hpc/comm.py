@@ -6,6 +6,7 @@ process group there is one client, and every sum over ranks is the value itself.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 Group: TypeAlias = dist.ProcessGroup | None
 
@@ -38,14 +40,21 @@ class Traffic:
 training_traffic = Traffic()
 
 
+_starts = itertools.count(1)
+
+
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> None:
-    """Join the process group that the launcher's MASTER_ADDR and MASTER_PORT describe."""
-    dist.init_process_group(
-        backend,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
+    """Join the process group that the launcher's MASTER_ADDR and MASTER_PORT describe.
+
+    A process may start and stop several times, as a sweep does: each start has keys of its own in
+    the launcher's store, where the addresses of the last one still stand.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"fedtan_hpc/start{next(_starts)}", store
     )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def stop() -> None:

@@ -102,9 +102,13 @@ class PartitionConfig:
     name: PartitionName = PartitionName.shards
     """How samples are shared out: iid, shards (by label) or dirichlet (uneven label shares)."""
     classes_per_client: int | None = None
-    """Classes that a client holds; shards only (there 2)."""
+    """Classes that a client holds; shards only (there 2, or more if the clients are too few)."""
     alpha: float | None = None
     """Concentration of the label shares, small is uneven; dirichlet only (there 0.5)."""
+
+    def classes_held(self, clients: int, classes: int) -> int:
+        """What ``classes_per_client`` says, else the least that shares all classes out, from 2."""
+        return self.classes_per_client or min(classes, max(2, -(-classes // clients)))
 
 
 @dataclass(kw_only=True, slots=True)

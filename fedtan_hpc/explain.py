@@ -28,11 +28,11 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         text = f"{error.override}: not understood; write option=value, for example rounds=20, "
         return text + "and quote values with spaces or brackets for the shell"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        return unknown(str(cause.full_key), _value(str(cause.full_key), overrides))
+        return unknown(*_as_written(str(cause.full_key), overrides))
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         option = str(cause.full_key).partition("[")[0]
         remedy = "see the options table of the README, or --help"
-        return mistake(option, _value(option, overrides), allowed(option), remedy)
+        return mistake(option, _as_written(option, overrides)[1], allowed(option), remedy)
     return str(error).partition("\n")[0]
 
 
@@ -76,10 +76,10 @@ def _in_words(kind: Any) -> str:
     return _PLAIN[kind]
 
 
-def _value(option: str, overrides: Sequence[str]) -> str:
-    """What the command line says for ``option``."""
+def _as_written(option: str, overrides: Sequence[str]) -> tuple[str, str]:
+    """The option, or the one within it, that the command line sets, and its value there."""
     for override in reversed(overrides):
         name, _, value = override.lstrip("+~").partition("=")
-        if name == option:
-            return value
-    return "?"
+        if name == option or name.startswith(f"{option}."):
+            return name, value
+    return option, "?"

@@ -87,8 +87,10 @@ def _claim(folder: Path, config: Config) -> Summary | None:
 def _train(config: Config, info: RankInfo, place: Place, folder: Path, started: float) -> Summary:
     """Rounds and result; rank 0 alone writes and shows."""
     if info.rank == 0:
-        ranks = f"{info.world_size} ranks by {info.launcher}"
-        print(f"{ranks}, {place.backend}, {place.device}, {config.threads} threads each; {folder}")
+        print(
+            f"launcher {info.launcher}, ranks {info.world_size}, backend {_backend(place)}, "
+            f"device {place.device}, threads per rank {config.threads}, run_dir {folder}"
+        )
     trainer = prepare(config, info, place)
     logs: list[NullLog] = [RunLog(folder), Display(config.rounds)] if info.rank == 0 else []
     try:
@@ -103,6 +105,11 @@ def _train(config: Config, info: RankInfo, place: Place, folder: Path, started: 
         files.replace(folder / "model.pt", lambda path: torch.save(state, path))
         run_folder.finish(folder, summary)
     return summary
+
+
+def _backend(place: Place) -> str:
+    """The carrier of the collectives, if there are any."""
+    return place.backend if comm.is_started() else "none"
 
 
 def _summarise(
@@ -125,7 +132,7 @@ def _summarise(
         total_seconds=time.perf_counter() - started,
         median_round_seconds=statistics.median(record.round_seconds for record in records),
         world_size=info.world_size,
-        backend=place.backend if comm.is_started() else "none",
+        backend=_backend(place),
         device=str(place.device),
         parameters=parameters,
         versions={

@@ -20,7 +20,8 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 def split(labels_N: Indices, clients: int, config: PartitionConfig, seed: int) -> list[Indices]:
     """Share the samples out as ``config`` says."""
     if config.name is PartitionName.shards:
-        return shards(labels_N, clients, config.classes_per_client or 2, seed)
+        held = config.classes_held(clients, len(np.unique(labels_N)))
+        return shards(labels_N, clients, held, seed)
     if config.name is PartitionName.dirichlet:
         return dirichlet(labels_N, clients, config.alpha or 0.5, seed)
     return iid(len(labels_N), clients, seed)

@@ -32,6 +32,11 @@ class ClientMean(torch.autograd.Function):
         return comm.sum_for_training(gradient * ctx.weight), None
 
 
+def client_mean(value: Tensor, weight: float) -> Tensor:
+    """``ClientMean`` of ``value``; ``weight`` is this client's p_k."""
+    return ClientMean.apply(value, weight)  # type: ignore[no-untyped-call, no-any-return]
+
+
 def batch_norm(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, weight: float
 ) -> Tensor:
@@ -40,13 +45,9 @@ def batch_norm(
     mean = sum_k p_k mean_k(x), variance = sum_k p_k mean_k((x - mean)^2).
     """
     others = [dim for dim in range(x.dim()) if dim != 1]
-    mean = ClientMean.apply(  # type: ignore[no-untyped-call]
-        x.mean(others, keepdim=True), weight
-    )
-    variance = ClientMean.apply(  # type: ignore[no-untyped-call]
-        (x - mean).square().mean(others, keepdim=True), weight
-    )
+    mean = client_mean(x.mean(others, keepdim=True), weight)
+    variance = client_mean((x - mean).square().mean(others, keepdim=True), weight)
     xhat = (x - mean) / torch.sqrt(variance + eps)
     scale = torch.ones_like(mean) if gamma is None else gamma.view_as(mean)
     shift = torch.zeros_like(mean) if beta is None else beta.view_as(mean)
-    return xhat * scale + shift  # type: ignore[no-any-return]
+    return xhat * scale + shift

@@ -50,11 +50,11 @@ def _dense(**options: object) -> nn.Module:
 
 def _convolutional(conv: type[nn.Module], bn: type[nn.Module], channels: int) -> nn.Module:
     return nn.Sequential(
-        conv(channels, 4, 3, padding=1),  # type: ignore[call-arg]
-        bn(4),  # type: ignore[call-arg]
+        conv(channels, 4, 3, padding=1),
+        bn(4),
         nn.Tanh(),
-        conv(4, 5, 3),  # type: ignore[call-arg]
-        bn(5),  # type: ignore[call-arg]
+        conv(4, 5, 3),
+        bn(5),
         nn.Tanh(),
         nn.Flatten(),
         nn.LazyLinear(3),

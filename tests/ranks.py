@@ -8,6 +8,7 @@ and the other ranks are ended.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import tempfile
 import time
 import traceback
@@ -24,7 +25,9 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "fedtan_hpc.batchnorm"])
+_CONTEXT.set_forkserver_preload(
+    ["fedtan_hpc.job", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"]
+)
 
 
 class RankFailed(AssertionError):
@@ -77,11 +80,12 @@ def _run(
             world_size=world_size,
             timeout=timedelta(seconds=30),
         )
-        answer.send((True, function(*arguments)))
+        # Plain pickle: torch's own way leaves tensors in memory that dies with this process.
+        answer.send_bytes(pickle.dumps((True, function(*arguments))))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        answer.send((False, traceback.format_exc()))
+        answer.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
 def _collect(started: list[tuple[ForkServerProcess, Connection]], seconds: float) -> list[Any]:
@@ -94,7 +98,7 @@ def _collect(started: list[tuple[ForkServerProcess, Connection]], seconds: float
         if not ready:
             raise RankFailed(
                 f"no answer within {seconds} s from ranks {[ranks[c] for c in waiting]}"
-            )  # type: ignore[index]
+            )
         for connection in ready:
             rank = ranks[connection]  # type: ignore[index]
             results[rank] = _answer(connection, rank)  # type: ignore[arg-type]
@@ -103,7 +107,7 @@ def _collect(started: list[tuple[ForkServerProcess, Connection]], seconds: float
 
 def _answer(connection: Connection, rank: int) -> Any:
     try:
-        good, value = connection.recv()
+        good, value = pickle.loads(connection.recv_bytes())
     except EOFError:
         raise RankFailed(f"rank {rank} died without a word") from None
     if not good:

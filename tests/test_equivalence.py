@@ -5,7 +5,6 @@ from __future__ import annotations
 import networks
 import pooled
 import pytest
-import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from torch import Tensor

@@ -1,0 +1,113 @@
+"""The command line in processes of its own: exit codes, who speaks, and that nobody hangs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import commands
+import pytest
+
+SHORT = ("rounds=2", "local_steps=2", "eval_every=1")
+
+# Rank 1 fails in round 2 for a reason of its own.
+FAULT = """
+import os
+from fedtan_hpc import cohort
+run = cohort.LocalTraining.run
+def faulty(self, model, client, number, rate):
+    if client.number == 1 and number == 2:
+        raise OSError("the disk of this node is gone")
+    return run(self, model, client, number, rate)
+cohort.LocalTraining.run = faulty
+from fedtan_hpc.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("rounds=abc",),
+        ("algorithm=fedprox", "clients=1"),
+        ("clients=5",),
+        ("clients=1", "device=cuda", "comm.backend=gloo"),
+        ("clients=1", "run_dir=/dev/null/run"),
+        ("--bogus",),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    import torch
+
+    if "device=cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("device=cuda is no mistake on a machine with a GPU")
+    done = commands.job(*overrides, cwd=tmp_path)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("fedtan_hpc: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overrides", [("rounds=0", "clients=2"), ("foo=1",), ("clients=5",)])
+def test_under_torchrun_the_line_stands_once(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = commands.ranks(2, *overrides, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("fedtan_hpc: ") == 1
+    assert f"fedtan_hpc: {overrides[0]}: " in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_a_run_ends_with_its_accuracy_and_is_not_repeated(tmp_path: Path) -> None:
+    first = commands.ranks(2, "clients=2", *SHORT, "run_dir=here", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    accuracy = json.loads((tmp_path / "here" / "summary.json").read_text())["test_accuracy"]
+    assert f"{100 * accuracy:.2f} %" in first.stdout
+    assert "launcher torchrun, ranks 2, backend gloo, device cpu" in first.stdout
+    again = commands.ranks(2, "clients=2", *SHORT, "run_dir=here", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "finished" in again.stdout
+    assert f"{100 * accuracy:.2f} %" in again.stdout
+
+
+def test_a_sweep_runs_every_point_in_one_start(tmp_path: Path) -> None:
+    done = commands.ranks(2, "-m", "clients=2", *SHORT, "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 2
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(FAULT)
+    overrides = ("clients=2", *SHORT, "run_dir=here")
+    start = time.monotonic()
+    done = commands.run("torchrun", "--nproc-per-node", "2", "faulty.py", *overrides, cwd=tmp_path)
+    assert done.returncode != 0
+    message = "fedtan_hpc: rank 1, round 2: OSError: the disk of this node is gone"
+    assert done.stderr.count(message) == 1
+    assert time.monotonic() - start < 60
+    assert len((tmp_path / "here" / "rounds.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "here" / "summary.json").exists()
+
+
+def test_a_loss_that_is_not_finite_is_told_once(tmp_path: Path) -> None:
+    done = commands.ranks(2, "clients=2", *SHORT, "optimizer.lr=1e30", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("fedtan_hpc: round 1: the training loss of clients") == 1
+
+
+def test_help_lists_options_and_choices(tmp_path: Path) -> None:
+    done = commands.job("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for text in ("algorithm: fedavg, fedtan", "classes_per_client", "torchrun"):
+        assert text in done.stdout
+
+
+def test_options_are_checked_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, fedtan_hpc.cli as cli; sys.argv = ['x', 'rounds=3']; cli.compose(); "
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = commands.run("python", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

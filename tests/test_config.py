@@ -1,0 +1,167 @@
+"""Options: every YAML composes, and every kind of mistake is one line that helps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from fedtan_hpc import cli, explain
+from fedtan_hpc.checks import check, check_ranks
+from fedtan_hpc.config import Config, to_dict
+from fedtan_hpc.environment import RankInfo, detect
+from fedtan_hpc.errors import ConfigError
+
+CONF = Path(__file__).parent.parent / "conf"
+CHOICES = sorted(path for path in CONF.rglob("*.yaml") if path.parent != CONF)
+
+
+def composed(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[Config]:
+    monkeypatch.setattr(sys, "argv", ["fedtan_hpc", *overrides])
+    return cli.compose()
+
+
+def mistakes(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[str, ...]:
+    """What is wrong with a job of these options on one rank per client."""
+    with pytest.raises(ConfigError) as caught:
+        check(composed(monkeypatch, *overrides)[0])
+    return caught.value.mistakes
+
+
+def test_the_default_is_config_py_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert composed(monkeypatch) == [Config()]
+    check(Config())
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_choice_composes_to_valid_options(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [config] = composed(monkeypatch, f"{path.parent.name}={path.stem}")
+    check(config)
+    assert to_dict(config)[path.parent.name]["name"] == path.stem
+
+
+def test_a_sweep_composes_every_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = composed(monkeypatch, "-m", "seed=0,1", "algorithm=fedtan,fedavg")
+    points = [(config.seed, str(config.algorithm.name)) for config in configs]
+    assert points == [(0, "fedtan"), (0, "fedavg"), (1, "fedtan"), (1, "fedavg")]
+
+
+def test_options_written_to_yaml_read_back_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    [config] = composed(monkeypatch, "data=synthetic", "data.shape=[3,8,8]", "optimizer.lr=1e-3")
+    text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    assert (
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+        == config
+    )
+
+
+# One mistake each: the overrides, the option that the line must name, the value it must give.
+WRONG = [
+    (["foo=1"], "foo", "1"),
+    (["+foo=1"], "foo", "1"),
+    (["optimizer.foo=1"], "optimizer.foo", "1"),
+    (["+optimizer.foo=1"], "optimizer.foo", "1"),
+    (["optimzer.lr=1"], "optimzer.lr", "1"),
+    (["algorithm=fedprox"], "algorithm", "fedprox"),
+    (["algorithm.name=fedprox"], "algorithm.name", "fedprox"),
+    (["data=imagenet"], "data", "imagenet"),
+    (["model=resnet"], "model", "resnet"),
+    (["partition="], "partition", ""),
+    (["rounds=abc"], "rounds", "abc"),
+    (["rounds=1.5"], "rounds", "1.5"),
+    (["rounds=null"], "rounds", "null"),
+    (["rounds"], "rounds", None),
+    (["rounds=[1,"], "rounds", None),
+    (["--bogus"], "--bogus", None),
+    (["rounds=0"], "rounds", "0"),
+    (["clients=0"], "clients", "0"),
+    (["clients=-3"], "clients", "-3"),
+    (["clients=1000"], "clients", "1000"),
+    (["local_steps=0"], "local_steps", "0"),
+    (["batch_size=1"], "batch_size", "1"),
+    (["seed=-1"], "seed", "-1"),
+    (["eval_every=0"], "eval_every", "0"),
+    (["check_every=0"], "check_every", "0"),
+    (["threads=0"], "threads", "0"),
+    (["device=tpu"], "device", "tpu"),
+    (["comm.backend=mpich"], "comm.backend", "mpich"),
+    (["comm.backend=nccl", "device=cpu"], "comm.backend", "nccl"),
+    (["comm.timeout_seconds=-1"], "comm.timeout_seconds", "-1.0"),
+    (["optimizer.lr=0"], "optimizer.lr", "0.0"),
+    (["optimizer.lr=nan"], "optimizer.lr", "nan"),
+    (["optimizer.lr=${oops}"], "optimizer.lr", "${oops}"),
+    (["optimizer.momentum=1"], "optimizer.momentum", "1.0"),
+    (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay", "-0.1"),
+    (["optimizer=adam"], "optimizer", "adam"),
+    (["lr_schedule.milestones=5"], "lr_schedule.milestones", "5"),
+    (["lr_schedule.milestones=[80,60]"], "lr_schedule.milestones", "[80, 60]"),
+    (["lr_schedule.milestones=[0]"], "lr_schedule.milestones", "[0]"),
+    (["lr_schedule.gamma=inf"], "lr_schedule.gamma", "inf"),
+    (["data.samples=100"], "data.samples", "100"),
+    (["data=synthetic", "data.samples=99"], "data.samples", "99"),
+    (["data=synthetic", "data.shape=[3,32]"], "data.shape", "[3, 32]"),
+    (["data=synthetic", "data.shape=[3,a,32]"], "data.shape", "[3,a,32]"),
+    (["data=synthetic", "data.shape=[3,2,2]", "model=cnn"], "data.shape", "[3, 2, 2]"),
+    (["data=synthetic", "data.classes=1"], "data.classes", "1"),
+    (["partition.classes_per_client=11"], "partition.classes_per_client", "11"),
+    (["partition.classes_per_client=0"], "partition.classes_per_client", "0"),
+    (["partition.classes_per_client=1"], "partition.classes_per_client", "1"),
+    (["partition.alpha=1"], "partition.alpha", "1.0"),
+    (["partition=dirichlet", "partition.alpha=0"], "partition.alpha", "0.0"),
+    (["partition=iid", "partition.classes_per_client=2"], "partition.classes_per_client", "2"),
+    (["-m", "seed=0,x"], "seed", "0,x"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "option", "value"), WRONG, ids=lambda v: str(v))
+def test_a_wrong_option_is_one_line_with_its_remedy(
+    overrides: list[str],
+    option: str,
+    value: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [line] = mistakes(monkeypatch, *overrides)
+    assert "\n" not in line
+    assert option in line
+    if value is not None:
+        assert line.startswith(f"{option}={value}: ")
+        assert "; " in line
+
+
+def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = mistakes(monkeypatch, "rounds=0", "optimizer.lr=-1", "batch_size=1")
+    assert [line.partition("=")[0] for line in lines] == ["rounds", "batch_size", "optimizer.lr"]
+
+
+def test_clients_must_equal_ranks() -> None:
+    info = RankInfo(rank=0, world_size=2, local_rank=0, local_world_size=2, launcher="torchrun")
+    with pytest.raises(ConfigError, match=r"clients=5.*nproc-per-node 5"):
+        check_ranks(Config(clients=5), info)
+    check_ranks(Config(clients=2), info)
+
+
+def test_ranks_are_read_from_torchrun() -> None:
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert detect(variables) == RankInfo(3, 4, 1, 2, "torchrun")
+    assert detect({}) == RankInfo(0, 1, 0, 1, "none")
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_launcher_that_is_not_read_is_an_error(variable: str) -> None:
+    with pytest.raises(ConfigError, match="torchrun"):
+        detect({variable: "4"})
+    assert detect({variable: "1"}).world_size == 1
+
+
+def test_what_types_admit_is_told_in_words() -> None:
+    assert explain.allowed("device") == "auto | cpu | cuda"
+    assert explain.allowed("check_every") == "a whole number or null"
+    assert "list of whole numbers" in explain.allowed("data.shape")
+    assert "run_dir" in set(explain.option_names())
