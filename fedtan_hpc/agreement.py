@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from . import comm
 from .average import model_tensors
 
-_BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+"""At most 32 bits at a time, so that none is among those that the sum loses."""
 _KEEP_62_BITS = (1 << 62) - 1  # so that the negative exists too
 
 

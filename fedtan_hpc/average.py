@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from . import comm
 
+_HEADER = 2
+
 
 @torch.no_grad()
 def average_model(module: nn.Module, weight: float, group: comm.Group = None) -> None:
@@ -21,24 +23,27 @@ def average_model(module: nn.Module, weight: float, group: comm.Group = None) ->
     Raises ``ValueError`` on every rank if a weight is negative or not finite, or the weights do
     not sum to 1; the model is then unchanged.
     """
-    for tensors in _by_dtype(module).values():
-        _average(tensors, float(weight), group)
+    groups = list(_by_dtype(module).values())
+    sums = [_weighted_sum(tensors, float(weight), group) for tensors in groups]
+    for message in sums:
+        _check_weights(message[:_HEADER], comm.world_size(group))
+    for tensors, message in zip(groups, sums, strict=True):
+        parts = torch.split(message[_HEADER:], [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
-def _average(tensors: list[Tensor], weight: float, group: comm.Group) -> None:
-    """Message: weight, count of bad weights, then p times the values."""
+def _weighted_sum(tensors: list[Tensor], weight: float, group: comm.Group) -> Tensor:
+    """One collective; a header of the weight and the count of bad weights, then p times values."""
     valid = math.isfinite(weight) and weight >= 0
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     size = sum(tensor.numel() for tensor in tensors)
-    message = torch.zeros(2 + size, dtype=wide, device=tensors[0].device)
+    message = torch.zeros(_HEADER + size, dtype=wide, device=tensors[0].device)
     if valid and weight > 0:
-        torch.cat([tensor.reshape(-1) for tensor in tensors], out=message[2:]).mul_(weight)
-    message[:2] = message.new_tensor([weight if valid else 0.0, 0.0 if valid else 1.0])
-    comm.sum_for_training(message, group)
-    _check_weights(message[:2], comm.world_size(group))
-    parts = torch.split(message[2:], [tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+        values = [tensor.reshape(-1) for tensor in tensors]
+        torch.cat(values, out=message[_HEADER:]).mul_(weight)
+    message[:_HEADER] = message.new_tensor([weight if valid else 0.0, 0.0 if valid else 1.0])
+    return comm.sum_for_training(message, group)
 
 
 def _check_weights(header: Tensor, ranks: int) -> None:
@@ -46,7 +51,7 @@ def _check_weights(header: Tensor, ranks: int) -> None:
     tolerance = 1e-6 + ranks * torch.finfo(header.dtype).eps
     if bad:
         raise ValueError(f"{bad:.0f} of {ranks} weights are negative or not finite")
-    if abs(total - 1) > tolerance:
+    if not abs(total - 1) <= tolerance:  # true for nan too
         raise ValueError(f"the weights sum to {total:.7g} over {ranks} ranks, not to 1")
 
 

@@ -132,7 +132,7 @@ def check_moments(message: Tensor, tag: int, ranks: int) -> None:
         raise ValueError(f"{bad_weights:.0f} of {ranks} weights are negative or not finite")
     if empty_batches:
         raise ValueError(f"{empty_batches:.0f} of {ranks} batches are empty, with a weight above 0")
-    if abs(high + low - 1) > WEIGHT_TOLERANCE:
+    if not abs(high + low - 1) <= WEIGHT_TOLERANCE:  # true for nan too
         raise ValueError(f"the weights sum to {high + low:.9g} over {ranks} ranks, not to 1")
     if count < 2:
         raise ValueError("one value per channel on all ranks together; a variance needs two")

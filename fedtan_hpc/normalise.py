@@ -57,7 +57,6 @@ class GlobalNormalise(torch.autograd.Function):
         x, gamma, _, ctx.eps, ctx.call = inputs  # type: ignore[attr-defined]
         _, mean_C, variance_C, count = output
         ctx.mark_non_differentiable(mean_C, variance_C, count)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gamma, mean_C, variance_C)
 
     @staticmethod

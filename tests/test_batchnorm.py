@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +107,10 @@ def test_conversion_keeps_parameters_buffers_and_settings(
 
 
 def test_a_converted_layer_has_the_dtype_and_device_asked_for() -> None:
-    assert convert_batchnorm(nn.BatchNorm1d(3, dtype=torch.bfloat16)).weight.dtype == torch.bfloat16
-    assert convert_batchnorm(nn.BatchNorm1d(3, device="meta")).running_mean.device.type == "meta"  # type: ignore[union-attr]
+    half = convert_batchnorm(nn.BatchNorm1d(3, dtype=torch.bfloat16))
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    absent = convert_batchnorm(nn.BatchNorm1d(3, device="meta"))
+    assert {value.device.type for value in absent.state_dict().values()} == {"meta"}
 
 
 def test_a_module_keeps_its_state_dict_keys_and_parameter_order() -> None:
@@ -120,9 +124,8 @@ def test_a_module_keeps_its_state_dict_keys_and_parameter_order() -> None:
 def test_a_layer_in_two_places_stays_one_layer() -> None:
     layer = nn.BatchNorm1d(3)
     module = convert_batchnorm(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}))
-    assert isinstance(module, nn.ModuleDict)
-    assert isinstance(module["a"], FedTANBatchNorm)
-    assert module["a"] is module["b"][0]
+    assert isinstance(module.get_submodule("a"), FedTANBatchNorm)
+    assert module.get_submodule("a") is module.get_submodule("b.0")
 
 
 def test_a_root_that_is_a_layer_comes_back_converted() -> None:
@@ -303,7 +306,7 @@ class NoGradient(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> None:
         return None
 
 
@@ -311,7 +314,7 @@ def test_an_undefined_gradient_counts_as_zero() -> None:
     x = randn(6, 3).requires_grad_()
     layer = convert_batchnorm(nn.BatchNorm1d(3).double())
     with federated_statistics(layer, weight=1.0):
-        NoGradient.apply(layer(x)).sum().backward()
+        NoGradient.apply(layer(x)).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is None or x.grad.count_nonzero() == 0
 
 
@@ -334,13 +337,20 @@ def client_data(
     ]
 
 
-def layer_on_this_rank(shape: tuple[int, ...], p: list[float]) -> Values:
-    """One global use of a layer on this rank's data."""
+def uses_on_this_rank(p: list[float]) -> dict[str, Values]:
+    """One global use of a layer on this rank's data, for every shape."""
     rank = dist.get_rank()
-    layer = convert_batchnorm(fill(nn.BatchNorm1d(shape[0])).double())
-    x, g = client_data(shape, len(p))[rank]
-    with federated_statistics(layer, p[rank]):
-        return run_layer(layer, x, g)
+    found = {}
+    for name, shape in GLOBAL_SHAPES.items():
+        layer = convert_batchnorm(fill(nn.BatchNorm1d(shape[0])).double())
+        with federated_statistics(layer, p[rank]):
+            found[name] = run_layer(layer, *client_data(shape, len(p))[rank])
+    return found
+
+
+@cache
+def uses_by_rank(clients: int) -> list[dict[str, Values]]:
+    return on_ranks(clients, uses_on_this_rank, networks.weights(clients))
 
 
 def layer_of_all_clients(data: list[tuple[Tensor, Tensor]], p: list[float]) -> list[Values]:
@@ -365,58 +375,59 @@ def layer_of_all_clients(data: list[tuple[Tensor, Tensor]], p: list[float]) -> l
 def test_output_and_all_derivatives_are_those_of_the_pooled_problem(
     shape: str, clients: int
 ) -> None:
-    p = networks.weights(clients)
-    expected = layer_of_all_clients(client_data(GLOBAL_SHAPES[shape], clients), p)
-    measured = on_ranks(clients, layer_on_this_rank, GLOBAL_SHAPES[shape], p)
-    for found, truth in zip(measured, expected, strict=True):
-        assert_close({name: found[name] for name in truth}, truth, 1e-10)
+    data = client_data(GLOBAL_SHAPES[shape], clients)
+    expected = layer_of_all_clients(data, networks.weights(clients))
+    for found, truth in zip(uses_by_rank(clients), expected, strict=True):
+        assert_close({name: found[shape][name] for name in truth}, truth, 1e-10)
 
 
 # Weights and batches
 
 
-BAD_WEIGHTS = [
-    [-0.5, 1.5],
-    [float("nan"), 1.0],
-    [1.0, float("inf")],
-    [0.5, 0.6],
-    [0.0, 0.0],
-    [1e300, 0.5],
-    [0.4, -0.2, 0.8],
-    [0.3, 0.3, float("nan")],
-    [0.3, 0.3, 0.3],
-]
+BAD: dict[str, tuple[list[float], list[int], str]] = {
+    "negative": ([-0.5, 1.5], [5, 8], "1 of 2 weights are negative or not finite"),
+    "NaN": ([float("nan"), 1.0], [5, 8], "1 of 2 weights are negative or not finite"),
+    "infinite": ([1.0, float("inf")], [5, 8], "1 of 2 weights are negative or not finite"),
+    "more than 1": ([0.5, 0.6], [5, 8], "the weights sum to 1.1 "),
+    "all zero": ([0.0, 0.0], [5, 8], "the weights sum to 0 "),
+    "beyond float32": ([1e300, 0.5], [5, 8], "the weights sum to "),
+    "one value": ([1.0, 0.0], [1, 6], "one value per channel on all ranks together"),
+    "negative of three": ([0.4, -0.2, 0.8], [5, 8, 3], "1 of 3 weights are negative"),
+    "two of three": ([0.3, -1.0, float("nan")], [5, 8, 3], "2 of 3 weights are negative"),
+    "less than 1": ([0.3, 0.3, 0.3], [5, 8, 3], "the weights sum to 0.9 "),
+    "empty": ([0.3, 0.3, 0.4], [5, 0, 4], "1 of 3 batches are empty, with a weight above 0"),
+}
 
 
-def message_of_error(p: list[float], sizes: list[int]) -> str | None:
-    """What the ValueError says on this rank; None if there is none."""
-    rank = dist.get_rank()
+def messages_of_errors() -> dict[str, str | None]:
+    """What the ValueError of each bad case for so many ranks says on this one; None without."""
+    rank, found = dist.get_rank(), {}
+    for name, (p, sizes, _) in BAD.items():
+        if len(p) == dist.get_world_size():
+            found[name] = message_of_error(p[rank], sizes[rank])
+    return found
+
+
+def message_of_error(weight: float, size: int) -> str | None:
     module = convert_batchnorm(networks.network("shared"))
-    with federated_statistics(module, p[rank]):
+    with federated_statistics(module, weight):
         try:
-            module(randn(sizes[rank], 6))
+            module(randn(size, 6))
         except ValueError as error:
             return str(error)
     return None
 
 
-@pytest.mark.parametrize("p", BAD_WEIGHTS, ids=str)
-def test_bad_weights_raise_on_every_rank_and_name_the_layer(p: list[float]) -> None:
-    for message in on_ranks(len(p), message_of_error, p, [5, 8, 3][: len(p)]):
-        assert message is not None
-        assert message.startswith("layer bn: ")
-        assert "weights" in message
+@cache
+def messages_by_rank(clients: int) -> list[dict[str, str | None]]:
+    return on_ranks(clients, messages_of_errors)
 
 
-def test_an_empty_batch_with_weight_raises_on_every_rank() -> None:
-    for message in on_ranks(3, message_of_error, [0.3, 0.3, 0.4], [5, 0, 4]):
-        assert message == "layer bn: 1 of 3 batches are empty, with a weight above 0"
-
-
-def test_one_value_among_all_that_count_raises_on_every_rank() -> None:
-    for message in on_ranks(2, message_of_error, [1.0, 0.0], [1, 6]):
-        assert message is not None
-        assert message.startswith("layer bn: one value per channel")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_weights_and_batches_raise_on_every_rank_and_name_the_layer(name: str) -> None:
+    p, _, reason = BAD[name]
+    for messages in messages_by_rank(len(p)):
+        assert (messages[name] or "no error").startswith(f"layer bn: {reason}")
 
 
 WEIGHTLESS = {
@@ -425,46 +436,90 @@ WEIGHTLESS = {
     "empty": torch.zeros(0, 6, dtype=torch.float64),
     "one sample": randn(1, 6, seed=3),
 }
+COUNTING = [randn(5, 6, seed=1), randn(7, 6, seed=2) + 1]
 
 
-def two_steps(p: list[float], xs: list[Tensor]) -> Values:
+def two_steps(weight: float, x: Tensor) -> Values:
     """Output, gradients and buffers on this rank after two forward and one backward pass."""
-    rank = dist.get_rank()
     module = convert_batchnorm(networks.network("1d"))
-    with federated_statistics(module, p[rank]):
-        module(xs[rank])
-        y = module(xs[rank])
+    with federated_statistics(module, weight):
+        module(x)
+        y = module(x)
         (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
     return {"y": y.detach(), **gradients(module), **dict(module.named_buffers())}
 
 
+def steps_of_counting_ranks() -> Values:
+    rank = dist.get_rank()
+    return two_steps((0.4, 0.6)[rank], COUNTING[rank])
+
+
+def steps_beside_a_weightless_rank() -> dict[str, Values]:
+    """The same with rank 1 put between the two, for each batch that it may hold."""
+    rank = dist.get_rank()
+    return {
+        name: two_steps((0.4, 0.0, 0.6)[rank], (COUNTING[0], batch, COUNTING[1])[rank])
+        for name, batch in WEIGHTLESS.items()
+    }
+
+
+@cache
+def steps_by_rank() -> tuple[list[Values], list[dict[str, Values]]]:
+    return on_ranks(2, steps_of_counting_ranks), on_ranks(3, steps_beside_a_weightless_rank)
+
+
 @pytest.mark.parametrize("batch", WEIGHTLESS)
 def test_a_rank_without_weight_changes_nothing_for_the_others(batch: str) -> None:
-    first, second = randn(5, 6, seed=1), randn(7, 6, seed=2) + 1
-    expected = on_ranks(2, two_steps, [0.4, 0.6], [first, second])
-    xs = [first, WEIGHTLESS[batch], second]
-    measured = on_ranks(3, two_steps, [0.4, 0.0, 0.6], xs)
-    assert_close(measured[0], expected[0], 1e-12)
-    assert_close(measured[2], expected[1], 1e-12)
-    buffers = [name for name in measured[0] if "running" in name]
-    for name in buffers:
-        assert torch.equal(measured[1][name], measured[0][name])
+    expected, by_rank = steps_by_rank()
+    first, weightless, second = (found[batch] for found in by_rank)
+    assert_close(first, expected[0], 1e-12)
+    assert_close(second, expected[1], 1e-12)
+    for name in first:
+        if "running" in name:
+            assert torch.equal(weightless[name], first[name])
 
 
 # Running statistics
 
 
-def buffers_after(momentum: float | None, p: list[float], calls: list[list[Tensor]]) -> Values:
-    """This rank's buffers after global uses with ``calls[step][rank]``."""
-    rank = dist.get_rank()
+OLD = {"running_mean": randn(3, seed=31), "running_var": randn(3, seed=32).abs() + 1}
+RUNNING_WEIGHTS = [[0.5, 0.5, 0.0], [0.2, 0.5, 0.3]]
+THREE_CALLS = [[randn(n, 3, seed=40 + s + n) + s for n in (4, 6, 3)] for s in range(3)]
+
+
+def buffers_after(momentum: float | None, weight: float, xs: list[Tensor]) -> Values:
+    """This rank's buffers after one global use for each of ``xs``."""
     layer = convert_batchnorm(nn.BatchNorm1d(3, momentum=momentum).double())
-    with torch.no_grad():
-        layer.running_mean.copy_(randn(3, seed=31))  # type: ignore[operator, union-attr]
-        layer.running_var.copy_(randn(3, seed=32).abs() + 1)  # type: ignore[operator, union-attr]
-    with federated_statistics(layer, p[rank]):
-        for xs in calls:
-            layer(xs[rank])
+    layer.load_state_dict(OLD, strict=False)
+    with federated_statistics(layer, weight):
+        for x in xs:
+            layer(x)
     return {name: value.clone() for name, value in layer.named_buffers()}
+
+
+def buffers_on_this_rank() -> dict[str, Values]:
+    """Buffers after one call by case, and after three calls without momentum."""
+    rank = dist.get_rank()
+    found = {
+        f"{shape} {p}": buffers_after(0.1, p[rank], [client_data(GLOBAL_SHAPES[shape], 3)[rank][0]])
+        for shape in GLOBAL_SHAPES
+        for p in RUNNING_WEIGHTS
+    }
+    calls = [xs[rank] for xs in THREE_CALLS]
+    return found | {"three calls": buffers_after(None, RUNNING_WEIGHTS[0][rank], calls)}
+
+
+@cache
+def buffers_by_rank() -> list[dict[str, Values]]:
+    return on_ranks(3, buffers_on_this_rank)
+
+
+def the_same_bits_everywhere(case: str) -> Values:
+    """The case's buffers, which all ranks have alike."""
+    measured = [found[case] for found in buffers_by_rank()]
+    for other in measured[1:]:
+        assert_same_bits(other, measured[0])
+    return measured[0]
 
 
 def global_moments(p: list[float], xs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -477,41 +532,40 @@ def global_moments(p: list[float], xs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return mean.flatten(), variance * n / (n - 1)
 
 
-def assert_equal_bits_on_all_ranks(measured: list[Values]) -> None:
-    for other in measured[1:]:
-        assert_same_bits(other, measured[0])
-
-
-@pytest.mark.parametrize("p", [[0.5, 0.5, 0.0], [0.2, 0.5, 0.3]], ids=str)
+@pytest.mark.parametrize("p", RUNNING_WEIGHTS, ids=str)
 @pytest.mark.parametrize("shape", GLOBAL_SHAPES)
 def test_running_statistics_move_towards_the_global_ones(shape: str, p: list[float]) -> None:
-    xs = [x for x, _ in client_data(GLOBAL_SHAPES[shape], 3)]
-    measured = on_ranks(3, buffers_after, 0.1, p, [xs])
-    assert_equal_bits_on_all_ranks(measured)
-    mean, variance = global_moments(p, xs)
+    mean, variance = global_moments(p, [x for x, _ in client_data(GLOBAL_SHAPES[shape], 3)])
     expected = {
-        "running_mean": 0.9 * randn(3, seed=31) + 0.1 * mean,
-        "running_var": 0.9 * (randn(3, seed=32).abs() + 1) + 0.1 * variance,
+        "running_mean": 0.9 * OLD["running_mean"] + 0.1 * mean,
+        "running_var": 0.9 * OLD["running_var"] + 0.1 * variance,
         "num_batches_tracked": torch.tensor(1),
     }
-    assert_close(measured[0], expected, 1e-14)
+    assert_close(the_same_bits_everywhere(f"{shape} {p}"), expected, 1e-14)
 
 
 def test_without_momentum_running_statistics_are_means_over_the_calls() -> None:
-    p = [0.25, 0.75]
-    calls = [[randn(n, 3, seed=40 + s + n) + s for n in (4, 6)] for s in range(3)]
-    measured = on_ranks(2, buffers_after, None, p, calls)
-    assert_equal_bits_on_all_ranks(measured)
-    means, variances = zip(*[global_moments(p, xs) for xs in calls], strict=True)
+    moments = [global_moments(RUNNING_WEIGHTS[0], xs) for xs in THREE_CALLS]
+    means, variances = zip(*moments, strict=True)
     expected = {
         "running_mean": torch.stack(means).mean(0),
         "running_var": torch.stack(variances).mean(0),
         "num_batches_tracked": torch.tensor(3),
     }
-    assert_close(measured[0], expected, 1e-14)
+    assert_close(the_same_bits_everywhere("three calls"), expected, 1e-14)
 
 
 # Messages
+
+
+WIDTHS = {
+    "1d": [5, 4],
+    "shared": [5, 5],
+    "branches": [4, 4],
+    "3d": [4, 5],
+    "not affine": [5, 4],
+    "no running statistics": [5, 4],
+}
 
 
 def traffic_of_one_step(case: str) -> list[tuple[int, int]]:
@@ -532,25 +586,24 @@ def traffic_of_one_step(case: str) -> list[tuple[int, int]]:
     return [(traffic.messages, traffic.bytes) for traffic in found]
 
 
-@pytest.mark.parametrize(
-    ("case", "widths"),
-    [
-        ("1d", [5, 4]),
-        ("shared", [5, 5]),
-        ("branches", [4, 4]),
-        ("3d", [4, 5]),
-        ("not affine", [5, 4]),
-        ("no running statistics", [5, 4]),
-    ],
-)
+def traffic_on_this_rank() -> dict[str, list[tuple[int, int]]]:
+    return {case: traffic_of_one_step(case) for case in WIDTHS}
+
+
+@cache
+def traffic_by_rank(clients: int) -> list[dict[str, list[tuple[int, int]]]]:
+    return on_ranks(clients, traffic_on_this_rank)
+
+
+@pytest.mark.parametrize("case", WIDTHS)
 @pytest.mark.parametrize("clients", [2, 3])
 def test_each_use_of_a_layer_costs_one_message_forward_and_one_backward(
-    case: str, widths: list[int], clients: int
+    case: str, clients: int
 ) -> None:
-    forward = len(widths), sum(8 * (7 + 4 * width) for width in widths)
-    backward = len(widths), sum(8 * (2 + 2 * width) for width in widths)
-    for measured in on_ranks(clients, traffic_of_one_step, case):
-        assert measured == [forward, backward]
+    forward = len(WIDTHS[case]), sum(8 * (7 + 4 * width) for width in WIDTHS[case])
+    backward = len(WIDTHS[case]), sum(8 * (2 + 2 * width) for width in WIDTHS[case])
+    for measured in traffic_by_rank(clients):
+        assert measured[case] == [forward, backward]
 
 
 def step_in_a_group_of_two(data: list[tuple[Tensor, Tensor]]) -> Values:
@@ -575,75 +628,90 @@ def test_groups_of_ranks_are_independent() -> None:
 # Element types and memory formats
 
 
-HALVES = [torch.bfloat16, torch.float16]
+ELEMENTS = {
+    "bfloat16 in a float32 layer": (torch.bfloat16, torch.float32),
+    "float16 in a float32 layer": (torch.float16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float32": (torch.float32, torch.float32),
+}
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-21}
+TWO_WEIGHTS = [0.25, 0.75]
 
 
-def rounded_step(dtype: torch.dtype, layer_dtype: torch.dtype) -> Values:
-    """A global use of a layer on inputs of ``dtype``."""
-    rank = dist.get_rank()
-    layer = convert_batchnorm(fill(nn.BatchNorm2d(3)).to(layer_dtype))
-    x, g = (value.to(dtype) for value in client_data((3, 4, 4), 2)[rank])
-    with federated_statistics(layer, (0.25, 0.75)[rank]):
-        return run_layer(layer, x, g)
+def rounded_steps() -> dict[str, Values]:
+    """A global use of a layer for each pair of element types."""
+    rank, found = dist.get_rank(), {}
+    for name, (dtype, layer_dtype) in ELEMENTS.items():
+        layer = convert_batchnorm(fill(nn.BatchNorm2d(3)).to(layer_dtype))
+        x, g = (value.to(dtype) for value in client_data((3, 4, 4), 2)[rank])
+        with federated_statistics(layer, TWO_WEIGHTS[rank]):
+            found[name] = run_layer(layer, x, g)
+    return found
 
 
-@pytest.mark.parametrize(
-    ("dtype", "layer_dtype"),
-    [
-        *[(half, torch.float32) for half in HALVES],
-        *[(half, half) for half in HALVES],
-        (torch.float32, torch.float32),
-    ],
-    ids=str,
-)
-def test_every_element_type_is_as_exact_as_its_rounding(
-    dtype: torch.dtype, layer_dtype: torch.dtype
-) -> None:
-    data = [(x.to(dtype).double(), g.to(dtype).double()) for x, g in client_data((3, 4, 4), 2)]
-    p = [0.25, 0.75]
-    mean, variance = global_moments(p, [x for x, _ in data])
-    running = {"running_mean": 0.1 * mean, "running_var": 0.9 + 0.1 * variance}
-    torchs_own = run_layer(
-        fill(nn.BatchNorm2d(3)).to(layer_dtype), *(value.to(dtype) for value in data[0])
-    )
-    measured = on_ranks(2, rounded_step, dtype, layer_dtype)
-    for found, truth in zip(measured, layer_of_all_clients(data, p), strict=True):
-        assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in torchs_own.items()}
-        assert_close({name: found[name] for name in truth}, truth, 2 * ROUNDING[dtype])
-        assert_close({name: found[name] for name in running}, running, ROUNDING[layer_dtype])
+@cache
+def rounded_steps_by_rank() -> list[dict[str, Values]]:
+    return on_ranks(2, rounded_steps)
 
 
-def autocast_step(x: Tensor, layer: nn.Module) -> tuple[Values, Tensor]:
-    """The layer after a linear one under autocast to bfloat16; also the layer's input."""
+def dtypes(values: Values) -> dict[str, torch.dtype]:
+    return {name: value.dtype for name, value in values.items()}
+
+
+def expected_buffers(p: list[float], xs: list[Tensor]) -> Values:
+    """Running statistics after a new layer's first use."""
+    mean, variance = global_moments(p, xs)
+    return {"running_mean": 0.1 * mean, "running_var": 0.9 + 0.1 * variance}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_every_element_type_is_torchs_and_as_exact_as_its_rounding(name: str) -> None:
+    dtype, layer_dtype = ELEMENTS[name]
+    rounded = [(x.to(dtype), g.to(dtype)) for x, g in client_data((3, 4, 4), 2)]
+    torchs_own = run_layer(fill(nn.BatchNorm2d(3)).to(layer_dtype), *rounded[0])
+    data = [(x.double(), g.double()) for x, g in rounded]
+    running = expected_buffers(TWO_WEIGHTS, [x for x, _ in data])
+    truths = layer_of_all_clients(data, TWO_WEIGHTS)
+    for by_name, truth in zip(rounded_steps_by_rank(), truths, strict=True):
+        found = by_name[name]
+        assert dtypes(found) == dtypes(torchs_own)
+        assert_close({n: found[n] for n in truth}, truth, 2 * ROUNDING[dtype])
+        assert_close({n: found[n] for n in running}, running, ROUNDING[layer_dtype])
+
+
+def autocast_step(rank: int, layer: nn.Module) -> tuple[Values, Tensor]:
+    """One use on a linear layer's output under autocast to bfloat16; also that output."""
     linear = nn.Linear(4, 3)
     with torch.no_grad():
         linear.weight.copy_(randn(3, 4, seed=51))
-    seen: list[Tensor] = []
-    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        linear.bias.zero_()
+    x, g = client_data((4,), 2)[rank]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(linear(x))
-    y.float().square().sum().backward()
-    values = {"y": y.detach(), "d linear": linear.weight.grad, **dict(layer.named_buffers())}
-    return {name: value for name, value in values.items() if value is not None}, seen[0]
+        inputs = linear(x.float())
+        values = run_layer(layer, inputs, g[:, :3].bfloat16())
+    return values, inputs.detach()
 
 
 def autocast_on_this_rank() -> tuple[Values, Tensor]:
     rank = dist.get_rank()
-    layer = convert_batchnorm(nn.BatchNorm1d(3))
-    with federated_statistics(layer, (0.25, 0.75)[rank]):
-        return autocast_step(client_data((4,), 2)[rank][0].float(), layer)
+    layer = convert_batchnorm(fill(nn.BatchNorm1d(3)))
+    with federated_statistics(layer, TWO_WEIGHTS[rank]):
+        return autocast_step(rank, layer)
 
 
-def test_autocast_gives_torchs_types_and_statistics_of_the_rounded_values() -> None:
-    torchs_own, _ = autocast_step(client_data((4,), 2)[0][0].float(), nn.BatchNorm1d(3))
+def test_autocast_gives_torchs_types_and_the_pooled_problem_of_the_rounded_values() -> None:
+    torchs_own, _ = autocast_step(0, fill(nn.BatchNorm1d(3)))
     measured = on_ranks(2, autocast_on_this_rank)
-    inputs = [x for _, x in measured]
-    assert all(x.dtype == torch.bfloat16 for x in inputs)
-    mean, variance = global_moments([0.25, 0.75], [x.double() for x in inputs])
-    running = {"running_mean": 0.1 * mean, "running_var": 0.9 + 0.1 * variance}
-    for found, _ in measured:
-        assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in torchs_own.items()}
+    xs = [x for _, x in measured]
+    assert all(x.dtype == torch.bfloat16 for x in xs)
+    gs = [g[:, :3].bfloat16() for _, g in client_data((4,), 2)]
+    data = [(x.double(), g.double()) for x, g in zip(xs, gs, strict=True)]
+    running = expected_buffers(TWO_WEIGHTS, [x for x, _ in data])
+    truths = layer_of_all_clients(data, TWO_WEIGHTS)
+    for (found, _), truth in zip(measured, truths, strict=True):
+        assert dtypes(found) == dtypes(torchs_own)
+        assert_close({name: found[name] for name in truth}, truth, 2.0**-7)
         assert_close({name: found[name] for name in running}, running, 1e-6)
 
 
@@ -671,53 +739,78 @@ def test_output_and_derivative_keep_the_memory_format_of_the_input(
 # Compiled networks
 
 
+COMPILED = ["1d", "shared"]
+
+
 def gradients_inside_and_outside(case: str, backend: str | None) -> list[Values]:
     """Gradients outside, inside, outside and inside the context; compiled if there is a backend."""
     rank, clients = dist.get_rank(), dist.get_world_size()
-    p = networks.weights(clients)[rank]
     x, y = networks.batches(case, clients)[rank]
     module = convert_batchnorm(networks.network(case))
-    run: Callable[[Tensor], Tensor] = module
-    if backend is not None:
-        run = torch.compile(module, backend=backend)  # type: ignore[assignment]
+    run = module if backend is None else torch.compile(module, backend=backend)
     found = []
     for inside in (False, True, False, True):
         module.zero_grad()
-        if inside:
-            with federated_statistics(module, p):
-                cross_entropy(run(x), y).backward()
-        else:
+        with federation_if(inside, module, networks.weights(clients)[rank]):
             cross_entropy(run(x), y).backward()
         found.append({name: value.clone() for name, value in gradients(module).items()})
     return found
 
 
-def compiled_and_eager(case: str, backend: str) -> tuple[list[Values], list[Values]]:
-    compiled = gradients_inside_and_outside(case, backend)
-    return compiled, gradients_inside_and_outside(case, None)
+def federation_if(inside: bool, module: nn.Module, weight: float) -> AbstractContextManager[None]:
+    return federated_statistics(module, weight) if inside else nullcontext()
 
 
-COMPILED = [
-    ("1d", "aot_eager"),
-    ("shared", "aot_eager"),
-    ("2d", "aot_eager"),
-    pytest.param(
-        "1d",
-        "inductor",
-        marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++"),
-    ),
-]
+def compiled_and_eager() -> dict[str, tuple[list[Values], list[Values]]]:
+    return {
+        case: (
+            gradients_inside_and_outside(case, "aot_eager"),
+            gradients_inside_and_outside(case, None),
+        )
+        for case in COMPILED
+    }
 
 
-@pytest.mark.parametrize(("case", "backend"), COMPILED)
-def test_a_compiled_network_enters_and_leaves_the_context_as_an_eager_one(
-    case: str, backend: str
-) -> None:
-    for compiled, eager in on_ranks(2, compiled_and_eager, case, backend):
+@cache
+def compiled_and_eager_by_rank() -> list[dict[str, tuple[list[Values], list[Values]]]]:
+    return on_ranks(2, compiled_and_eager)
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_a_compiled_network_enters_and_leaves_the_context_as_an_eager_one(case: str) -> None:
+    for by_case in compiled_and_eager_by_rank():
+        compiled, eager = by_case[case]
         for measured, expected in zip(compiled, eager, strict=True):
             assert pooled.worst_relative_error(measured, expected) < 1e-12
         outside, inside = compiled[:2]
         assert pooled.worst_relative_error(inside, outside) > 1e-3
+
+
+def outputs_inside_and_outside(backend: str | None) -> list[Values]:
+    """Output outside the context, then output and gradient inside it; little to compile."""
+    rank = dist.get_rank()
+    torch.manual_seed(1)
+    linear = nn.Linear(4, 3, bias=False)
+    module = convert_batchnorm(nn.Sequential(linear, nn.BatchNorm1d(3)).double())
+    run = module if backend is None else torch.compile(module, backend=backend)
+    x, _ = client_data((4,), 2)[rank]
+    with torch.no_grad():
+        outside = run(x)
+    with federated_statistics(module, TWO_WEIGHTS[rank]):
+        inside = run(x)
+        (gradient,) = torch.autograd.grad(inside.pow(3).sum(), linear.weight)
+    return [{"y": outside}, {"y": inside.detach(), "d linear": gradient}]
+
+
+def inductor_and_eager() -> tuple[list[Values], list[Values]]:
+    return outputs_inside_and_outside("inductor"), outputs_inside_and_outside(None)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs g++")
+def test_the_default_backend_compiles_to_the_same_numbers() -> None:
+    for compiled, eager in on_ranks(2, inductor_and_eager):
+        for measured, expected in zip(compiled, eager, strict=True):
+            assert_close(measured, expected, 1e-12)
 
 
 # Ranks at different layers
@@ -739,39 +832,46 @@ def order_of(rank: int) -> list[str]:
     return ["left", "right"] if rank == 0 else ["right", "left"]
 
 
-def error_of_forward_mix_up() -> str:
+def error_of(mix_up: Callable[[nn.Module, Tensor], object]) -> str:
+    """What ``mix_up`` of two branches raises on this rank."""
     module = convert_batchnorm(TwoBranches(4, 4).double())
-    rank, clients = dist.get_rank(), dist.get_world_size()
-    with federated_statistics(module, 1 / clients):
+    with federated_statistics(module, 1 / dist.get_world_size()):
         try:
-            module(randn(5, 4), order_of(rank))
+            mix_up(module, randn(5, 4).requires_grad_())
         except RuntimeError as error:
             return str(error)
     return "no error"
 
 
-def error_of_backward_mix_up() -> str:
-    module = convert_batchnorm(TwoBranches(4, 4).double())
-    rank, clients = dist.get_rank(), dist.get_world_size()
-    x = randn(5, 4).requires_grad_()
-    with federated_statistics(module, 1 / clients):
-        y = module(x, ["left", "right"])
-        try:
-            for name in order_of(rank):
-                torch.autograd.grad(y[name].square().sum(), x)
-        except RuntimeError as error:
-            return str(error)
-    return "no error"
+def mix_up_forward(module: nn.Module, x: Tensor) -> None:
+    module(x, order_of(dist.get_rank()))
+
+
+def mix_up_backward(module: nn.Module, x: Tensor) -> None:
+    y = module(x, ["left", "right"])
+    for name in order_of(dist.get_rank()):
+        torch.autograd.grad(y[name].square().sum(), x)
+
+
+MIX_UPS = {"forward": mix_up_forward, "backward": mix_up_backward}
+
+
+def errors_of_mix_ups() -> dict[str, str]:
+    return {name: error_of(mix_up) for name, mix_up in MIX_UPS.items()}
+
+
+@cache
+def errors_of_mix_ups_by_rank(clients: int) -> list[dict[str, str]]:
+    return on_ranks(clients, errors_of_mix_ups)
 
 
 @pytest.mark.parametrize("clients", [2, 3])
-@pytest.mark.parametrize("mix_up", [error_of_forward_mix_up, error_of_backward_mix_up])
+@pytest.mark.parametrize("mix_up", MIX_UPS)
 def test_branches_of_one_width_in_different_orders_raise_on_every_rank(
-    mix_up: Callable[[], str], clients: int
+    mix_up: str, clients: int
 ) -> None:
-    messages = on_ranks(clients, mix_up)
-    for rank, message in enumerate(messages):
-        assert message.startswith(f"layer {order_of(rank)[0]}: another rank sent")
+    for rank, messages in enumerate(errors_of_mix_ups_by_rank(clients)):
+        assert messages[mix_up].startswith(f"layer {order_of(rank)[0]}: another rank sent")
 
 
 def forward_mix_up_of_widths(left: int, right: int) -> float:
@@ -781,13 +881,13 @@ def forward_mix_up_of_widths(left: int, right: int) -> float:
     return float(y["left"].sum() + y["right"].sum())
 
 
-@pytest.mark.parametrize("widths", [(3, 9), (9, 3)], ids=str)
-@pytest.mark.parametrize("clients", [2, 3])
+@pytest.mark.parametrize(("left", "right", "clients"), [(3, 9, 2), (9, 3, 3)])
 def test_branches_of_other_widths_in_different_orders_end_every_rank(
-    widths: tuple[int, int], clients: int, tmp_path: Path
+    left: int, right: int, clients: int, tmp_path: Path
 ) -> None:
+    meeting, widths = tmp_path / "rendezvous", (left, right)
     started = [
-        ranks._start(rank, clients, tmp_path / "rendezvous", forward_mix_up_of_widths, widths)
+        ranks._start(rank, clients, meeting, forward_mix_up_of_widths, widths)
         for rank in range(clients)
     ]
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import commands
@@ -111,3 +113,19 @@ def test_options_are_checked_without_torch(tmp_path: Path) -> None:
     )
     done = commands.run("python", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_agents_as_on_two_machines_make_one_job(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    words = ("--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint={endpoint}", "-m", "fedtan_hpc")
+    overrides = ("clients=2", *SHORT, "run_dir=here")
+    with ThreadPoolExecutor() as pool:
+        agents = [
+            pool.submit(commands.run, "torchrun", *words, *overrides, cwd=tmp_path) for _ in "ab"
+        ]
+        done = [agent.result() for agent in agents]
+    assert [agent.returncode for agent in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert sum(agent.stdout.count("Result") for agent in done) == 1
+    assert json.loads((tmp_path / "here" / "summary.json").read_text())["world_size"] == 2

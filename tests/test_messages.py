@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from fedtan_hpc import messages
 from fedtan_hpc.messages import GlobalMoments, Share
+
+Exact: TypeAlias = tuple[Fraction, Fraction]
+"""Mean and variance of one channel."""
 
 CHANNELS = 16
 WEIGHTS = {
@@ -53,15 +57,19 @@ def naive_variance(p: list[float], xs: list[Tensor]) -> Tensor:
     return second - mean * mean
 
 
-def fractions_of_moments(p: list[float], local: list[tuple[float, float]]) -> tuple[Fraction, ...]:
-    """Exact mean and variance of one channel from the clients' (mean, variance)."""
+def total(values: Iterable[Fraction]) -> Fraction:
+    return sum(values, Fraction(0))
+
+
+def fractions_of_moments(p: list[float], local: list[tuple[float, float]]) -> Exact:
+    """Mean and variance of one channel from the clients' (mean, variance)."""
     exact = [(Fraction(w), Fraction(m), Fraction(v)) for w, (m, v) in zip(p, local, strict=True)]
-    total = sum(w for w, _, _ in exact)
-    mean = sum(w * m for w, m, _ in exact) / total
-    return mean, sum(w * (v + (m - mean) ** 2) for w, m, v in exact) / total
+    weights = total(w for w, _, _ in exact)
+    mean = total(w * m for w, m, _ in exact) / weights
+    return mean, total(w * (v + (m - mean) ** 2) for w, m, v in exact) / weights
 
 
-def exact_from_moments(p: list[float], xs: list[Tensor]) -> list[tuple[Fraction, ...]]:
+def exact_from_moments(p: list[float], xs: list[Tensor]) -> list[Exact]:
     local = [moments(x) for x in xs]
     return [
         fractions_of_moments(p, [(m[c].item(), v[c].item()) for m, v in local])
@@ -69,16 +77,14 @@ def exact_from_moments(p: list[float], xs: list[Tensor]) -> list[tuple[Fraction,
     ]
 
 
-def exact_from_values(p: list[float], xs: list[Tensor]) -> list[tuple[Fraction, ...]]:
-    total = sum(map(Fraction, p))
+def exact_from_values(p: list[float], xs: list[Tensor]) -> list[Exact]:
+    weights = total(map(Fraction, p))
     found = []
     for c in range(CHANNELS):
         columns = [[Fraction(value) for value in x[:, c].tolist()] for x in xs]
-        parts = [(Fraction(w) / total / len(x), x) for w, x in zip(p, columns, strict=True)]
-        mean = sum((w * sum(column) for w, column in parts), Fraction(0))
-        variance = sum(
-            (w * sum((v - mean) ** 2 for v in column) for w, column in parts), Fraction(0)
-        )
+        parts = [(Fraction(w) / weights / len(x), x) for w, x in zip(p, columns, strict=True)]
+        mean = total(w * total(column) for w, column in parts)
+        variance = total(w * total((v - mean) ** 2 for v in column) for w, column in parts)
         found.append((mean, variance))
     return found
 
@@ -88,9 +94,7 @@ def worst_error(measured: Tensor, exact: list[Fraction]) -> float:
     return max(abs(float(Fraction(value) / truth - 1)) for value, truth in pairs)
 
 
-def errors(
-    name: str, offset: float, truth: Callable[..., list[tuple[Fraction, ...]]]
-) -> tuple[float, float]:
+def errors(name: str, offset: float, truth: Callable[..., list[Exact]]) -> tuple[float, float]:
     """Worst relative errors of mean and variance."""
     p = WEIGHTS[name]
     xs = batches(len(p), offset)
