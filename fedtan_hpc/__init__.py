@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .average import average_model
-    from .batchnorm import FedTANBatchNorm, convert_batchnorm, federated_statistics
+    from .batchnorm import (
+        FedTANBatchNorm,
+        convert_batchnorm,
+        federated_backward,
+        federated_statistics,
+    )
     from .config import Config
     from .job import run
     from .metrics import Summary
@@ -24,6 +29,7 @@ __all__ = [
     "Summary",
     "average_model",
     "convert_batchnorm",
+    "federated_backward",
     "federated_statistics",
     "run",
 ]
@@ -35,6 +41,7 @@ _HOME = {
     "Summary": "metrics",
     "average_model": "average",
     "convert_batchnorm": "batchnorm",
+    "federated_backward": "batchnorm",
     "federated_statistics": "batchnorm",
     "run": "job",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import comm
 from .federation import Federation
+from .lockstep import Lockstep
+from .messages import merge
 from .normalise import GlobalNormalise
 
 _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -104,10 +107,9 @@ def _as_fedtan(layer: _BatchNorm, name: str) -> FedTANBatchNorm:
     return converted
 
 
-@contextmanager
 def federated_statistics(
     module: nn.Module, weight: float, group: comm.Group = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Make the statistics of ``module``'s BN layers global while the context is open.
 
     ``weight`` is this rank's p_k; the weights of the group's ranks (default: all ranks) must be
@@ -118,12 +120,55 @@ def federated_statistics(
     Raises ``ValueError`` if the module has unconverted BN layers, or (from a layer's forward pass,
     on every rank) if the weights are not as said.
     """
+    return _global_statistics(module, weight, group, lockstep=None)
+
+
+def federated_backward(
+    modules: Sequence[nn.Module],
+    losses: Sequence[Callable[[], Tensor]],
+    weights: Sequence[float],
+    group: comm.Group = None,
+) -> list[Tensor]:
+    """Forward and backward pass of all clients of this rank, with global statistics.
+
+    Client k has a module of its own, a function ``losses[k]`` that runs it and returns the loss
+    F_k (0-d), and the weight p_k; the weights of all clients of all ranks sum to 1.  Gradients are
+    added to the modules' parameters, and the losses are returned, detached.  The clients run in
+    lock-step: still one collective per BN layer forward and one backward for all of them together,
+    whatever the sizes of their batches.  A rank without a client gives one module, a batch of one
+    sample and the weight 0.
+
+    Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
+    are not equally many, or a module serves two clients.
+    """
+    if not len(modules) == len(losses) == len(weights) >= 1:
+        raise ValueError("modules, losses and weights must be equally many, and at least one")
+    if len({id(module) for module in modules}) < len(modules):
+        raise ValueError("every client needs a module of its own, for example a copy.deepcopy")
+    passes = [partial(_forward_and_backward, loss) for loss in losses]
+    if len(modules) == 1:
+        with federated_statistics(modules[0], weights[0], group):
+            return [passes[0]()]
+    lockstep = Lockstep(passes, lambda parts: comm.sum_for_training(merge(parts), group))
+    with ExitStack() as stack:
+        for module, weight in zip(modules, weights, strict=True):
+            stack.enter_context(_global_statistics(module, weight, group, lockstep))
+        return lockstep.run()
+
+
+def _forward_and_backward(loss: Callable[[], Tensor]) -> Tensor:
+    value = loss()
+    value.backward()
+    return value.detach()
+
+
+@contextmanager
+def _global_statistics(
+    module: nn.Module, weight: float, group: comm.Group, lockstep: Lockstep[Tensor] | None
+) -> Iterator[None]:
     layers = _layers(module)
-    before = (
-        [layer._federation for layer in layers.values()],
-        [layer._index for layer in layers.values()],
-    )
-    federation = Federation(float(weight), group, list(layers))
+    before = [(layer._federation, layer._index) for layer in layers.values()]
+    federation = Federation(float(weight), group, list(layers), lockstep)
     for index, layer in enumerate(layers.values()):
         layer._federation, layer._index = federation, index
     try:
@@ -131,7 +176,7 @@ def federated_statistics(
         federation.close()
     finally:
         federation.is_open = False
-        for layer, outer, index in zip(layers.values(), *before, strict=True):
+        for layer, (outer, index) in zip(layers.values(), before, strict=True):
             layer._federation, layer._index = outer, index
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from . import comm, messages
+from .lockstep import Lockstep
 from .messages import GlobalMoments, Share
 
 
@@ -28,18 +29,16 @@ class LayerCall:
         """One collective: the rank's moments in, the global ones out."""
         tag = 2 * self.number
         message = messages.pack_moments(tag, share, mean_C, variance_C)
-        self._send(message, tag, messages.check_moments)
-        return messages.unpack_moments(message)
+        return messages.unpack_moments(self._send(message, tag, messages.check_moments))
 
     def share_derivatives(self, share: Share, sums_2C: Tensor) -> Tensor:
         """One collective: the rank's two sums per channel in, sum_k p_k sums_k out; float64."""
         tag = 2 * self.number + 1
         message = messages.pack_derivatives(tag, share, sums_2C)
-        self._send(message, tag, messages.check_derivatives)
-        return messages.unpack_derivatives(message)
+        return messages.unpack_derivatives(self._send(message, tag, messages.check_derivatives))
 
-    def _send(self, message: Tensor, tag: int, check: Callable[[Tensor, int, int], None]) -> None:
-        comm.sum_for_training(message, self.federation.group)
+    def _send(self, message: Tensor, tag: int, check: Callable[[Tensor, int, int], None]) -> Tensor:
+        message = self.federation.sum(message)
 
         def verify() -> None:
             try:
@@ -48,6 +47,7 @@ class LayerCall:
                 raise type(error)(f"layer {self.layer}: {error}") from None
 
         self.federation.verify_soon(verify, now=message.device.type == "cpu")
+        return message
 
 
 @dataclass
@@ -58,12 +58,20 @@ class Federation:
     group: comm.Group
     layers: Sequence[str]
     """Names of the module's BN layers, in the module's order."""
+    lockstep: Lockstep[Tensor] | None = None
+    """Where this client meets the rank's other ones; None if it is the only one."""
     is_open: bool = True
     _calls: list[int] = field(default_factory=list)
     _unverified: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._calls = [0] * len(self.layers)
+
+    def sum(self, message: Tensor) -> Tensor:
+        """The sum over the clients of this rank and of all ranks; one collective."""
+        if self.lockstep is None:
+            return comm.sum_for_training(message, self.group)
+        return self.lockstep.meet(message)
 
     def call(self, index: int) -> LayerCall:
         """The next call of layer ``index``; counted from 1, so that no number is 0."""

@@ -16,6 +16,7 @@ Shapes: C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -28,6 +29,11 @@ WEIGHT_TOLERANCE = 1e-6
 """How far from 1 the weights' sum may be."""
 
 _HEADER = 7
+
+_MIXED = (
+    "another rank sent the statistics of another layer: all ranks must run the same layers in the "
+    "same order, all eagerly or all compiled"
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,16 @@ def unpack_derivatives(message: Tensor) -> Tensor:
     return message[2:]
 
 
+def merge(parts: Sequence[Tensor]) -> Tensor:
+    """The messages of one rank's clients, of one layer, as the message of that rank."""
+    first = parts[0]
+    if any(part.shape != first.shape or part[0] != first[0] for part in parts):
+        raise RuntimeError(_MIXED)
+    total = torch.stack(list(parts)).sum(0)
+    total[:2] = first[:2]  # the tag stays one rank's
+    return total
+
+
 def check_moments(message: Tensor, tag: int, ranks: int) -> None:
     """Raise what a summed forward message shows to be wrong; it shows the same to every rank.
 
@@ -146,10 +162,7 @@ def check_derivatives(message: Tensor, tag: int, ranks: int) -> None:
 
 def _check_tags(tags: float, squares: float, tag: int, ranks: int) -> None:
     if tags != ranks * tag or squares != ranks * tag * tag:
-        raise RuntimeError(
-            "another rank sent the statistics of another layer: all ranks must run the same "
-            "layers in the same order, all eagerly or all compiled"
-        )
+        raise RuntimeError(_MIXED)
 
 
 def _split(value: Tensor, low: Tensor | float = 0.0) -> Halves:

@@ -20,6 +20,7 @@ ROOMS = [
     "device",
     "comm",
     "messages",
+    "lockstep",
     "federation",
     "normalise",
     "batchnorm",

@@ -295,9 +295,10 @@ def part_ways(config: Config) -> str:
             next(model.parameters()).data.view(-1)[0] += 1e-6
         return check(model)
 
-    setattr(agreement, "ranks_that_differ", sabotaged)  # noqa: B010
-    with pytest.raises(RunError) as caught:
-        trainer.train([])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "ranks_that_differ", sabotaged)
+        with pytest.raises(RunError) as caught:
+            trainer.train([])
     return str(caught.value)
 
 

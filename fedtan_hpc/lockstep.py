@@ -1,0 +1,99 @@
+"""Several clients of one rank, layer by layer side by side: one thread each, one running at a time.
+
+Each client's forward and backward pass is the ordinary one.  Where it needs the other clients'
+statistics it leaves its message and lets the next client run; the last one sends the sum of all
+messages, and each goes on with the answer.  Clients may have batches of any size, and the order
+of the collectives is that of a single client, whatever the number of clients.
+
+For CPU tensors only: on a GPU all backward passes share one thread, which cannot wait for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+_UNLIKE = "the clients of one rank did not run the same layers"
+
+
+class Lockstep(Generic[Result]):
+    """Runs functions together, which meet in ``meet``; ``send`` adds up what they bring."""
+
+    def __init__(
+        self, functions: Sequence[Callable[[], Result]], send: Callable[[list[Tensor]], Tensor]
+    ) -> None:
+        self._functions = functions
+        self._send = send
+        self._turns = [threading.Semaphore(0) for _ in functions]
+        self._done = threading.Semaphore(0)
+        self._lane_of_thread = threading.local()
+        self._brought: list[Tensor] = []
+        self._answer: Tensor | None = None
+        self._results: dict[int, Result] = {}
+        self._error: BaseException | None = None
+
+    def run(self) -> list[Result]:
+        """Results of all functions, in order; the first error of any of them is raised."""
+        grad, threads = torch.is_grad_enabled(), []
+        for lane in range(len(self._functions)):
+            threads.append(threading.Thread(target=self._run_lane, args=(lane, grad), daemon=True))
+            threads[-1].start()
+        self._turns[0].release()
+        self._done.acquire()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        return [self._results[lane] for lane in range(len(self._functions))]
+
+    def meet(self, message: Tensor) -> Tensor:
+        """Called by every function at the same points: the answer to all their messages."""
+        if message.device.type != "cpu":
+            raise RuntimeError("clients in lock-step threads must be on the CPU")
+        lane: int = self._lane_of_thread.number
+        if lane != len(self._brought) or self._results:
+            raise RuntimeError(_UNLIKE)
+        self._brought.append(message)
+        if lane == len(self._functions) - 1:
+            self._answer = self._send(self._brought)
+            self._brought = []
+        self._hand_over(lane)
+        assert self._answer is not None
+        return self._answer
+
+    def _hand_over(self, lane: int) -> None:
+        """Let the next client run, and wait for the turn to come round."""
+        self._turns[(lane + 1) % len(self._turns)].release()
+        self._turns[lane].acquire()
+        if self._error is not None:
+            raise _OtherFailed
+
+    def _run_lane(self, lane: int, grad: bool) -> None:
+        self._lane_of_thread.number = lane
+        self._turns[lane].acquire()
+        try:
+            if self._error is None:
+                with torch.set_grad_enabled(grad):
+                    self._results[lane] = self._functions[lane]()
+        except _OtherFailed:
+            pass
+        except BaseException as error:
+            self._error = error
+        if lane < len(self._functions) - 1:
+            self._turns[lane + 1].release()
+            return
+        if self._error is None and len(self._results) < len(self._functions):
+            self._error = RuntimeError(_UNLIKE)
+        for turn in self._turns:  # after an error some may still wait for theirs
+            turn.release()
+        self._done.release()
+
+
+class _OtherFailed(Exception):
+    """Another client of this rank failed; this one ends too."""
