@@ -8,15 +8,19 @@ from torch import Tensor, nn
 from . import comm
 from .average import model_tensors
 
-_BITS_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_WORD_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 """At most 32 bits at a time, so that none is among those that the sum loses."""
+_ODD = (1_000_003, 0x51_7C_C1_B7_27_22_0A_95, 0x2545_F491_4F6C_DD1D)
 _KEEP_62_BITS = (1 << 62) - 1  # so that the negative exists too
 
 
 @torch.no_grad()
 def ranks_that_differ(module: nn.Module) -> list[int]:
     """Ranks whose model is not rank 0's, the same list on every rank; empty if all agree."""
-    checksum = _checksum(model_tensors(module))
+    tensors = model_tensors(module)
+    if not tensors:
+        return []
+    checksum = _checksum(tensors)
     largest, smallest_negated = comm.max_over_ranks(torch.stack([checksum, -checksum]))
     if largest == -smallest_negated:
         return []
@@ -25,11 +29,18 @@ def ranks_that_differ(module: nn.Module) -> list[int]:
 
 
 def _checksum(tensors: list[Tensor]) -> Tensor:
-    """A 62-bit sum of all bits, weighted by place; 0-d int64."""
+    """A 62-bit sum over all words of 32 bits or less, each scrambled with its place; 0-d int64."""
     total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
         value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        bits = value.reshape(-1).view(_BITS_OF_SIZE[value.element_size()])
-        place = torch.arange(1, 2 * bits.numel() + 1, 2, device=bits.device)
-        total = total * 1_000_003 + (bits * place).sum()
+        words = value.reshape(-1).view(_WORD_OF_SIZE[value.element_size()])
+        place = torch.arange(1, words.numel() + 1, device=words.device)
+        total = total * _ODD[0] + _scramble(words + place * _ODD[1]).sum()
     return total & _KEEP_62_BITS
+
+
+def _scramble(value: Tensor) -> Tensor:
+    """Multiply and fold: no simple pair of changes cancels in a sum of the results."""
+    value = value * _ODD[2]
+    value = (value ^ (value >> 29)) * _ODD[1]
+    return value ^ (value >> 32)

@@ -1,9 +1,9 @@
-"""The model average that ends a round."""
+"""Weighted sums of models over the clients of a rank and over the ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from . import comm
 _HEADER = 2
 
 
-@torch.no_grad()
 def average_model(module: nn.Module, weight: float, group: comm.Group = None) -> None:
     """Set parameters and floating-point buffers to sum_k p_k value_k over the group's ranks.
 
@@ -23,51 +22,102 @@ def average_model(module: nn.Module, weight: float, group: comm.Group = None) ->
     Raises ``ValueError`` on every rank if a weight is negative or not finite, or the weights do
     not sum to 1; the model is then unchanged.
     """
-    groups = list(_by_dtype(module).values())
-    sums = [_weighted_sum(tensors, float(weight), group) for tensors in groups]
-    for message in sums:
-        _check_weights(message[:_HEADER], comm.world_size(group))
-    for tensors, message in zip(groups, sums, strict=True):
-        parts = torch.split(message[_HEADER:], [tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+    average_models([module], [weight], group)
 
 
-def _weighted_sum(tensors: list[Tensor], weight: float, group: comm.Group) -> Tensor:
-    """One collective; a header of the weight and the count of bad weights, then p times values."""
-    valid = math.isfinite(weight) and weight >= 0
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    size = sum(tensor.numel() for tensor in tensors)
-    message = torch.zeros(_HEADER + size, dtype=wide, device=tensors[0].device)
-    if valid and weight > 0:
-        values = [tensor.reshape(-1) for tensor in tensors]
-        torch.cat(values, out=message[_HEADER:]).mul_(weight)
-    message[:_HEADER] = message.new_tensor([weight if valid else 0.0, 0.0 if valid else 1.0])
-    return comm.sum_for_training(message, group)
+def average_models(
+    modules: Sequence[nn.Module], weights: Sequence[float], group: comm.Group = None
+) -> None:
+    """``average_model`` for several clients of a rank: each module becomes the global model.
+
+    The weights of all clients of all ranks sum to 1.
+    """
+    total = ModelSum(modules[0])
+    for module, weight in zip(modules, weights, strict=True):
+        total.add(module, weight)
+    total.over_ranks(group)
+    for module in modules:
+        total.copy_to(module)
+
+
+class ModelSum:
+    """sum_k p_k of a model's floating-point tensors, in one flat message per dtype.
+
+    A message begins with the sum of the weights and the count of bad ones.  With ``counters``
+    integer buffers travel along in the first message: they are the same on all clients that train,
+    and so reach a rank that has no client.
+    """
+
+    def __init__(self, module: nn.Module, counters: bool = False) -> None:
+        self._counters = counters
+        self._weight, self._bad = 0.0, 0
+        self._messages = [
+            torch.zeros(
+                _HEADER + sum(tensor.numel() for tensor in tensors),
+                dtype=torch.promote_types(tensors[0].dtype, torch.float32),
+                device=tensors[0].device,
+            )
+            for tensors in self._groups(module)
+        ]
+
+    @torch.no_grad()
+    def add(self, module: nn.Module, weight: float) -> None:
+        """Add p times the values of ``module``; nothing for weight 0 or a bad weight."""
+        weight = float(weight)
+        valid = math.isfinite(weight) and weight >= 0
+        self._weight += weight if valid else 0.0
+        self._bad += not valid
+        if not valid or weight == 0 or weight > 2:  # more than 1 fails the check anyway
+            return
+        for message, tensors in zip(self._messages, self._groups(module), strict=True):
+            values = torch.cat([tensor.reshape(-1).to(message.dtype) for tensor in tensors])
+            message[_HEADER:].add_(values, alpha=weight)
+
+    def over_ranks(self, group: comm.Group = None) -> None:
+        """Add up the sums of all ranks; one collective per dtype.
+
+        Raises ``ValueError`` on every rank for weights that are not shares of 1.
+        """
+        for message in self._messages:
+            message[:_HEADER] = message.new_tensor([self._weight, self._bad])
+            comm.sum_for_training(message, group)
+        for message in self._messages:
+            _check_weights(message[:_HEADER], comm.world_size(group))
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Give ``module`` the summed values."""
+        for message, tensors in zip(self._messages, self._groups(module), strict=True):
+            parts = torch.split(message[_HEADER:], [tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                value = part if tensor.is_floating_point() else part.round()
+                tensor.copy_(value.view(tensor.shape))
+
+    def _groups(self, module: nn.Module) -> list[list[Tensor]]:
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        counters = []
+        for tensor in model_tensors(module):
+            value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            if value.is_floating_point():
+                groups.setdefault(value.dtype, []).append(value.detach())
+            elif self._counters:
+                counters.append(value)
+        found = list(groups.values())
+        if found:
+            found[0] = found[0] + counters
+        return found
 
 
 def _check_weights(header: Tensor, ranks: int) -> None:
     total, bad = header.tolist()
     tolerance = 1e-6 + ranks * torch.finfo(header.dtype).eps
     if bad:
-        raise ValueError(f"{bad:.0f} of {ranks} weights are negative or not finite")
+        raise ValueError(f"{bad:.0f} weights on {ranks} ranks are negative or not finite")
     if not abs(total - 1) <= tolerance:  # true for nan too
         raise ValueError(f"the weights sum to {total:.7g} over {ranks} ranks, not to 1")
 
 
 def model_tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers, each once, in the module's order."""
-    return list(_unique([*module.parameters(), *module.buffers()]))
-
-
-def _by_dtype(module: nn.Module) -> dict[torch.dtype, list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in model_tensors(module):
-        value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        if value.is_floating_point():
-            groups.setdefault(value.dtype, []).append(value)
-    return groups
-
-
-def _unique(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    return {id(tensor): tensor for tensor in tensors}.values()
+    tensors = [*module.parameters(), *module.buffers()]
+    return list({id(tensor): tensor for tensor in tensors}.values())

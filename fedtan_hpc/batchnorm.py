@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,12 @@ class FedTANBatchNorm(_BatchNorm):
         self._update_running_statistics(mean_C, variance_C * (count / (count - 1)))
         return y  # type: ignore[no-any-return]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles made inside a context do not belong to it."""
+        state = self.__dict__.copy()
+        state.pop("_federation", None)
+        return state
+
     @torch.no_grad()
     def _update_running_statistics(self, mean_C: Tensor, variance_C: Tensor) -> None:
         """Move towards the global mean and unbiased variance, the same bits on every rank."""
@@ -76,7 +83,7 @@ def convert_batchnorm(module: nn.Module) -> nn.Module:
     changed in place and returned; if it is a BN layer itself, the new layer is returned.
 
     Raises ``ValueError`` for other kinds of BN (lazy, quantised, a subclass of one's own), whose
-    behaviour the conversion would lose.
+    behaviour the conversion would lose; layers found before it are then converted already.
     """
     return _convert(module, "", {})
 

@@ -14,7 +14,6 @@ from .config import (
     ModelName,
     PartitionName,
 )
-from .environment import RankInfo
 from .errors import ConfigError, mistake
 from .limits import MINIMUM_SAMPLES, TEST_SHARE
 
@@ -33,17 +32,6 @@ def check(config: Config) -> None:
         raise ConfigError(*mistakes)
 
 
-def check_ranks(config: Config, info: RankInfo) -> None:
-    """Raise ``ConfigError`` unless there is one rank for each client."""
-    if config.clients != info.world_size:
-        remedy = (
-            f"start `torchrun --nproc-per-node {config.clients} -m fedtan_hpc` "
-            f"or set clients={info.world_size}"
-        )
-        allowed = f"the number of ranks, {info.world_size}, for each rank hosts one client"
-        raise ConfigError(mistake("clients", config.clients, allowed, remedy))
-
-
 def _counts(config: Config) -> Iterator[str]:
     """Whole numbers with a lower bound."""
     bounds = {
@@ -54,12 +42,19 @@ def _counts(config: Config) -> Iterator[str]:
         "seed": (config.seed, 0),
         "eval_every": (config.eval_every, 1),
         "threads": (config.threads, 1),
+        "cohort.max_stacked": (config.cohort.max_stacked, 1),
     }
+    if config.clients_per_round is not None:
+        bounds["clients_per_round"] = (config.clients_per_round, 1)
     if config.check_every is not None:
         bounds["check_every"] = (config.check_every, 1)
     for option, (value, least) in bounds.items():
         if value < least:
             yield mistake(option, value, f"a whole number >= {least}", f"set {option}={least}")
+    if (config.clients_per_round or 1) > max(config.clients, 1):
+        allowed = f"1 to clients, {config.clients}"
+        remedy = f"set clients_per_round={config.clients} or leave it out"
+        yield mistake("clients_per_round", config.clients_per_round, allowed, remedy)
 
 
 def _numbers(config: Config) -> Iterator[str]:

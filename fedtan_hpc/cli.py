@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import environment
-from .checks import check, check_ranks
+from .checks import check
 from .config import Config
 from .errors import ConfigError, RunError
 from .explain import explain, unknown
@@ -35,10 +35,9 @@ def main() -> None:
     """Run the job that the command line describes, or each of a sweep's (-m) in turn."""
     try:
         configs = compose()
-        info = environment.detect()
+        environment.detect()
         for config in configs:
             check(config)
-            check_ranks(config, info)
         from .job import run  # torch loads here, after all that can go wrong without it
 
         for config in configs:

@@ -1,74 +1,99 @@
-"""The clients that a rank hosts, and their local steps.  Each rank hosts one."""
+"""The clients that a rank hosts in a round: their local steps, and their part of the average.
+
+Steps with global statistics run all clients of the rank in lock-step, each on a replica of the
+model.  Other steps run one client after another.  A rank without a client takes part in the
+synchronised steps with one sample and the weight 0.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import copy
+from collections.abc import Sequence
+from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from .algorithms import Algorithm
-from .batchnorm import federated_statistics
-from .data import Samples, batch_indices
-
-
-@dataclass(frozen=True)
-class Client:
-    """A client: its number, its weight p_k (share of all training samples), its samples."""
-
-    number: int
-    weight: float
-    samples: Samples
+from .average import ModelSum
+from .batchnorm import federated_backward
+from .clients import Client
+from .data import Samples
+from .local_training import LocalRun, LocalTraining, loss_of
 
 
-@dataclass(frozen=True)
-class LocalTraining:
-    """How a client trains in a round; SGD is made afresh, so no momentum survives a round."""
+class Cohort:
+    """Trains a rank's clients from the global model and makes the next global model."""
 
-    algorithm: Algorithm
-    local_steps: int
-    batch_size: int
-    momentum: float
-    weight_decay: float
-    seed: int
+    def __init__(self, model: nn.Module, training: LocalTraining, dummy: Samples) -> None:
+        self.model = model
+        """The global model between rounds; also the first client's in a round."""
+        self._training = training
+        self._dummy = dummy
+        self._replicas: list[nn.Module] = [model]
 
-    def run(
-        self, model: nn.Module, client: Client, round_number: int, learning_rate: float
-    ) -> Tensor:
-        """Train ``model`` in place on the client's samples; its mean loss, 0-d float64."""
-        model.train()
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
-        losses = []
-        for step, batch in enumerate(self._batches(client, round_number)):
-            optimizer.zero_grad()
-            with self._statistics(step, model, client.weight):
-                loss = cross_entropy(model(batch.inputs), batch.labels)
-                loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).double().mean()
+    def train(
+        self, clients: Sequence[Client], round_number: int, learning_rate: float
+    ) -> list[Tensor]:
+        """One round of ``clients`` (none to many); their mean losses, 0-d float64 each.
 
-    def _batches(self, client: Client, round_number: int) -> list[Samples]:
-        indices_EB = batch_indices(
-            len(client.samples),
-            self.batch_size,
-            self.local_steps,
-            self.seed,
-            client.number,
-            round_number,
-        ).to(client.samples.labels.device)
-        return [client.samples[indices_B] for indices_B in indices_EB]
+        Afterwards ``model`` is the new global model, the same on all ranks.
+        """
+        total = ModelSum(self.model, counters=True)
+        if self._training.algorithm.synchronised_steps == 0 and len(clients) > 1:
+            runs = self._one_after_another(clients, round_number, learning_rate, total)
+        else:
+            runs = self._side_by_side(clients, round_number, learning_rate, total)
+        total.over_ranks()
+        total.copy_to(self.model)
+        return [run.mean_loss() for run in runs]
 
-    def _statistics(
-        self, step: int, model: nn.Module, weight: float
-    ) -> AbstractContextManager[None]:
-        if step < self.algorithm.synchronised_steps:
-            return federated_statistics(model, weight)
-        return nullcontext()
+    def _side_by_side(
+        self, clients: Sequence[Client], number: int, rate: float, total: ModelSum
+    ) -> list[LocalRun]:
+        """Each client on a replica of its own, in lock-step while statistics are global."""
+        models = self._replicas_for(max(1, len(clients)))
+        runs = [
+            self._training.start(model, client, number, rate)
+            for model, client in zip(models, clients, strict=False)
+        ]
+        for _ in range(self._training.algorithm.synchronised_steps):
+            self._synchronised_step(models, runs)
+        for run in runs:
+            run.remaining_steps()
+            total.add(run.model, run.client.weight)
+        return runs
+
+    def _synchronised_step(self, models: Sequence[nn.Module], runs: Sequence[LocalRun]) -> None:
+        if not runs:
+            models[0].train()
+            federated_backward(models, [partial(loss_of, models[0], self._dummy)], [0.0])
+            return
+        weights = [run.client.weight for run in runs]
+        losses = federated_backward(models, [run.loss for run in runs], weights)
+        for run, loss in zip(runs, losses, strict=True):
+            run.step(loss)
+
+    def _one_after_another(
+        self, clients: Sequence[Client], number: int, rate: float, total: ModelSum
+    ) -> list[LocalRun]:
+        """All clients on one replica, each from the global model."""
+        [_, replica] = self._replicas_for(2)
+        runs = []
+        for client in clients:
+            _copy(self.model, replica)
+            runs.append(self._training.start(replica, client, number, rate))
+            runs[-1].remaining_steps()
+            total.add(replica, client.weight)
+        return runs
+
+    def _replicas_for(self, clients: int) -> list[nn.Module]:
+        """The model and copies of it, as many as ``clients``, all with the global values."""
+        while len(self._replicas) < clients:
+            self._replicas.append(copy.deepcopy(self.model))
+        del self._replicas[clients:]
+        for replica in self._replicas[1:]:
+            _copy(self.model, replica)
+        return list(self._replicas)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    target.load_state_dict(source.state_dict())

@@ -59,6 +59,28 @@ class BackendName(Choice):
     nccl = "nccl"
 
 
+class ParticipationName(Choice):
+    """How a round's participants are drawn."""
+
+    uniform = "uniform"
+    weighted = "weighted"
+
+
+class PrecisionName(Choice):
+    """Floating-point type of model and data."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class CohortMode(Choice):
+    """How a rank runs the local steps of its clients."""
+
+    auto = "auto"
+    stacked = "stacked"
+    sequential = "sequential"
+
+
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
     """Group ``algorithm``."""
@@ -144,8 +166,18 @@ class CommConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CohortConfig:
+    """Group ``cohort``: the clients that one rank hosts in a round."""
+
+    mode: CohortMode = CohortMode.auto
+    """Local steps of a rank's clients: stacked, or sequential; auto is the faster on the device."""
+    max_stacked: int = 16
+    """Most clients of a rank that are stacked at a time, in steps that need not all be at once."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
-    """A whole job.  The default is five clients with two digits each, one client per rank."""
+    """A whole job.  The default is five clients with two digits each."""
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -154,8 +186,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     comm: CommConfig = field(default_factory=CommConfig)
+    cohort: CohortConfig = field(default_factory=CohortConfig)
     clients: int = 5
-    """Number of clients; each rank hosts one, so it equals the number of ranks."""
+    """Number of clients, on any number of ranks."""
+    clients_per_round: int | None = None
+    """Clients that take part in a round, drawn by seed and round; null: all."""
+    participation: ParticipationName = ParticipationName.uniform
+    """uniform: equal chances, weights p_k renormalised; weighted: chances p_k, equal weights."""
     rounds: int = 100
     """Communication rounds: local steps, then one average of the models."""
     local_steps: int = 5
@@ -170,6 +207,8 @@ class Config:
     """Rounds between checks that all ranks hold the same model; null: when evaluating."""
     device: DeviceName = DeviceName.auto
     """Where ranks compute: auto is cuda where there is one, else cpu."""
+    precision: PrecisionName = PrecisionName.float32
+    """Floating-point type of model and data; float64 is for exact comparisons."""
     threads: int = 1
     """CPU threads of a rank."""
     run_dir: str | None = None

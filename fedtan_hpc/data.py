@@ -28,9 +28,9 @@ class Samples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> Samples:
-        """The same samples on ``device``."""
-        return Samples(self.inputs.to(device), self.labels.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Samples:
+        """The same samples on ``device``, the inputs in ``dtype``."""
+        return Samples(self.inputs.to(device, dtype), self.labels.to(device))
 
     def __getitem__(self, chosen: Tensor | slice) -> Samples:
         return Samples(self.inputs[chosen], self.labels[chosen])

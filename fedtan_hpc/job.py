@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__, comm, device, environment, files, models, run_folder
-from .checks import check, check_ranks
+from .checks import check
 from .config import Config
 from .device import Place
 from .display import Display, show_result
@@ -35,7 +35,6 @@ def run(config: Config) -> Summary:
     started = time.perf_counter()
     check(config)
     info = _rank_info()
-    check_ranks(config, info)
     place = device.choose(config, info)
     torch.set_num_threads(config.threads)
     with _process_group(config, info, place):
@@ -91,7 +90,7 @@ def _train(config: Config, info: RankInfo, place: Place, folder: Path, started: 
             f"launcher {info.launcher}, ranks {info.world_size}, backend {_backend(place)}, "
             f"device {place.device}, threads per rank {config.threads}, run_dir {folder}"
         )
-    trainer = prepare(config, info, place)
+    trainer = prepare(config, place)
     logs: list[NullLog] = [RunLog(folder), Display(config.rounds)] if info.rank == 0 else []
     try:
         records = trainer.train(logs)

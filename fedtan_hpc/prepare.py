@@ -1,43 +1,45 @@
-"""From the options to a trainer: data, partition, model and the client of this rank."""
+"""From the options to a trainer: data, partition, model and the rank's share of the test set."""
 
 from __future__ import annotations
+
+import torch
 
 from . import comm, data, models, partition
 from .algorithms import ALGORITHMS
 from .average import model_tensors
 from .batchnorm import convert_batchnorm
-from .cohort import Client, LocalTraining
-from .config import Config
-from .data import Dataset
+from .clients import ClientStore
+from .cohort import Cohort
+from .config import Config, PrecisionName
 from .device import Place
-from .environment import RankInfo
+from .local_training import LocalTraining
 from .trainer import Trainer
 
+DTYPES = {PrecisionName.float32: torch.float32, PrecisionName.float64: torch.float64}
 
-def prepare(config: Config, info: RankInfo, place: Place) -> Trainer:
-    """Every rank derives the same data, partition and model, and keeps its share of the samples."""
+
+def prepare(config: Config, place: Place) -> Trainer:
+    """Every rank derives the same data, partition and model; samples come as clients do."""
+    dtype = DTYPES[config.precision]
     dataset = data.load(config.data, config.seed)
+    labels = dataset.labels_N[dataset.train]
+    parts = partition.split(labels, config.clients, config.partition, config.seed)
+    store = ClientStore(dataset, [dataset.train[part] for part in parts], place.device, dtype)
     model = models.build(config.model, dataset.shape, dataset.classes, config.seed)
-    model = convert_batchnorm(model).to(place.device)
+    model = convert_batchnorm(model).to(place.device, dtype)
     comm.broadcast_tensors(model_tensors(model))
+    training = LocalTraining(
+        algorithm=ALGORITHMS[config.algorithm.name],
+        local_steps=config.local_steps,
+        batch_size=config.batch_size,
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+        seed=config.seed,
+    )
+    share = dataset.test[comm.rank() :: comm.world_size()]
     return Trainer(
         config=config,
-        model=model,
-        client=_client(config, dataset, info.rank, place),
-        training=LocalTraining(
-            algorithm=ALGORITHMS[config.algorithm.name],
-            local_steps=config.local_steps,
-            batch_size=config.batch_size,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-            seed=config.seed,
-        ),
-        test_share=dataset.take(dataset.test[info.rank :: info.world_size]).to(place.device),
+        store=store,
+        cohort=Cohort(model, training, store.dummy()),
+        test_share=dataset.take(share).to(place.device, dtype),
     )
-
-
-def _client(config: Config, dataset: Dataset, number: int, place: Place) -> Client:
-    labels = dataset.labels_N[dataset.train]
-    mine = partition.split(labels, config.clients, config.partition, config.seed)[number]
-    samples = dataset.take(dataset.train[mine]).to(place.device)
-    return Client(number, weight=len(mine) / len(labels), samples=samples)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from . import agreement, comm
-from .average import average_model
-from .cohort import Client, LocalTraining
+from .clients import Client, ClientStore
+from .cohort import Cohort
 from .config import Config
 from .data import Samples
 from .errors import RunError
 from .evaluate import Evaluation, evaluate
 from .metrics import NullLog, RoundRecord
+from .participation import assign, draw
 
 
 @dataclass
@@ -24,11 +25,15 @@ class Trainer:
     """One rank's part in all rounds."""
 
     config: Config
-    model: nn.Module
-    client: Client
-    training: LocalTraining
+    store: ClientStore
+    cohort: Cohort
     test_share: Samples
     """The part of the test set that this rank evaluates."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The global model."""
+        return self.cohort.model
 
     def train(self, logs: Sequence[NullLog]) -> list[RoundRecord]:
         """Run all rounds, telling ``logs`` of each; the last round is evaluated.
@@ -52,22 +57,35 @@ class Trainer:
 
     def _round(self, number: int) -> RoundRecord:
         traffic, start = comm.training_traffic.copy(), time.perf_counter()
-        # 1. Local steps from the global model, the first ones with global statistics.
+        # 1. Who takes part, and which of them this rank hosts: every rank finds the same.
+        weights = self._participants(number)
+        clients = self._hosted(weights)
+        # 2. Local steps, the first ones with global statistics; then the average of all models.
         rate = self._learning_rate(number)
-        loss = self.training.run(self.model, self.client, number, rate)
-        # 2. The new global model is the average of the clients' models.
-        average_model(self.model, self.client.weight)
-        # 3. All clients' losses; a round that went wrong stops the run here.
-        train_loss = self._train_loss(loss, number)
+        losses = self.cohort.train(clients, number, rate)
+        # 3. All participants' losses; a round that went wrong stops the run here.
+        train_loss = self._train_loss(weights, clients, losses, number)
         seconds = time.perf_counter() - start
         spent = comm.training_traffic.since(traffic)
         # 4. Now and then: do all ranks hold the same model, and how good is it?
-        judged = None
         if self._is_due(number, self.config.check_every or self.config.eval_every):
             self._check_agreement(number)
+        judged = None
         if self._is_due(number, self.config.eval_every):
             judged = evaluate(self.model, self.test_share)
-        return self._record(number, train_loss, judged, rate, seconds, spent)
+        return _record(number, train_loss, judged, rate, seconds, spent, len(weights))
+
+    def _participants(self, number: int) -> dict[int, float]:
+        config = self.config
+        per_round, rule = config.clients_per_round, config.participation
+        return draw(self.store.shares, per_round, rule, config.seed, number)
+
+    def _hosted(self, weights: dict[int, float]) -> list[Client]:
+        """This rank's participants; a client costs as much as its batches are large."""
+        batch = self.config.batch_size
+        costs = {client: min(batch, self.store.sizes[client]) for client in weights}
+        mine = assign(costs, comm.world_size())[comm.rank()]
+        return self.store.host({client: weights[client] for client in mine})
 
     def _learning_rate(self, number: int) -> float:
         """lr times gamma for each milestone that lies behind."""
@@ -75,21 +93,28 @@ class Trainer:
         passed = sum(1 for milestone in schedule.milestones if milestone < number)
         return self.config.optimizer.lr * schedule.gamma**passed
 
-    def _train_loss(self, loss: Tensor, number: int) -> float:
+    def _train_loss(
+        self,
+        weights: dict[int, float],
+        clients: Sequence[Client],
+        losses: Sequence[Tensor],
+        number: int,
+    ) -> float:
         """sum_k p_k loss_k; every rank learns all losses, so that all stop together."""
-        losses = loss.new_zeros(2, self.config.clients)
-        losses[0, self.client.number] = loss
-        losses[1, self.client.number] = self.client.weight
-        values, weights = comm.sum_over_ranks(losses).tolist()
-        bad = [client for client, value in enumerate(values) if not math.isfinite(value)]
+        place = {client: position for position, client in enumerate(weights)}
+        of_all = self.test_share.inputs.new_zeros(len(weights)).double()
+        for client, loss in zip(clients, losses, strict=True):
+            of_all[place[client.number]] = loss
+        values = dict(zip(weights, comm.sum_over_ranks(of_all).tolist(), strict=True))
+        bad = [client for client, value in values.items() if not math.isfinite(value)]
         if bad:
-            clients = f"client {bad[0]}" if len(bad) == 1 else f"clients {bad}"
+            whose = f"client {bad[0]}" if len(bad) == 1 else f"clients {bad}"
             raise RunError(
-                f"round {number}: the training loss of {clients} is not finite "
+                f"round {number}: the training loss of {whose} is not finite "
                 f"({values[bad[0]]}); a smaller optimizer.lr may help",
                 on_all_ranks=True,
             )
-        return float(sum(p * value for p, value in zip(weights, values, strict=True)))
+        return float(sum(weights[client] * value for client, value in values.items()))
 
     def _is_due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.rounds
@@ -101,23 +126,24 @@ class Trainer:
                 on_all_ranks=True,
             )
 
-    def _record(
-        self,
-        number: int,
-        train_loss: float,
-        judged: Evaluation | None,
-        rate: float,
-        seconds: float,
-        spent: comm.Traffic,
-    ) -> RoundRecord:
-        return RoundRecord(
-            round=number,
-            train_loss=train_loss,
-            test_loss=judged.loss if judged else None,
-            test_accuracy=judged.accuracy if judged else None,
-            learning_rate=rate,
-            round_seconds=seconds,
-            comm_messages=spent.messages,
-            comm_bytes=spent.bytes,
-            clients=self.config.clients,
-        )
+
+def _record(
+    number: int,
+    train_loss: float,
+    judged: Evaluation | None,
+    rate: float,
+    seconds: float,
+    spent: comm.Traffic,
+    clients: int,
+) -> RoundRecord:
+    return RoundRecord(
+        round=number,
+        train_loss=train_loss,
+        test_loss=judged.loss if judged else None,
+        test_accuracy=judged.accuracy if judged else None,
+        learning_rate=rate,
+        round_seconds=seconds,
+        comm_messages=spent.messages,
+        comm_bytes=spent.bytes,
+        clients=clients,
+    )

@@ -393,3 +393,20 @@ def test_no_single_bit_passes_unseen(dtype: torch.dtype) -> None:
 
 def test_one_client_alone_agrees_with_itself() -> None:
     assert ranks_that_differ(mixed(1)) == []
+
+
+def models_whose_changes_cancel_in_a_linear_sum() -> list[int]:
+    module = nn.Linear(2, 1, bias=False)
+    bits = torch.tensor([[1_000_000_000, 1_000_000_000]], dtype=torch.int32)
+    if dist.get_rank() == 1:
+        bits += torch.tensor([[3, -1]], dtype=torch.int32)
+    module.weight.data = bits.view(torch.float32)
+    return ranks_that_differ(module)
+
+
+def test_changes_that_cancel_in_a_linear_checksum_are_seen() -> None:
+    assert on_ranks(2, models_whose_changes_cancel_in_a_linear_sum) == [[1], [1]]
+
+
+def test_a_module_without_tensors_agrees() -> None:
+    assert ranks_that_differ(nn.ReLU()) == []

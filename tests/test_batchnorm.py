@@ -891,3 +891,10 @@ def test_branches_of_other_widths_in_different_orders_end_the_job_without_a_resu
         on_ranks(clients, forward_mix_up_of_widths, left, right, tmp_path, seconds=20)
     assert "no answer within" not in str(failure.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_made_inside_the_context_is_outside_it() -> None:
+    layer = convert_batchnorm(nn.BatchNorm1d(3))
+    with federated_statistics(layer, weight=0.5):
+        twin = copy.deepcopy(layer)
+    assert is_local(twin)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from ranks import RankFailed, on_ranks
 from torch import Tensor
 
 import fedtan_hpc
-from fedtan_hpc import agreement, comm, data, environment, models, partition
+from fedtan_hpc import agreement, comm, data, models, partition
 from fedtan_hpc.config import (
     AlgorithmConfig,
     AlgorithmName,
@@ -28,6 +27,7 @@ from fedtan_hpc.config import (
     OptimizerConfig,
     PartitionConfig,
     PartitionName,
+    PrecisionName,
 )
 from fedtan_hpc.data import Samples
 from fedtan_hpc.device import Place
@@ -60,10 +60,7 @@ def float64(samples: Samples) -> Samples:
 
 def trained_on_ranks(config: Config) -> tuple[dict[str, Tensor], list[float]]:
     """Global model and training losses of the product, in float64."""
-    trainer = prepare(config, environment.of_caller(comm.rank(), comm.world_size()), CPU)
-    trainer.model.double()
-    trainer.client = replace(trainer.client, samples=float64(trainer.client.samples))
-    trainer.test_share = float64(trainer.test_share)
+    trainer = prepare(config, CPU)
     records = trainer.train([])
     return dict(trainer.model.state_dict()), [record.train_loss for record in records]
 
@@ -103,13 +100,13 @@ def _floats(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("algorithm", [FEDTAN, FEDAVG], ids=lambda a: str(a.name))
-@pytest.mark.parametrize("clients", [1, 2, 3])
+@pytest.mark.parametrize(("clients", "ranks"), [(1, 1), (2, 2), (3, 3), (3, 1), (4, 2), (2, 3)])
 def test_ranks_equal_one_process_that_simulates_the_clients(
-    clients: int, algorithm: AlgorithmConfig
+    clients: int, ranks: int, algorithm: AlgorithmConfig
 ) -> None:
-    config = small(clients, algorithm=algorithm)
+    config = small(clients, algorithm=algorithm, precision=PrecisionName.float64)
     expected, losses = simulated(config)
-    for state, train_losses in on_ranks(clients, trained_on_ranks, config):
+    for state, train_losses in on_ranks(ranks, trained_on_ranks, config):
         for name, value in expected.items():
             assert float((state[name] - value).norm() / value.norm().clamp_min(1e-6)) < 1e-10, name
         assert train_losses == pytest.approx(losses, rel=1e-10)
@@ -117,7 +114,14 @@ def test_ranks_equal_one_process_that_simulates_the_clients(
 
 def test_one_step_of_fedtan_is_centralised_sgd() -> None:
     """With E = 1 and whole shares as batches it is gradient descent on the pooled data."""
-    config = small(3, rounds=2, local_steps=1, batch_size=2000, lr_schedule=LrScheduleConfig())
+    config = small(
+        3,
+        rounds=2,
+        local_steps=1,
+        batch_size=2000,
+        lr_schedule=LrScheduleConfig(),
+        precision=PrecisionName.float64,
+    )
     dataset = data.load(config.data, config.seed)
     samples = float64(dataset.take(dataset.train))
     model = models.build(config.model, dataset.shape, dataset.classes, config.seed).double()
@@ -204,7 +208,7 @@ def test_messages_of_a_round_of_resnet20(
     on_ranks(2, run_here, images(algorithm), str(tmp_path))
     line = json.loads((tmp_path / "rounds.jsonl").read_text())
     assert line["comm_messages"] == messages
-    average = 4 * (269_722 + 2 * 688 + 2)
+    average = 4 * (269_722 + 2 * 688 + 19 + 2)  # values, running statistics, counters, header
     statistics = 8 * (19 * (7 + 2) + (4 + 2) * 688)
     assert line["comm_bytes"] == average + (statistics if messages > 1 else 0)
 
@@ -271,9 +275,9 @@ def test_a_loss_that_is_not_finite_stops_every_rank_by_name(tmp_path: Path) -> N
 
 
 def spoil_one_client(config: Config) -> str:
-    trainer = prepare(config, environment.of_caller(comm.rank(), comm.world_size()), CPU)
+    trainer = prepare(config, CPU)
     if comm.rank() == 1:
-        trainer.client.samples.inputs.fill_(torch.nan)
+        trainer.store.host({1: 1.0})[0].samples.inputs.fill_(torch.nan)
     with pytest.raises(RunError) as caught:
         trainer.train([])
     return str(caught.value)
@@ -287,7 +291,7 @@ def test_the_client_with_the_bad_loss_is_named() -> None:
 
 def part_ways(config: Config) -> str:
     """Rank 1 changes its model behind the trainer's back after the average."""
-    trainer = prepare(config, environment.of_caller(comm.rank(), comm.world_size()), CPU)
+    trainer = prepare(config, CPU)
     check = agreement.ranks_that_differ
 
     def sabotaged(model: torch.nn.Module) -> list[int]:

@@ -1,0 +1,185 @@
+"""The same rounds on any number of ranks, and what a rank without a client does."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor
+
+import fedtan_hpc
+from fedtan_hpc import comm
+from fedtan_hpc.config import (
+    AlgorithmConfig,
+    AlgorithmName,
+    Config,
+    DataConfig,
+    DataName,
+    ModelConfig,
+    ModelName,
+    OptimizerConfig,
+    ParticipationName,
+    PartitionConfig,
+    PartitionName,
+    PrecisionName,
+)
+from fedtan_hpc.device import Place
+from fedtan_hpc.metrics import RoundRecord
+from fedtan_hpc.prepare import prepare
+
+CPU = Place(torch.device("cpu"), "gloo")
+RANKS = (1, 2, 3, 4)
+
+
+def config(algorithm: str, case: str, **options: object) -> Config:
+    """Unequal clients: some of them smaller than a batch."""
+    per_round = {"all": None, "some": 3, "fewer than ranks": 2}[case]
+    defaults: dict[str, object] = {
+        "algorithm": AlgorithmConfig(name=AlgorithmName(algorithm)),
+        "partition": PartitionConfig(name=PartitionName.dirichlet, alpha=0.2),
+        "optimizer": OptimizerConfig(lr=0.05, momentum=0.9, weight_decay=1e-4),
+        "participation": ParticipationName.weighted
+        if case == "some"
+        else ParticipationName.uniform,
+        "precision": PrecisionName.float64,
+        "clients": 9,
+        "clients_per_round": per_round,
+        "rounds": 5,
+        "local_steps": 3,
+        "batch_size": 64,
+        "eval_every": 1,
+    }
+    return Config(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def trained(options: Config) -> tuple[dict[str, Tensor], list[RoundRecord], list[int]]:
+    """Global model and rounds; also the sizes of the clients."""
+    trainer = prepare(options, CPU)
+    records = trainer.train([])
+    return dict(trainer.model.state_dict()), records, trainer.store.sizes
+
+
+@cache
+def on_one_rank(
+    algorithm: str, case: str
+) -> tuple[dict[str, Tensor], list[RoundRecord], list[int]]:
+    return trained(config(algorithm, case))
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(
+        float((a[n] - b[n]).double().norm() / b[n].double().norm().clamp_min(1e-6)) for n in b
+    )
+
+
+@pytest.mark.parametrize("case", ["all", "some", "fewer than ranks"])
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_number_of_ranks_changes_nothing(ranks: int, algorithm: str, case: str) -> None:
+    state, records, sizes = on_one_rank(algorithm, case)
+    assert min(sizes) < 64 < max(sizes)
+    for other, rounds, _ in on_ranks(ranks, trained, config(algorithm, case)):
+        assert distance(other, state) < 1e-10
+        for mine, expected in zip(rounds, records, strict=True):
+            assert mine.train_loss == pytest.approx(expected.train_loss, rel=1e-10)
+            assert mine.test_loss == pytest.approx(expected.test_loss, rel=1e-10)
+            assert mine.clients == expected.clients
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(algorithm: str) -> None:
+    options = config(
+        algorithm,
+        "all",
+        rounds=50,
+        clients=5,
+        eval_every=50,
+        batch_size=32,
+        precision=PrecisionName.float32,
+        partition=PartitionConfig(name=PartitionName.shards),
+    )
+    accuracies = [on_ranks(ranks, trained, options)[0][1][-1].test_accuracy for ranks in RANKS]
+    found = [accuracy for accuracy in accuracies if accuracy is not None]
+    assert len(found) == 4
+    assert max(found) - min(found) <= 0.003
+
+
+def messages_of(options: Config) -> list[int]:
+    return [record.comm_messages for record in trained(options)[1]]
+
+
+@pytest.mark.parametrize(("clients", "ranks"), [(5, 2), (1, 3)])
+def test_messages_do_not_grow_with_the_clients_of_a_rank(clients: int, ranks: int) -> None:
+    options = config("fedtan", "all", clients=clients, rounds=2)
+    for messages in on_ranks(ranks, messages_of, options):
+        assert messages == [5, 5]  # two BN layers there and back, and the average
+
+
+def samples_seen(options: Config) -> int:
+    """Forward passes' samples of this rank in one round, outside evaluation."""
+    trainer = prepare(options, CPU)
+    seen = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal seen
+        seen += len(inputs[0]) if module.training else 0
+
+    trainer.model.register_forward_pre_hook(count)
+    trainer.train([])
+    return seen
+
+
+@pytest.mark.parametrize(("algorithm", "idle"), [("fedtan", 1), ("fedavg", 0)])
+def test_a_rank_without_a_client_costs_a_sample_at_most(algorithm: str, idle: int) -> None:
+    options = config(algorithm, "all", clients=1, rounds=1, batch_size=8)
+    assert on_ranks(3, samples_seen, options) == [24, idle, idle]
+
+
+def loaded_clients(options: Config) -> int:
+    trainer = prepare(options, CPU)
+    trainer.train([])
+    return len(trainer.store._loaded)
+
+
+def test_a_rank_keeps_the_samples_of_a_rounds_clients_only() -> None:
+    options = config("fedavg", "some", clients=60, rounds=8, batch_size=4)
+    for loaded in on_ranks(2, loaded_clients, options):
+        assert 1 <= loaded <= 4
+
+
+def counters(options: Config) -> list[int]:
+    trainer = prepare(options, CPU)
+    trainer.train([])
+    return [int(value) for name, value in trainer.model.named_buffers() if "num_batches" in name]
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_counters_of_batches_are_those_of_one_client_everywhere(algorithm: str) -> None:
+    options = config(algorithm, "fewer than ranks")
+    for found in on_ranks(4, counters, options):
+        assert found == [15, 15]
+
+
+def convolutional(tmp_path: str) -> float:
+    options = config(
+        "fedtan",
+        "all",
+        clients=3,
+        rounds=1,
+        local_steps=2,
+        batch_size=8,
+        data=DataConfig(name=DataName.synthetic, samples=120, shape=[3, 8, 8]),
+        model=ModelConfig(name=ModelName.resnet20),
+        run_dir=tmp_path,
+    )
+    return fedtan_hpc.run(options).test_loss
+
+
+def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> None:
+    one = convolutional(str(tmp_path / "one"))
+    for loss in on_ranks(2, convolutional, str(tmp_path / "two")):
+        assert loss == pytest.approx(one, rel=1e-9)
+    assert comm.world_size() == 1
