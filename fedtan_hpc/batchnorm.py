@@ -41,11 +41,10 @@ class FedTANBatchNorm(_BatchNorm):
     def _forward_global(self, x: Tensor) -> Tensor:
         assert self._federation is not None
         self._check_input_dim(x)
-        call = self._federation.call(self._index)
-        y, mean_C, variance_C, count = GlobalNormalise.apply(  # type: ignore[no-untyped-call]
+        call = self._federation.call(self._index, self._update_running_statistics)
+        y, _, _ = GlobalNormalise.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, self.eps, call
         )
-        self._update_running_statistics(mean_C, variance_C * (count / (count - 1)))
         return y  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def _global_statistics(
 ) -> Iterator[None]:
     layers = _layers(module)
     before = [(layer._federation, layer._index) for layer in layers.values()]
-    federation = Federation(float(weight), group, list(layers), lockstep)
+    federation = Federation([float(weight)], group, list(layers), lockstep)
     for index, layer in enumerate(layers.values()):
         layer._federation, layer._index = federation, index
     try:

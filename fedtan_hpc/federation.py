@@ -3,6 +3,8 @@
 A ``Federation`` lives as long as a ``federated_statistics`` context.  It numbers the layers' calls,
 sends their messages and reads what comes back.  On a CPU every message is checked at once; on an
 accelerator, where looking at a value waits for the device, when the context ends.
+
+Shapes: K clients that this rank runs stacked (1 unless it stacks), N samples, C channels.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from torch import Tensor
 
 from . import comm, messages
 from .lockstep import Lockstep
-from .messages import GlobalMoments, Share
+from .messages import GlobalMoments, Shares
+
+Update = Callable[[Tensor, Tensor], None]
+"""Moves a layer's running statistics towards a mean and an unbiased variance, (C,) each."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,36 @@ class LayerCall:
     federation: Federation
     layer: str
     number: int
+    update: Update
 
-    def share_moments(self, share: Share, mean_C: Tensor, variance_C: Tensor) -> GlobalMoments:
-        """One collective: the rank's moments in, the global ones out."""
-        tag = 2 * self.number
-        message = messages.pack_moments(tag, share, mean_C, variance_C)
-        return messages.unpack_moments(self._send(message, tag, messages.check_moments))
+    @property
+    def mask_KN(self) -> Tensor | None:
+        """Which samples of a padded stack are real; None if all are."""
+        return self.federation.mask_KN
 
-    def share_derivatives(self, share: Share, sums_2C: Tensor) -> Tensor:
-        """One collective: the rank's two sums per channel in, sum_k p_k sums_k out; float64."""
-        tag = 2 * self.number + 1
-        message = messages.pack_derivatives(tag, share, sums_2C)
+    def share_moments(
+        self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One collective: the clients' moments in, the global ones out, (C,) float64 each.
+
+        Moves the running statistics too: this is the one place that all ways of running a layer
+        pass exactly once, outside of any tracing.
+        """
+        tag, shares = 2 * self.number, Shares(self.federation.weights, counts)
+        message = messages.pack_moments(tag, shares, mean_KC, variance_KC)
+        moments = messages.unpack_moments(self._send(message, tag, messages.check_moments))
+        self._move_running_statistics(moments)
+        return moments.mean_C, moments.variance_C
+
+    def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
+        """One collective: the clients' two sums per channel in, sum_k p_k sums_k out; float64."""
+        tag, shares = 2 * self.number + 1, Shares(self.federation.weights, counts)
+        message = messages.pack_derivatives(tag, shares, sums_K2C)
         return messages.unpack_derivatives(self._send(message, tag, messages.check_derivatives))
+
+    def _move_running_statistics(self, moments: GlobalMoments) -> None:
+        n = moments.count
+        self.update(moments.mean_C, moments.variance_C * (n / (n - 1)))
 
     def _send(self, message: Tensor, tag: int, check: Callable[[Tensor, int, int], None]) -> Tensor:
         message = self.federation.sum(message)
@@ -52,14 +75,18 @@ class LayerCall:
 
 @dataclass
 class Federation:
-    """The clients that normalise together: this rank's weight p_k and the group of ranks."""
+    """The clients that normalise together: this rank's weights p_k and the group of ranks."""
 
-    weight: float
+    weights: Sequence[float]
     group: comm.Group
     layers: Sequence[str]
     """Names of the module's BN layers, in the module's order."""
     lockstep: Lockstep[Tensor] | None = None
-    """Where this client meets the rank's other ones; None if it is the only one."""
+    """Where this client meets the rank's other ones, if they run in lock-step."""
+    mask_KN: Tensor | None = None
+    """Which samples of a padded stack are real; None if all are."""
+    sizes: Sequence[int] = ()
+    """Real samples of each client of a padded stack."""
     is_open: bool = True
     _calls: list[int] = field(default_factory=list)
     _unverified: list[Callable[[], None]] = field(default_factory=list)
@@ -73,11 +100,11 @@ class Federation:
             return comm.sum_for_training(message, self.group)
         return self.lockstep.meet(message)
 
-    def call(self, index: int) -> LayerCall:
+    def call(self, index: int, update: Update) -> LayerCall:
         """The next call of layer ``index``; counted from 1, so that no number is 0."""
         self._calls[index] += 1
         number = self._calls[index] * len(self.layers) + index
-        return LayerCall(self, self.layers[index], number)
+        return LayerCall(self, self.layers[index], number, update)
 
     def verify_soon(self, verify: Callable[[], None], now: bool) -> None:
         """Run ``verify`` at once, or when the context ends if that spares waiting for a device."""

@@ -10,7 +10,7 @@ mu = sum p m and s = sum p (v + m^2), the difference s - mu^2 loses (mean / spre
 Every sum is therefore carried as two halves, high (24 bits, as wide as float32, so that sums of
 products stay exact) and low (the rest), and the difference is taken between the halves.
 
-Shapes: C channels.
+Shapes: K clients of one message, C channels.
 """
 
 from __future__ import annotations
@@ -37,26 +37,36 @@ _MIXED = (
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank contributes: its weight p_k and n_k values per channel."""
+class Shares:
+    """What the clients of one message contribute: weights p_k, and n_k values per channel."""
 
-    weight: float
-    count: int
+    weights: Sequence[float]
+    counts: Sequence[int]
 
     @property
-    def takes_part(self) -> bool:
+    def bad_weights(self) -> int:
+        """How many are negative or not finite."""
+        return sum(not _is_valid(weight) for weight in self.weights)
+
+    @property
+    def empty_batches(self) -> int:
+        """How many clients count, and yet bring nothing."""
+        return sum(
+            _is_valid(weight) and weight > 0 and count == 0
+            for weight, count in zip(self.weights, self.counts, strict=True)
+        )
+
+    @property
+    def taking_part(self) -> list[bool]:
         """A valid weight above 0 and a batch that is not empty."""
-        return self.weight_is_valid and self.weight > 0 and self.count > 0
+        return [
+            _is_valid(weight) and weight > 0 and count > 0
+            for weight, count in zip(self.weights, self.counts, strict=True)
+        ]
 
-    @property
-    def weight_is_valid(self) -> bool:
-        """Finite and not negative."""
-        return math.isfinite(self.weight) and self.weight >= 0
 
-    @property
-    def lacks_batch(self) -> bool:
-        """It counts, and yet brings nothing."""
-        return self.weight_is_valid and self.weight > 0 and self.count == 0
+def _is_valid(weight: float) -> bool:
+    return math.isfinite(weight) and weight >= 0
 
 
 @dataclass(frozen=True)
@@ -69,32 +79,33 @@ class GlobalMoments:
     """Values per channel on all ranks whose weight is not 0, float64, 0-d."""
 
 
-def pack_moments(tag: int, share: Share, mean_C: Tensor, variance_C: Tensor) -> Tensor:
-    """A rank's forward message: header, then p m and p (v + m^2) in halves; (7 + 4C,) float64.
+def pack_moments(tag: int, shares: Shares, mean_KC: Tensor, variance_KC: Tensor) -> Tensor:
+    """The forward message: header, then sum p m and sum p (v + m^2) in halves; (7 + 4C,) float64.
 
-    ``mean_C`` and ``variance_C`` (biased) are the rank's own; a rank that does not take part
-    sends zeros whatever they are.
+    ``mean_KC`` and ``variance_KC`` (biased) are the clients' own; a client that does not take part
+    adds zeros whatever they are.
     """
-    weight = share.weight if share.takes_part else 0.0
-    high = torch.tensor(weight, dtype=torch.float32).double().item()
-    counts = [
-        tag,
-        tag * tag,
-        0 if share.weight_is_valid else 1,
-        1 if share.lacks_batch else 0,
-        share.count if share.takes_part else 0,
-        high,
-        weight - high,
-    ]
-    header = mean_C.new_tensor(counts, dtype=torch.float64)
-    if not share.takes_part:
-        return torch.cat([header, header.new_zeros(4 * mean_C.numel())])
-    p = header[5], header[6]
-    mean = _split(mean_C.double())
+    clients = len(shares.weights)
+    part_K1, p_K1 = _weights(shares, mean_KC.device)
+    p = _split(p_K1)
+    mean = _split(mean_KC.reshape(clients, -1).double())
     square_high, square_low = _multiply(mean, mean)
     first = _multiply(p, mean)
-    second = _multiply(p, (square_high, square_low + variance_C))
-    return torch.cat([header, *first, *second])
+    second = _multiply(p, (square_high, square_low + variance_KC.reshape(clients, -1)))
+    counts = [n for n, part in zip(shares.counts, shares.taking_part, strict=True) if part]
+    numbers = [tag, tag * tag, shares.bad_weights, shares.empty_batches, sum(counts)]
+    header = p_K1.new_tensor(numbers)
+    halves = torch.stack([p[0].sum(), p[1].sum()])
+    bodies = [value.masked_fill(~part_K1, 0.0).sum(0) for value in (*first, *second)]
+    return torch.cat([header, halves, *bodies])
+
+
+def _weights(shares: Shares, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Who takes part, bool, and p_k or 0, float64; both (K, 1)."""
+    part = shares.taking_part
+    weights = [p if takes else 0.0 for p, takes in zip(shares.weights, part, strict=True)]
+    part_K1 = torch.tensor(part, device=device).unsqueeze(1)
+    return part_K1, torch.tensor(weights, dtype=torch.float64, device=device).unsqueeze(1)
 
 
 def unpack_moments(message: Tensor) -> GlobalMoments:
@@ -115,11 +126,12 @@ def unpack_moments(message: Tensor) -> GlobalMoments:
     )
 
 
-def pack_derivatives(tag: int, share: Share, sums_2C: Tensor) -> Tensor:
-    """A rank's backward message: tag, then p times its two sums per channel; (2 + 2C,) float64."""
-    header = sums_2C.new_tensor([tag, tag * tag], dtype=torch.float64)
-    body = sums_2C.double() * share.weight if share.takes_part else torch.zeros_like(sums_2C)
-    return torch.cat([header, body.double()])
+def pack_derivatives(tag: int, shares: Shares, sums_K2C: Tensor) -> Tensor:
+    """The backward message: tag, then p times the two sums per channel; (2 + 2C,) float64."""
+    part_K1, p_K1 = _weights(shares, sums_K2C.device)
+    weighted = sums_K2C.reshape(len(shares.weights), -1).double() * p_K1
+    header = p_K1.new_tensor([tag, tag * tag])
+    return torch.cat([header, weighted.masked_fill(~part_K1, 0.0).sum(0)])
 
 
 def unpack_derivatives(message: Tensor) -> Tensor:

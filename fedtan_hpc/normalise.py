@@ -10,19 +10,23 @@ xhat = (x - mean) r, r = 1 / sqrt(variance + eps), both moments global, the chai
 so the two sums s1, s2 per channel are all that the clients exchange in the backward pass.
 dgamma = sum g xhat and dbeta = sum g stay the client's own.
 
-Shapes: x and y (N, C) or (N, C, ...); C channels; n_k values per channel on this client.
+K clients of a rank may run stacked, under ``torch.func.vmap``: their channels stand side by side,
+so that the same kernels serve K x C channels.
+
+Shapes: x and y (N, C) or (N, C, ...), stacked and folded (N, K C, ...); n_k values per channel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from .federation import LayerCall
-from .messages import Share
+from .moments import local_moments, local_sums, statistics_dtype
 
 
 class GlobalNormalise(torch.autograd.Function):
@@ -31,23 +35,9 @@ class GlobalNormalise(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, call: LayerCall
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return y, and in float64 mean_C, variance_C (biased) and the global count (0-d)."""
-        share = _share(x, call)
-        moments = call.share_moments(share, *_local_moments(x, share))
-        wide = _statistics_dtype(x)
-        y = torch.batch_norm(
-            x,
-            _cast(gamma, wide),
-            _cast(beta, wide),
-            moments.mean_C.to(wide),
-            moments.variance_C.to(wide),
-            training=False,
-            momentum=0.0,
-            eps=eps,
-            cudnn_enabled=False,
-        )
-        return y, moments.mean_C, moments.variance_C, moments.count
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, and in float64 mean_C and variance_C (biased)."""
+        return _normalise(x, gamma, beta, eps, call, clients=1)
 
     @staticmethod
     def setup_context(
@@ -55,91 +45,191 @@ class GlobalNormalise(torch.autograd.Function):
     ) -> None:
         """Keep the input and the moments; nothing else of the input's size."""
         x, gamma, _, ctx.eps, ctx.call = inputs  # type: ignore[attr-defined]
-        _, mean_C, variance_C, count = output
-        ctx.mark_non_differentiable(mean_C, variance_C, count)
+        _, mean_C, variance_C = output
+        ctx.mark_non_differentiable(mean_C, variance_C)
         ctx.save_for_backward(x, gamma, mean_C, variance_C)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Derivatives of x, gamma and beta; always one collective, on every rank."""
-        x, gamma, mean_C, variance_C = ctx.saved_tensors
-        share = _share(x, ctx.call)
-        dbeta, dgamma = _local_sums(g, x, mean_C, variance_C, ctx.eps)
-        sums_2C = ctx.call.share_derivatives(share, torch.cat([dbeta, dgamma]))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _input_derivative(g, x, gamma, mean_C, variance_C, ctx.eps, sums_2C, share.count)
-        return dx, _cast_like(dgamma, gamma), _cast_like(dbeta, gamma), None, None
+        needs_dx = ctx.needs_input_grad[0]
+        dx, dgamma, dbeta = GlobalNormaliseBackward.apply(  # type: ignore[no-untyped-call]
+            g, *ctx.saved_tensors, ctx.eps, ctx.call, needs_dx
+        )
+        if ctx.saved_tensors[1] is None:
+            dgamma = dbeta = None
+        return dx if needs_dx else None, dgamma, dbeta, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        call: LayerCall,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, None, None]]:
+        """All clients of a stack at once, and one collective for all of them."""
+        clients: int = info.batch_size
+        folded = _fold(x, in_dims[0], clients)
+        gammas = _fold_parameter(gamma, in_dims[1], clients)
+        betas = _fold_parameter(beta, in_dims[2], clients)
+        y, mean_C, variance_C = _normalise(folded, gammas, betas, eps, call, clients)
+        return (y.unflatten(1, (clients, -1)), mean_C, variance_C), (1, None, None)
 
 
-def _share(x: Tensor, call: LayerCall) -> Share:
-    return Share(call.federation.weight, x.numel() // max(x.size(1), 1))
+class GlobalNormaliseBackward(torch.autograd.Function):
+    """The derivatives; a function of its own, for a stack of clients takes it all at once."""
+
+    @staticmethod
+    def forward(
+        g: Tensor,
+        x: Tensor,
+        gamma: Tensor | None,
+        mean_C: Tensor,
+        variance_C: Tensor,
+        eps: float,
+        call: LayerCall,
+        needs_dx: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dx (empty unless needed), dgamma and dbeta, both (C,)."""
+        moments = mean_C, variance_C
+        dx, dgamma_KC, dbeta_KC = _derivatives(g, x, gamma, moments, eps, call, needs_dx, 1)
+        return dx, dgamma_KC[0], dbeta_KC[0]
+
+    @staticmethod
+    def setup_context(
+        ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+    ) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        """Refused."""
+        raise RuntimeError("global statistics can be differentiated once, not twice")
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        g: Tensor,
+        x: Tensor,
+        gamma: Tensor | None,
+        mean_C: Tensor,
+        variance_C: Tensor,
+        eps: float,
+        call: LayerCall,
+        needs_dx: bool,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+        """All clients of a stack at once, and one collective for all of them."""
+        clients: int = info.batch_size
+        folded_g, folded_x = (_fold(v, d, clients) for v, d in ((g, in_dims[0]), (x, in_dims[1])))
+        gammas = _fold_parameter(gamma, in_dims[2], clients)
+        moments = mean_C, variance_C
+        dx, dgamma_KC, dbeta_KC = _derivatives(
+            folded_g, folded_x, gammas, moments, eps, call, needs_dx, clients
+        )
+        dx = dx.unflatten(1, (clients, -1)) if needs_dx else dx.expand(clients, 0)
+        return (dx, dgamma_KC, dbeta_KC), (1 if needs_dx else 0, 0, 0)
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    """At least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.to(dtype)
-
-
-def _cast_like(value: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None else value.to(like.dtype)
-
-
-def _local_moments(x: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of this client's batch; zeros if it takes no part."""
-    wide = _statistics_dtype(x)
-    if not share.takes_part:
-        zeros = x.new_zeros(x.size(1), dtype=wide)
-        return zeros, zeros
-    mean_C, variance_C = torch.batch_norm_update_stats(x.to(wide), None, None, 0.0)
-    return mean_C, variance_C
-
-
-def _local_sums(
-    g: Tensor, x: Tensor, mean_C: Tensor, variance_C: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Per channel sum g and sum g xhat of this client."""
-    wide = _statistics_dtype(x)
-    if x.numel() == 0:
-        zeros = mean_C.new_zeros(mean_C.shape, dtype=wide)
-        return zeros, zeros
-    _, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        g.to(wide),
-        x.to(wide),
-        torch.ones_like(mean_C, dtype=wide),
-        mean_C.to(wide),
-        variance_C.to(wide),
-        None,
-        None,
-        False,
-        eps,
-        [False, True, True],
+def _normalise(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    call: LayerCall,
+    clients: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = _counts(x, call, clients)
+    moments = local_moments(x, call.mask_KN, clients, counts)
+    mean_C, variance_C = call.share_moments(counts, *moments)
+    wide = statistics_dtype(x)
+    y = torch.batch_norm(
+        x,
+        None if gamma is None else gamma.to(wide),
+        None if beta is None else beta.to(wide),
+        mean_C.to(wide).repeat(clients),
+        variance_C.to(wide).repeat(clients),
+        training=False,
+        momentum=0.0,
+        eps=eps,
+        cudnn_enabled=False,
     )
-    return dbeta, dgamma
+    return y, mean_C, variance_C
+
+
+def _derivatives(
+    g: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    moments: tuple[Tensor, Tensor],
+    eps: float,
+    call: LayerCall,
+    needs_dx: bool,
+    clients: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, or empty; dgamma and dbeta, (K, C) each, in gamma's dtype."""
+    counts = _counts(x, call, clients)
+    mean, variance = (moment.repeat(clients) for moment in moments)
+    dbeta_KC, dgamma_KC = local_sums(g, x, mean, variance, eps, clients)
+    sums_2C = call.share_derivatives(counts, torch.cat([dbeta_KC, dgamma_KC], dim=1))
+    dx = x.new_empty(0)
+    if needs_dx:
+        n_K1 = sums_2C.new_tensor(counts).clamp_min(1).unsqueeze(1)
+        s1, s2 = (sums_2C / n_K1).chunk(2, dim=1)
+        dx = _input_derivative(g, x, gamma, mean, variance, eps, s1.flatten(), s2.flatten())
+        if call.mask_KN is not None:  # nothing flows back into padding
+            dx = dx.unflatten(1, (clients, -1)) * _like(call.mask_KN, x).to(dx.dtype)
+            dx = dx.flatten(1, 2)
+    dtype = dgamma_KC.dtype if gamma is None else gamma.dtype
+    return dx, dgamma_KC.to(dtype), dbeta_KC.to(dtype)
 
 
 def _input_derivative(
     g: Tensor,
     x: Tensor,
     gamma: Tensor | None,
-    mean_C: Tensor,
-    variance_C: Tensor,
+    mean: Tensor,
+    variance: Tensor,
     eps: float,
-    sums_2C: Tensor,
-    count: int,
+    s1: Tensor,
+    s2: Tensor,
 ) -> Tensor:
-    """dx = scale g + slope (x - mean) + offset, with one coefficient each per channel."""
-    wide = _statistics_dtype(x)
-    s1_C, s2_C = (sums_2C / max(count, 1)).chunk(2)
-    r_C = (variance_C + eps).rsqrt()
-    scale_C = r_C if gamma is None else r_C * gamma
-    slope_C = -scale_C * r_C * s2_C
-    offset_C = -scale_C * s1_C - slope_C * mean_C
+    """dx = scale g + slope x + offset, with one coefficient each per channel."""
+    wide = statistics_dtype(x)
+    r = (variance + eps).rsqrt()
+    scale = r if gamma is None else r * gamma
+    slope = -scale * r * s2
+    offset = -scale * s1 - slope * mean
     shape = [1, -1] + [1] * (x.dim() - 2)
-    scale, slope, offset = (v.to(wide).view(shape) for v in (scale_C, slope_C, offset_C))
+    scale, slope, offset = (v.to(wide).view(shape) for v in (scale, slope, offset))
     return torch.addcmul(offset, x.to(wide), slope).addcmul_(g.to(wide), scale).to(x.dtype)
+
+
+def _counts(x: Tensor, call: LayerCall, clients: int) -> Sequence[int]:
+    """Values per channel of each client, padding apart."""
+    per_sample = x[:1, :1].numel() if len(x) else 0
+    if call.mask_KN is None:
+        return [len(x) * per_sample] * clients
+    return [size * per_sample for size in call.federation.sizes]
+
+
+def _fold(value: Tensor, dim: int | None, clients: int) -> Tensor:
+    """(N, K C, ...) from a stacked tensor with its clients at ``dim``, or one for all clients."""
+    if dim is None:
+        return value.repeat(1, clients, *[1] * (value.dim() - 2))
+    return value.movedim(dim, 1).flatten(1, 2)
+
+
+def _fold_parameter(value: Tensor | None, dim: int | None, clients: int) -> Tensor | None:
+    """(K C,) from a stacked parameter, or one for all clients."""
+    if value is None:
+        return None
+    return value.repeat(clients) if dim is None else value.movedim(dim, 0).flatten()
+
+
+def _like(mask_KN: Tensor, x: Tensor) -> Tensor:
+    """The mask as (N, K, 1, ...), to multiply a tensor of x's shape, unfolded."""
+    return mask_KN.t().reshape(*mask_KN.t().shape, 1, *[1] * (x.dim() - 2))

@@ -22,6 +22,7 @@ ROOMS = [
     "messages",
     "lockstep",
     "federation",
+    "moments",
     "normalise",
     "batchnorm",
     "reference",

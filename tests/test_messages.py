@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtan_hpc import messages
-from fedtan_hpc.messages import GlobalMoments, Share
+from fedtan_hpc.messages import GlobalMoments, Shares
 
 Exact: TypeAlias = tuple[Fraction, Fraction]
 """Mean and variance of one channel."""
@@ -43,7 +43,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def combine(p: list[float], xs: list[Tensor]) -> GlobalMoments:
     packed = [
-        messages.pack_moments(4, Share(p_k, len(x)), *moments(x))
+        messages.pack_moments(4, Shares([p_k], [len(x)]), *moments(x))
         for p_k, x in zip(p, xs, strict=True)
     ]
     return messages.unpack_moments(torch.stack(packed).sum(0))
@@ -153,8 +153,10 @@ def test_the_count_leaves_out_clients_without_weight() -> None:
     assert combine([0.4, 0.0, 0.6], batches(3, 0.0)).count == 5 + 3
 
 
-@pytest.mark.parametrize("share", [Share(0.0, 4), Share(-1.0, 4), Share(float("nan"), 4)])
-def test_a_client_that_takes_no_part_sends_zeros_whatever_it_holds(share: Share) -> None:
+@pytest.mark.parametrize(
+    "share", [Shares([0.0], [4]), Shares([-1.0], [4]), Shares([float("nan")], [4])]
+)
+def test_a_client_that_takes_no_part_sends_zeros_whatever_it_holds(share: Shares) -> None:
     broken = torch.full((CHANNELS,), torch.nan, dtype=torch.float64)
     packed = messages.pack_moments(4, share, broken, broken)
     assert packed[4:].count_nonzero() == 0
@@ -165,7 +167,9 @@ def test_a_client_that_takes_no_part_sends_zeros_whatever_it_holds(share: Share)
 def test_derivatives_are_added_with_their_weights() -> None:
     p = [0.2, 0.5, 0.3]
     sums = torch.randn(3, 2 * CHANNELS, generator=torch.Generator().manual_seed(0)).double()
-    packed = [messages.pack_derivatives(5, Share(w, 4), s) for w, s in zip(p, sums, strict=True)]
+    packed = [
+        messages.pack_derivatives(5, Shares([w], [4]), s) for w, s in zip(p, sums, strict=True)
+    ]
     expected = torch.tensor(p, dtype=torch.float64) @ sums
     found = messages.unpack_derivatives(torch.stack(packed).sum(0))
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-15)
@@ -174,19 +178,21 @@ def test_derivatives_are_added_with_their_weights() -> None:
 @pytest.mark.parametrize("channels", [1, 16])
 def test_message_sizes_are_7_plus_4C_and_2_plus_2C(channels: int) -> None:
     ones = torch.ones(channels)
-    forward = messages.pack_moments(2, Share(1.0, 4), ones, ones)
-    backward = messages.pack_derivatives(3, Share(1.0, 4), torch.ones(2 * channels))
+    forward = messages.pack_moments(2, Shares([1.0], [4]), ones, ones)
+    backward = messages.pack_derivatives(3, Shares([1.0], [4]), torch.ones(2 * channels))
     assert (forward.numel(), backward.numel()) == (7 + 4 * channels, 2 + 2 * channels)
     assert (forward.dtype, backward.dtype) == (torch.float64, torch.float64)
 
 
 def forward_message(tag: int, ranks: int) -> Tensor:
     one = torch.ones(1, dtype=torch.float64)
-    return messages.pack_moments(tag, Share(1 / ranks, 4), one, one)
+    return messages.pack_moments(tag, Shares([1 / ranks], [4]), one, one)
 
 
 def backward_message(tag: int, ranks: int) -> Tensor:
-    return messages.pack_derivatives(tag, Share(1 / ranks, 4), torch.ones(2, dtype=torch.float64))
+    return messages.pack_derivatives(
+        tag, Shares([1 / ranks], [4]), torch.ones(2, dtype=torch.float64)
+    )
 
 
 def ranks_that_notice(
@@ -231,7 +237,7 @@ def checked(p: list[float], counts: list[int]) -> None:
     """Check the message of clients with these weights and batch sizes."""
     one = torch.ones(2, dtype=torch.float64)
     packed = [
-        messages.pack_moments(2, Share(w, n), one, one) for w, n in zip(p, counts, strict=True)
+        messages.pack_moments(2, Shares([w], [n]), one, one) for w, n in zip(p, counts, strict=True)
     ]
     messages.check_moments(torch.stack(packed).sum(0), 2, len(p))
 
