@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import comm
-from .federation import Federation
+from .federation import BatchNormContext, Federation
 from .lockstep import Lockstep
 from .messages import merge
 from .normalise import GlobalNormalise
@@ -27,7 +27,7 @@ class FedTANBatchNorm(_BatchNorm):
     forward and backward (FedTAN, arXiv 2301.02982).  Otherwise it is ``torch.nn.BatchNorm``.
     """
 
-    _federation: Federation | None = None
+    _federation: BatchNormContext | None = None
     _index = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,21 +172,30 @@ def _forward_and_backward(loss: Callable[[], Tensor]) -> Tensor:
 def _global_statistics(
     module: nn.Module, weight: float, group: comm.Group, lockstep: Lockstep[Tensor] | None
 ) -> Iterator[None]:
-    layers = _layers(module)
-    before = [(layer._federation, layer._index) for layer in layers.values()]
-    federation = Federation([float(weight)], group, list(layers), lockstep)
-    for index, layer in enumerate(layers.values()):
-        layer._federation, layer._index = federation, index
+    federation = Federation([float(weight)], group, list(batchnorm_layers(module)), lockstep)
+    with normalised_by(module, federation):
+        try:
+            yield
+            federation.close()
+        finally:
+            federation.is_open = False
+
+
+@contextmanager
+def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None]:
+    """Let ``context`` provide the statistics of ``module``'s BN layers."""
+    layers = list(batchnorm_layers(module).values())
+    before = [(layer._federation, layer._index) for layer in layers]
+    for index, layer in enumerate(layers):
+        layer._federation, layer._index = context, index
     try:
         yield
-        federation.close()
     finally:
-        federation.is_open = False
-        for layer, (outer, index) in zip(layers.values(), before, strict=True):
+        for layer, (outer, index) in zip(layers, before, strict=True):
             layer._federation, layer._index = outer, index
 
 
-def _layers(module: nn.Module) -> dict[str, FedTANBatchNorm]:
+def batchnorm_layers(module: nn.Module) -> dict[str, FedTANBatchNorm]:
     """The module's FedTAN layers by name; an unconverted BN layer is an error."""
     found = {}
     for name, layer in module.named_modules():

@@ -1,14 +1,15 @@
 """The clients that a rank hosts in a round: their local steps, and their part of the average.
 
-Steps with global statistics run all clients of the rank in lock-step, each on a replica of the
-model.  Other steps run one client after another.  A rank without a client takes part in the
-synchronised steps with one sample and the weight 0.
+Steps with global statistics need all clients of the rank together.  On a CPU they run in lock-step
+threads, each on a replica of the model, and all other steps one client after another; that is
+faster there than stacking them.  On a GPU they are stacked.  One client on a rank runs by itself,
+and a rank without a client takes part in the synchronised steps with one sample and the weight 0.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -16,16 +17,21 @@ from torch import Tensor, nn
 from .average import ModelSum
 from .batchnorm import federated_backward
 from .clients import Client
+from .config import CohortConfig, CohortMode
 from .data import Samples
 from .local_training import LocalRun, LocalTraining, loss_of
+from .stacked import Stack
 
 
 class Cohort:
     """Trains a rank's clients from the global model and makes the next global model."""
 
-    def __init__(self, model: nn.Module, training: LocalTraining, dummy: Samples) -> None:
+    def __init__(
+        self, model: nn.Module, training: LocalTraining, dummy: Samples, config: CohortConfig
+    ) -> None:
         self.model = model
         """The global model between rounds; also the first client's in a round."""
+        self._config = config
         self._training = training
         self._dummy = dummy
         self._replicas: list[nn.Module] = [model]
@@ -38,13 +44,42 @@ class Cohort:
         Afterwards ``model`` is the new global model, the same on all ranks.
         """
         total = ModelSum(self.model, counters=True)
-        if self._training.algorithm.synchronised_steps == 0 and len(clients) > 1:
-            runs = self._one_after_another(clients, round_number, learning_rate, total)
-        else:
-            runs = self._side_by_side(clients, round_number, learning_rate, total)
+        run_all = self._way(len(clients))
+        runs = run_all(clients, round_number, learning_rate, total)
         total.over_ranks()
         total.copy_to(self.model)
         return [run.mean_loss() for run in runs]
+
+    def _way(self, clients: int) -> Callable[..., list[LocalRun]]:
+        """How so many clients run on this device."""
+        on_gpu = next(self.model.parameters()).is_cuda
+        synchronised = self._training.algorithm.synchronised_steps > 0
+        stacked = {"auto": on_gpu, "stacked": True, "sequential": on_gpu and synchronised}
+        if clients > 1 and stacked[self._config.mode]:
+            return self._stacked
+        if clients > 1 and not synchronised:
+            return self._one_after_another
+        return self._side_by_side
+
+    def _stacked(
+        self, clients: Sequence[Client], number: int, rate: float, total: ModelSum
+    ) -> list[LocalRun]:
+        """All clients at once; in sequential mode only as long as statistics are global."""
+        [_, replica] = self._replicas_for(2)
+        self.model.train()
+        runs = [self._training.start(replica, client, number, rate) for client in clients]
+        stack = Stack(self.model, runs)
+        synchronised = self._training.algorithm.synchronised_steps
+        for _ in range(synchronised):
+            stack.synchronised_step()
+        if self._config.mode is not CohortMode.sequential:
+            for _ in range(self._training.local_steps - synchronised):
+                stack.local_step(self._config.max_stacked)
+        for lane, client in enumerate(clients):
+            _copy(self.model, replica)
+            stack.leave(lane).remaining_steps()
+            total.add(replica, client.weight)
+        return runs
 
     def _side_by_side(
         self, clients: Sequence[Client], number: int, rate: float, total: ModelSum

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -19,22 +20,46 @@ from .lockstep import Lockstep
 from .messages import GlobalMoments, Shares
 
 Update = Callable[[Tensor, Tensor], None]
-"""Moves a layer's running statistics towards a mean and an unbiased variance, (C,) each."""
+"""Moves a layer's running statistics towards a mean and an unbiased variance, (C,) or (K, C)."""
+
+
+class LayerCall(Protocol):
+    """One use of one layer: what the arithmetic asks of it."""
+
+    @property
+    def mask_KN(self) -> Tensor | None:
+        """Which samples of a padded stack are real; None if all are."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Real samples of each client of a padded stack."""
+
+    def share_moments(
+        self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The clients' own moments in, those to normalise by out: (C,) or (K, C), float64."""
+
+    def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
+        """The clients' own two sums per channel in, those to use out: (2C,) or (K, 2C)."""
+
+
+class BatchNormContext(Protocol):
+    """What a layer finds in itself while it is not ordinary local BN."""
+
+    def call(self, index: int, update: Update) -> LayerCall:
+        """The next use of layer ``index``, whose own statistics ``update`` moves."""
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """One use of one layer; ``number`` is the same on all ranks that run the same network."""
+class GlobalCall:
+    """A use with global statistics; ``number`` is the same on all ranks of the same network."""
 
     federation: Federation
     layer: str
     number: int
     update: Update
-
-    @property
-    def mask_KN(self) -> Tensor | None:
-        """Which samples of a padded stack are real; None if all are."""
-        return self.federation.mask_KN
+    mask_KN: Tensor | None
+    sizes: Sequence[int]
 
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
@@ -87,6 +112,8 @@ class Federation:
     """Which samples of a padded stack are real; None if all are."""
     sizes: Sequence[int] = ()
     """Real samples of each client of a padded stack."""
+    updates: Sequence[Update] | None = None
+    """By layer, in place of the layers' own: a stack keeps running statistics for each client."""
     is_open: bool = True
     _calls: list[int] = field(default_factory=list)
     _unverified: list[Callable[[], None]] = field(default_factory=list)
@@ -104,7 +131,8 @@ class Federation:
         """The next call of layer ``index``; counted from 1, so that no number is 0."""
         self._calls[index] += 1
         number = self._calls[index] * len(self.layers) + index
-        return LayerCall(self, self.layers[index], number, update)
+        mine = update if self.updates is None else self.updates[index]
+        return GlobalCall(self, self.layers[index], number, mine, self.mask_KN, self.sizes)
 
     def verify_soon(self, verify: Callable[[], None], now: bool) -> None:
         """Run ``verify`` at once, or when the context ends if that spares waiting for a device."""

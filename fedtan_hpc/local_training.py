@@ -64,8 +64,11 @@ class LocalRun:
     def loss(self) -> Tensor:
         """The loss F_k of the next step's batch, 0-d; clears the gradients first."""
         self.optimizer.zero_grad()
-        batch = self.client.samples[self.batches_EB[len(self.losses)]]
-        return loss_of(self.model, batch)
+        return loss_of(self.model, self.next_batch())
+
+    def next_batch(self) -> Samples:
+        """The samples of the next step."""
+        return self.client.samples[self.batches_EB[len(self.losses)]]
 
     def step(self, loss: Tensor) -> None:
         """Follow the gradients that the backward pass of ``loss`` has left."""

@@ -1,4 +1,4 @@
-"""Normalisation by global statistics, differentiated through: the arithmetic of FedTAN's layer.
+"""Normalisation by shared statistics, differentiated through: the arithmetic of FedTAN's layer.
 
 The loss is F = sum_k p_k F_k and g = dF_k/dy this client's own derivative.  With
 xhat = (x - mean) r, r = 1 / sqrt(variance + eps), both moments global, the chain rule through them
@@ -11,7 +11,8 @@ so the two sums s1, s2 per channel are all that the clients exchange in the back
 dgamma = sum g xhat and dbeta = sum g stay the client's own.
 
 K clients of a rank may run stacked, under ``torch.func.vmap``: their channels stand side by side,
-so that the same kernels serve K x C channels.
+so that the same kernels serve K x C channels.  In local steps of a stack each client's moments and
+sums are its own, and the same arithmetic is ordinary BN.
 
 Shapes: x and y (N, C) or (N, C, ...), stacked and folded (N, K C, ...); n_k values per channel.
 """
@@ -69,14 +70,15 @@ class GlobalNormalise(torch.autograd.Function):
         beta: Tensor | None,
         eps: float,
         call: LayerCall,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, None, None]]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int | None, int | None]]:
         """All clients of a stack at once, and one collective for all of them."""
         clients: int = info.batch_size
         folded = _fold(x, in_dims[0], clients)
         gammas = _fold_parameter(gamma, in_dims[1], clients)
         betas = _fold_parameter(beta, in_dims[2], clients)
         y, mean_C, variance_C = _normalise(folded, gammas, betas, eps, call, clients)
-        return (y.unflatten(1, (clients, -1)), mean_C, variance_C), (1, None, None)
+        own = None if mean_C.dim() == 1 else 0
+        return (y.unflatten(1, (clients, -1)), mean_C, variance_C), (1, own, own)
 
 
 class GlobalNormaliseBackward(torch.autograd.Function):
@@ -150,8 +152,8 @@ def _normalise(
         x,
         None if gamma is None else gamma.to(wide),
         None if beta is None else beta.to(wide),
-        mean_C.to(wide).repeat(clients),
-        variance_C.to(wide).repeat(clients),
+        _per_channel(mean_C, clients).to(wide),
+        _per_channel(variance_C, clients).to(wide),
         training=False,
         momentum=0.0,
         eps=eps,
@@ -172,13 +174,13 @@ def _derivatives(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx like x, or empty; dgamma and dbeta, (K, C) each, in gamma's dtype."""
     counts = _counts(x, call, clients)
-    mean, variance = (moment.repeat(clients) for moment in moments)
+    mean, variance = (_per_channel(moment, clients) for moment in moments)
     dbeta_KC, dgamma_KC = local_sums(g, x, mean, variance, eps, clients)
-    sums_2C = call.share_derivatives(counts, torch.cat([dbeta_KC, dgamma_KC], dim=1))
+    sums = call.share_derivatives(counts, torch.cat([dbeta_KC, dgamma_KC], dim=1))
     dx = x.new_empty(0)
     if needs_dx:
-        n_K1 = sums_2C.new_tensor(counts).clamp_min(1).unsqueeze(1)
-        s1, s2 = (sums_2C / n_K1).chunk(2, dim=1)
+        n_K1 = sums.new_tensor(counts).clamp_min(1).unsqueeze(1)
+        s1, s2 = (sums / n_K1).chunk(2, dim=1)
         dx = _input_derivative(g, x, gamma, mean, variance, eps, s1.flatten(), s2.flatten())
         if call.mask_KN is not None:  # nothing flows back into padding
             dx = dx.unflatten(1, (clients, -1)) * _like(call.mask_KN, x).to(dx.dtype)
@@ -213,7 +215,7 @@ def _counts(x: Tensor, call: LayerCall, clients: int) -> Sequence[int]:
     per_sample = x[:1, :1].numel() if len(x) else 0
     if call.mask_KN is None:
         return [len(x) * per_sample] * clients
-    return [size * per_sample for size in call.federation.sizes]
+    return [size * per_sample for size in call.sizes]
 
 
 def _fold(value: Tensor, dim: int | None, clients: int) -> Tensor:
@@ -228,6 +230,11 @@ def _fold_parameter(value: Tensor | None, dim: int | None, clients: int) -> Tens
     if value is None:
         return None
     return value.repeat(clients) if dim is None else value.movedim(dim, 0).flatten()
+
+
+def _per_channel(moment: Tensor, clients: int) -> Tensor:
+    """(K C,) from a global moment (C,), or from the clients' own (K, C)."""
+    return moment.repeat(clients) if moment.dim() == 1 else moment.flatten()
 
 
 def _like(mask_KN: Tensor, x: Tensor) -> Tensor:

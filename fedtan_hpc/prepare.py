@@ -40,6 +40,6 @@ def prepare(config: Config, place: Place) -> Trainer:
     return Trainer(
         config=config,
         store=store,
-        cohort=Cohort(model, training, store.dummy()),
+        cohort=Cohort(model, training, store.dummy(), config.cohort),
         test_share=dataset.take(share).to(place.device, dtype),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import networks
+import pooled
 import pytest
 import torch
 from ranks import on_ranks
@@ -12,9 +14,14 @@ from torch import Tensor
 
 import fedtan_hpc
 from fedtan_hpc import comm
+from fedtan_hpc.algorithms import ALGORITHMS
+from fedtan_hpc.clients import Client
+from fedtan_hpc.cohort import Cohort
 from fedtan_hpc.config import (
     AlgorithmConfig,
     AlgorithmName,
+    CohortConfig,
+    CohortMode,
     Config,
     DataConfig,
     DataName,
@@ -26,7 +33,9 @@ from fedtan_hpc.config import (
     PartitionName,
     PrecisionName,
 )
+from fedtan_hpc.data import Samples
 from fedtan_hpc.device import Place
+from fedtan_hpc.local_training import LocalTraining
 from fedtan_hpc.metrics import RoundRecord
 from fedtan_hpc.prepare import prepare
 
@@ -89,6 +98,20 @@ def test_the_number_of_ranks_changes_nothing(ranks: int, algorithm: str, case: s
             assert mine.clients == expected.clients
 
 
+@pytest.mark.parametrize("case", ["all", "some"])
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stacking_changes_nothing(ranks: int, algorithm: str, case: str) -> None:
+    """Clients of unequal sizes are padded; three of them at a time in the local steps."""
+    state, records, _ = on_one_rank(algorithm, case)
+    stacked = CohortConfig(mode=CohortMode.stacked, max_stacked=3)
+    options = config(algorithm, case, cohort=stacked)
+    for other, rounds, _ in on_ranks(ranks, trained, options):
+        assert distance(other, state) < 1e-10
+        for mine, expected in zip(rounds, records, strict=True):
+            assert mine.train_loss == pytest.approx(expected.train_loss, rel=1e-10)
+
+
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
 def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(algorithm: str) -> None:
     options = config(
@@ -105,6 +128,43 @@ def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(algorithm: str
     found = [accuracy for accuracy in accuracies if accuracy is not None]
     assert len(found) == 4
     assert max(found) - min(found) <= 0.003
+
+
+SPREADS = {
+    "all on one": [[0, 1, 2, 3]],
+    "two and two": [[2, 0], [1, 3]],
+    "one and three": [[3], [0, 1, 2]],
+    "a rank without": [[0, 1, 3], [2], []],
+}
+SETTINGS = {"local_steps": 1, "batch_size": 99, "momentum": 0.0, "weight_decay": 0.0, "seed": 0}
+
+
+def round_of_gradients(case: str, mode: CohortMode, spread: list[list[int]]) -> dict[str, Tensor]:
+    """What one step of a round with learning rate 1 takes off the parameters: sum_k p_k g_k."""
+    model = fedtan_hpc.convert_batchnorm(networks.network(case))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    training = LocalTraining(ALGORITHMS[AlgorithmName.fedtan], **SETTINGS)  # type: ignore[arg-type]
+    p, batches = networks.weights(4), networks.batches(case, 4)
+    clients = [Client(k, p[k], Samples(*batches[k])) for k in spread[comm.rank()]]
+    dummy = Samples(batches[0][0][:1], batches[0][1][:1])
+    cohort = Cohort(model, training, dummy, CohortConfig(mode=mode))
+    way = cohort._way(len(clients)).__name__
+    assert way == ("_stacked" if len(clients) > 1 and mode == "stacked" else "_side_by_side")
+    cohort.train(clients, 1, 1.0)
+    return {name: before[name] - value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("mode", [CohortMode.stacked, CohortMode.sequential])
+@pytest.mark.parametrize("case", networks.CASES)
+def test_a_round_of_one_step_follows_the_pooled_gradient(
+    case: str, mode: CohortMode, spread: str
+) -> None:
+    p, batches = networks.weights(4), networks.batches(case, 4)
+    expected = pooled.pooled_gradient(networks.network(case), batches, p)
+    found = on_ranks(len(SPREADS[spread]), round_of_gradients, case, mode, SPREADS[spread])
+    for measured in found:
+        assert pooled.worst_relative_error(measured, expected) < 1e-10
 
 
 def messages_of(options: Config) -> list[int]:

@@ -35,6 +35,7 @@ ROOMS = [
     "algorithms",
     "clients",
     "local_training",
+    "stacked",
     "cohort",
     "evaluate",
     "metrics",

@@ -1,0 +1,213 @@
+"""Clients of a rank that train at once: one set of kernels for all, by ``torch.func.vmap``.
+
+Every parameter has one more dimension, the clients'.  Batches of unequal sizes are padded with
+zeros; padding counts neither in the loss nor in the statistics, and nothing flows back from it.
+
+Shapes: K clients, N samples of the largest batch, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.functional import cross_entropy
+
+from .batchnorm import FedTANBatchNorm, batchnorm_layers, normalised_by
+from .federation import Federation, LayerCall, Update
+from .local_training import LocalRun
+
+
+@dataclass(frozen=True)
+class Padded:
+    """The batches of a step side by side: inputs (K, N, ...), labels and mask (K, N)."""
+
+    inputs: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    """None if all batches are of one size."""
+    sizes: Sequence[int]
+
+    def part(self, lanes: slice) -> Padded:
+        """Some of the clients."""
+        mask = None if self.mask is None else self.mask[lanes]
+        return Padded(self.inputs[lanes], self.labels[lanes], mask, self.sizes[lanes])
+
+
+class Stack:
+    """The clients of ``runs`` from the values of one model; each run gives batches and optimizer.
+
+    Steps train the stack.  ``leave`` moves a client's values and momentum to its run, which goes
+    on by itself.  The runs may share one model, if they leave one after another.
+    """
+
+    def __init__(self, model: nn.Module, runs: Sequence[LocalRun]) -> None:
+        self._model = model
+        self._runs = runs
+        clients = len(runs)
+        self._values = {
+            name: value.detach().expand(clients, *value.shape).clone()
+            for name, value in model.named_parameters()
+        }
+        self._optimizer = _optimizer_like(runs[0].optimizer, list(self._values.values()))
+        layers = batchnorm_layers(model).values()
+        self._running = [RunningStatistics(layer, clients) for layer in layers]
+
+    def synchronised_step(self) -> None:
+        """A step of all clients with global statistics."""
+        batch = self._next_batch()
+        federation = Federation(
+            weights=[run.client.weight for run in self._runs],
+            group=None,
+            layers=list(batchnorm_layers(self._model)),
+            mask_KN=batch.mask,
+            sizes=batch.sizes,
+            updates=[running.move for running in self._running],
+        )
+        with normalised_by(self._model, federation):
+            found = self._gradients(self._values, batch)
+            federation.close()
+        self._step([found])
+
+    def local_step(self, at_once: int) -> None:
+        """A step of all clients by themselves, ``at_once`` of them at a time."""
+        batch, found = self._next_batch(), []
+        for start in range(0, len(self._runs), at_once):
+            lanes = slice(start, start + at_once)
+            part = batch.part(lanes)
+            context = Apart(self._running, lanes, part.mask, part.sizes)
+            values = {name: value[lanes] for name, value in self._values.items()}
+            with normalised_by(self._model, context):
+                found.append(self._gradients(values, part))
+        self._step(found)
+
+    @torch.no_grad()
+    def leave(self, lane: int) -> LocalRun:
+        """Give a run its client's parameters, running statistics and momentum; return the run."""
+        run = self._runs[lane]
+        for name, parameter in run.model.named_parameters():
+            stacked = self._values[name]
+            parameter.copy_(stacked[lane])
+            momentum = self._optimizer.state[stacked].get("momentum_buffer")
+            if momentum is not None:
+                run.optimizer.state[parameter]["momentum_buffer"] = momentum[lane].clone()
+        layers = batchnorm_layers(run.model).values()
+        for running, layer in zip(self._running, layers, strict=True):
+            running.copy_to(layer, lane)
+        return run
+
+    def _next_batch(self) -> Padded:
+        batches = [run.next_batch() for run in self._runs]
+        sizes = [len(batch) for batch in batches]
+        inputs = nn.utils.rnn.pad_sequence([batch.inputs for batch in batches], batch_first=True)
+        labels = nn.utils.rnn.pad_sequence([batch.labels for batch in batches], batch_first=True)
+        mask = None
+        if min(sizes) < max(sizes):
+            place = torch.arange(max(sizes), device=labels.device)
+            mask = place < torch.tensor(sizes, device=labels.device).unsqueeze(1)
+        return Padded(inputs, labels, mask, sizes)
+
+    def _gradients(
+        self, values: dict[str, Tensor], batch: Padded
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Each client's gradient (K, ...) by name, and the losses (K,)."""
+        mask = torch.ones_like(batch.labels) if batch.mask is None else batch.mask
+
+        def loss(own: dict[str, Tensor], x: Tensor, y: Tensor, real: Tensor) -> Tensor:
+            scores = functional_call(self._model, own, (x,))
+            return (cross_entropy(scores, y, reduction="none") * real).sum() / real.sum()
+
+        step = vmap(grad_and_value(loss), randomness="different")
+        gradients, losses = step(values, batch.inputs, batch.labels, mask)
+        return gradients, losses
+
+    def _step(self, found: Sequence[tuple[dict[str, Tensor], Tensor]]) -> None:
+        for name, value in self._values.items():
+            value.grad = torch.cat([gradients[name] for gradients, _ in found])
+        self._optimizer.step()
+        losses = torch.cat([losses for _, losses in found])
+        for run, loss in zip(self._runs, losses.detach(), strict=True):
+            run.losses.append(loss)
+
+
+class RunningStatistics:
+    """A layer's running mean and variance for each client of a stack, (K, C)."""
+
+    def __init__(self, layer: FedTANBatchNorm, clients: int) -> None:
+        self._momentum = layer.momentum
+        self._buffers: list[Tensor] = []
+        self._batches = 0
+        if layer.running_mean is not None and layer.running_var is not None:
+            assert layer.num_batches_tracked is not None
+            both = (layer.running_mean, layer.running_var)
+            self._buffers = [value.expand(clients, -1).clone() for value in both]
+            self._batches = int(layer.num_batches_tracked) if layer.momentum is None else 0
+        self._uses = 0
+
+    def move(self, mean: Tensor, variance: Tensor, lanes: slice = slice(None)) -> None:
+        """Towards the given moments, (C,) for all clients or (K, C) for those of ``lanes``."""
+        if lanes.start in (None, 0):
+            self._uses += 1
+        share = self._momentum
+        if share is None:  # torch's cumulative average
+            share = 1.0 / (self._batches + self._uses)
+        for buffer, now in zip(self._buffers, (mean, variance), strict=False):
+            buffer[lanes].mul_(1 - share).add_(now.to(buffer.dtype), alpha=share)
+
+    def copy_to(self, layer: FedTANBatchNorm, lane: int) -> None:
+        """The statistics of one client, and the batches that all have seen."""
+        if self._buffers:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            assert layer.num_batches_tracked is not None
+            layer.running_mean.copy_(self._buffers[0][lane])
+            layer.running_var.copy_(self._buffers[1][lane])
+            layer.num_batches_tracked += self._uses
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The context of a local step: every client of a part of the stack by itself."""
+
+    running: Sequence[RunningStatistics]
+    lanes: slice
+    mask_KN: Tensor | None
+    sizes: Sequence[int]
+
+    def call(self, index: int, update: Update) -> LayerCall:
+        """A use of a layer; the stack's running statistics move, not the layer's own."""
+        return LocalCall(self.running[index], self.lanes, self.mask_KN, self.sizes)
+
+
+@dataclass(frozen=True)
+class LocalCall:
+    """A use of a layer by clients of a stack, each with the statistics of its own batch."""
+
+    running: RunningStatistics
+    lanes: slice
+    mask_KN: Tensor | None
+    sizes: Sequence[int]
+
+    def share_moments(
+        self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What came in, in float64."""
+        if min(counts) < 2:
+            raise ValueError("one value per channel in a client's batch; a variance needs two")
+        n_K1 = mean_KC.new_tensor(counts).unsqueeze(1)
+        self.running.move(mean_KC, variance_KC * (n_K1 / (n_K1 - 1)), self.lanes)
+        return mean_KC.double(), variance_KC.double()
+
+    def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
+        """What came in, in float64."""
+        return sums_K2C.double()
+
+
+def _optimizer_like(other: torch.optim.Optimizer, values: list[Tensor]) -> torch.optim.SGD:
+    group = other.param_groups[0]
+    return torch.optim.SGD(
+        values, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
+    )
