@@ -27,6 +27,8 @@ class FedTANBatchNorm(_BatchNorm):
     forward and backward (FedTAN, arXiv 2301.02982).  Otherwise it is ``torch.nn.BatchNorm``.
     """
 
+    _kind: type[_BatchNorm] = nn.SyncBatchNorm
+    """What the layer was before conversion: it says which inputs it takes."""
     _federation: BatchNormContext | None = None
     _index = 0
 
@@ -58,65 +60,56 @@ class FedTANBatchNorm(_BatchNorm):
         """Move towards the global mean and unbiased variance, the same bits on every rank."""
         if self.running_mean is None or self.running_var is None:
             return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
         share = self.momentum
-        if share is None:  # torch's cumulative average
-            share = 1.0 / float(self.num_batches_tracked)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if share is None:  # torch's cumulative average
+                share = 1.0 / float(self.num_batches_tracked)
+        if share is None:
+            raise ValueError("momentum=None needs num_batches_tracked")
         for running, now in ((self.running_mean, mean_C), (self.running_var, variance_C)):
             running.mul_(1 - share).add_(now.to(running.dtype), alpha=share)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2 or input.size(1) != self.num_features:
-            raise ValueError(
-                f"expected (N, {self.num_features}) or (N, {self.num_features}, ...), "
-                f"got {tuple(input.shape)}"
-            )
+        self._kind._check_input_dim(self, input)
+        if input.size(1) != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got {tuple(input.shape)}")
 
 
 def convert_batchnorm(module: nn.Module) -> nn.Module:
-    """Replace every BatchNorm1d/2d/3d and SyncBatchNorm in ``module`` by a ``FedTANBatchNorm``.
+    """Turn every BatchNorm1d/2d/3d and SyncBatchNorm in ``module`` into a ``FedTANBatchNorm``.
 
-    The new layers hold the very same parameters, buffers, hooks and settings, so state_dict keys
-    and optimizers stay valid; a layer used in several places stays one layer.  ``module`` is
-    changed in place and returned; if it is a BN layer itself, the new layer is returned.
+    The layers stay the same objects, with their parameters, buffers, hooks and settings, so that
+    state_dict keys, optimizers and every reference to a layer stay valid.  ``module`` itself is
+    returned.
 
-    Raises ``ValueError`` for other kinds of BN (lazy, quantised, a subclass of one's own), whose
-    behaviour the conversion would lose; layers found before it are then converted already.
+    Raises ``ValueError``, and changes nothing, if there is another kind of BN (lazy, quantised, a
+    subclass of one's own, TorchScript), whose behaviour the conversion would lose.
     """
-    return _convert(module, "", {})
-
-
-def _convert(module: nn.Module, name: str, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module in done:
-        return done[module]
-    if isinstance(module, _BatchNorm) and not isinstance(module, FedTANBatchNorm):
-        done[module] = _as_fedtan(module, name)
-        return done[module]
-    done[module] = module
-    for child_name, child in module._modules.items():
-        if child is not None:
-            path = f"{name}.{child_name}" if name else child_name
-            module._modules[child_name] = _convert(child, path, done)
+    found = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(f"{name or 'the module'} is TorchScript: convert it before scripting")
+        if isinstance(layer, _BatchNorm) and type(layer) is not FedTANBatchNorm:
+            if type(layer) not in _CONVERTIBLE:
+                kinds = ", ".join(kind.__name__ for kind in _CONVERTIBLE)
+                raise ValueError(
+                    f"layer {name or '(root)'} is a {type(layer).__name__}, and only {kinds} can "
+                    "be converted; run one batch through lazy layers first"
+                )
+            found.append(layer)
+    for layer in found:
+        layer.__dict__["_kind"] = type(layer)
+        layer.__class__ = FedTANBatchNorm
     return module
-
-
-def _as_fedtan(layer: _BatchNorm, name: str) -> FedTANBatchNorm:
-    if type(layer) not in _CONVERTIBLE:
-        kinds = ", ".join(kind.__name__ for kind in _CONVERTIBLE)
-        raise ValueError(
-            f"layer {name or '(root)'} is a {type(layer).__name__}, and only {kinds} can be "
-            "converted; run one batch through lazy layers first"
-        )
-    converted = FedTANBatchNorm.__new__(FedTANBatchNorm)
-    converted.__dict__.update(layer.__dict__)
-    return converted
 
 
 def federated_statistics(
     module: nn.Module, weight: float, group: comm.Group = None
 ) -> AbstractContextManager[None]:
     """Make the statistics of ``module``'s BN layers global while the context is open.
+
+    With activation checkpointing the backward pass belongs inside too, for it runs layers again.
 
     ``weight`` is this rank's p_k; the weights of the group's ranks (default: all ranks) must be
     >= 0 and sum to 1.  All ranks run the same layers in the same order, forward and backward, with

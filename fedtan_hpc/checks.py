@@ -17,6 +17,9 @@ from .config import (
 from .errors import ConfigError, mistake
 from .limits import MINIMUM_SAMPLES, TEST_SHARE
 
+_LONGEST_TIMEOUT = 365 * 86400.0
+_LARGEST_SAMPLE = 10**8
+
 
 def check(config: Config) -> None:
     """Raise ``ConfigError`` with one line for each mistake in ``config``."""
@@ -48,6 +51,8 @@ def _counts(config: Config) -> Iterator[str]:
         bounds["clients_per_round"] = (config.clients_per_round, 1)
     if config.check_every is not None:
         bounds["check_every"] = (config.check_every, 1)
+    if config.seed >= 2**32:
+        yield mistake("seed", config.seed, "a whole number below 2^32", "set seed=0")
     for option, (value, least) in bounds.items():
         if value < least:
             yield mistake(option, value, f"a whole number >= {least}", f"set {option}={least}")
@@ -69,9 +74,10 @@ def _numbers(config: Config) -> Iterator[str]:
         remedy = "try optimizer.weight_decay=1e-4"
         yield mistake("optimizer.weight_decay", sgd.weight_decay, "a finite number >= 0", remedy)
     seconds = config.comm.timeout_seconds
-    if not (math.isfinite(seconds) and seconds > 0):
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
         remedy = "try comm.timeout_seconds=300"
-        yield mistake("comm.timeout_seconds", seconds, "a finite number of seconds > 0", remedy)
+        allowed = f"seconds > 0, {_LONGEST_TIMEOUT:.0f} at most"
+        yield mistake("comm.timeout_seconds", seconds, allowed, remedy)
 
 
 def _schedule(schedule: LrScheduleConfig) -> Iterator[str]:
@@ -83,9 +89,9 @@ def _schedule(schedule: LrScheduleConfig) -> Iterator[str]:
             "a list of rounds >= 1 in ascending order",
             "for example lr_schedule.milestones=[60,80]",
         )
-    if not (math.isfinite(schedule.gamma) and schedule.gamma > 0):
+    if not 0 < schedule.gamma <= 10:
         remedy = "try lr_schedule.gamma=0.1"
-        yield mistake("lr_schedule.gamma", schedule.gamma, "a finite number > 0", remedy)
+        yield mistake("lr_schedule.gamma", schedule.gamma, "a number > 0, 10 at most", remedy)
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -104,6 +110,9 @@ def _data(config: Config) -> Iterator[str]:
         remedy = "for example data.shape=[3,32,32]"
         allowed = "three sizes >= 1, [channels, height, width]"
         yield mistake("data.shape", list(shape), allowed, remedy)
+    elif math.prod(shape) > _LARGEST_SAMPLE:
+        allowed = f"{_LARGEST_SAMPLE} values in all at most"
+        yield mistake("data.shape", list(shape), allowed, "use smaller samples")
     if classes < 2:
         yield mistake("data.classes", classes, "a whole number >= 2", "set data.classes=10")
     elif samples < 10 * classes:
@@ -126,9 +135,9 @@ def _partition(config: Config) -> Iterator[str]:
             remedy = f"leave it out or use partition={owner}"
             yield mistake(f"partition.{option}", value, allowed, remedy)
     alpha = part.alpha if part.name is PartitionName.dirichlet else None
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+    if alpha is not None and not 0 < alpha <= 1e6:
         remedy = "try partition.alpha=0.5"
-        yield mistake("partition.alpha", alpha, "a finite number > 0", remedy)
+        yield mistake("partition.alpha", alpha, "a number > 0, 1e6 at most", remedy)
     if part.name is PartitionName.shards and part.classes_per_client is not None:
         yield from _shards(config.clients, part.classes_per_client, config.data.facts()[2])
     yield from _enough_samples(config)
@@ -153,6 +162,9 @@ def _enough_samples(config: Config) -> Iterator[str]:
 
 
 def _places(config: Config) -> Iterator[str]:
+    if config.run_dir is not None and not config.run_dir.strip():
+        remedy = "name a folder or leave it out"
+        yield mistake("run_dir", config.run_dir, "the name of a folder, or null", remedy)
     if config.comm.backend is BackendName.nccl and config.device is DeviceName.cpu:
         allowed = "auto or gloo with device=cpu"
         yield mistake("comm.backend", "nccl", allowed, "set comm.backend=gloo or device=cuda")

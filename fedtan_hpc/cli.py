@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from . import environment
 from .checks import check
 from .config import Config
-from .errors import ConfigError, RunError
+from .errors import ConfigError, RunError, mistake
 from .explain import explain, unknown
 
 _GRACE_SECONDS = 15.0
@@ -38,6 +39,7 @@ def main() -> None:
         environment.detect()
         for config in configs:
             check(config)
+        _check_folders(configs)
         from .job import run  # torch loads here, after all that can go wrong without it
 
         for config in configs:
@@ -45,7 +47,9 @@ def main() -> None:
     except ConfigError as error:
         _leave(2, [f"fedtan_hpc: {line}" for line in error.mistakes])
     except KeyboardInterrupt:
-        _leave(130, ["fedtan_hpc: interrupted"])
+        if environment.rank_hint() == 0:
+            print("fedtan_hpc: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
     except RunError as error:
         if error.on_all_ranks:
             _leave(1, [f"fedtan_hpc: {error}"])
@@ -71,7 +75,9 @@ def compose() -> list[Config]:
         with redirect_stderr(usage), redirect_stdout(sys.stdout if speaks else io.StringIO()):
             entry(composed.append)()
         return [_to_config(config) for config in composed]
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra raises all three
         raise ConfigError(explain(error, sys.argv[1:])) from error
     except SystemExit as error:
         if not error.code:
@@ -83,6 +89,15 @@ def _flag_mistake(usage: str) -> str:
     """argparse's last line in place of its page."""
     reason = usage.strip().rpartition("error: ")[2]
     return f"{reason}; options are written name=value, and --help lists them"
+
+
+def _check_folders(configs: Sequence[Config]) -> None:
+    """The points of a sweep need folders of their own."""
+    shared = {config.run_dir for config in configs}
+    if len(configs) > 1 and len(shared) < len(configs) and shared != {None}:
+        folder = next(iter(shared - {None}))
+        remedy = "leave run_dir out, or use the swept options in it, as in run_dir=runs/${seed}"
+        raise ConfigError(mistake("run_dir", folder, "a folder for each point of a sweep", remedy))
 
 
 def _conf() -> Path:

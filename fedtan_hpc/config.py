@@ -106,7 +106,9 @@ class DataConfig:
         """Samples in all, the shape of one and the number of classes, before anything loads."""
         if self.name is DataName.digits:
             return 1797, (1, 8, 8), 10
-        return self.samples or 10_000, tuple(self.shape or (3, 32, 32)), self.classes or 10
+        samples = 10_000 if self.samples is None else self.samples
+        shape = (3, 32, 32) if self.shape is None else tuple(self.shape)
+        return samples, shape, 10 if self.classes is None else self.classes
 
 
 @dataclass(kw_only=True, slots=True)

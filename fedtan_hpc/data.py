@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from . import streams
 from .config import DataConfig, DataName
 from .limits import TEST_SHARE
 from .partition import Indices
@@ -81,14 +82,14 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
     """
     samples, shape, classes = config.facts()
     labels = np.arange(samples, dtype=np.int64) % classes
-    rng = np.random.default_rng([seed, 1])
+    rng = streams.generator(streams.CLASS_MEANS, seed)
     means = 0.5 * rng.standard_normal((classes, shape[0], 1, 1))
     means = means + 0.1 * rng.standard_normal((classes, *shape))
 
     def read_inputs(indices: Indices) -> npt.NDArray[np.float32]:
         inputs = np.empty((len(indices), *shape), dtype=np.float32)
         for row, index in enumerate(indices):
-            noise = np.random.default_rng([seed, 2, int(index)]).standard_normal(shape)
+            noise = streams.generator(streams.SAMPLE, seed, int(index)).standard_normal(shape)
             inputs[row] = means[labels[index]] + noise
         return inputs
 
@@ -114,6 +115,6 @@ def batch_indices(
     """
     size = min(batch_size, samples)
     per_pass = samples // size
-    rng = np.random.default_rng([seed, client, round_number])
+    rng = streams.generator(streams.BATCHES, seed, client, round_number)
     passes = [rng.permutation(samples)[: per_pass * size] for _ in range(-(-steps // per_pass))]
     return torch.from_numpy(np.concatenate(passes).reshape(-1, size)[:steps])

@@ -32,6 +32,10 @@ def detect(variables: Mapping[str, str] = os.environ) -> RankInfo:
 
     Raises ``ConfigError`` under a launcher whose ranks would all take themselves for rank 0.
     """
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not variables.get(variable, "0").isdecimal():
+            remedy = "start with torchrun, which sets it"
+            raise ConfigError(mistake(variable, variables[variable], "a whole number", remedy))
     if "RANK" in variables and "WORLD_SIZE" in variables:
         return RankInfo(
             rank=int(variables["RANK"]),
@@ -68,4 +72,4 @@ def of_caller(rank: int, world_size: int, variables: Mapping[str, str] = os.envi
 def rank_hint(variables: Mapping[str, str] = os.environ) -> int:
     """The rank as far as any launcher tells it; for deciding who prints a mistake."""
     names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((int(variables[name]) for name in names if name in variables), 0)
+    return next((int(variables[n]) for n in names if variables.get(n, "").isdecimal()), 0)

@@ -10,10 +10,11 @@ from enum import EnumMeta
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from .config import Config
-from .errors import mistake
+from .errors import ConfigError, mistake
 
 _PLAIN = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
@@ -33,7 +34,36 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         option = str(cause.full_key).partition("[")[0]
         remedy = "see the options table of the README, or --help"
         return mistake(option, _as_written(option, overrides)[1], allowed(option), remedy)
-    return str(error).partition("\n")[0]
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if value == "null" and f"{group}.name" in option_names():
+            return mistake(group, value, allowed(f"{group}.name"), "choose one of these")
+    first = str(error).partition("\n")[0]
+    return f"{first}; values apart by commas are a sweep, with -m first" if "," in first else first
+
+
+def typed(config: Config) -> Config:
+    """``config`` with every value of its option's type: a choice given as text becomes a choice.
+
+    Raises ``ConfigError`` for values that have no such meaning.
+    """
+    groups = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name, group in groups.items():
+        if is_dataclass(group):
+            _structured(group, f"{name}.")
+    checked = OmegaConf.to_object(_structured(config, ""))
+    assert isinstance(checked, Config)
+    return checked
+
+
+def _structured(options: Any, prefix: str) -> Any:
+    try:
+        return OmegaConf.structured(options)
+    except OmegaConfBaseException as error:
+        name = str(error.full_key or "").partition("[")[0]
+        value, remedy = getattr(options, name, "?"), "see the options table of the README"
+        line = mistake(prefix + name, value, allowed(prefix + name), remedy)
+        raise ConfigError(line) from error
 
 
 def unknown(option: str, value: object) -> str:

@@ -23,6 +23,9 @@ Update = Callable[[Tensor, Tensor], None]
 """Moves a layer's running statistics towards a mean and an unbiased variance, (C,) or (K, C)."""
 
 
+_CALLS = 256
+
+
 class LayerCall(Protocol):
     """One use of one layer: what the arithmetic asks of it."""
 
@@ -128,8 +131,11 @@ class Federation:
         return self.lockstep.meet(message)
 
     def call(self, index: int, update: Update) -> LayerCall:
-        """The next call of layer ``index``; counted from 1, so that no number is 0."""
-        self._calls[index] += 1
+        """The next call of layer ``index``.
+
+        Calls are counted round to keep numbers small: the sum of their squares must be exact.
+        """
+        self._calls[index] = (self._calls[index] + 1) % _CALLS
         number = self._calls[index] * len(self.layers) + index
         mine = update if self.updates is None else self.updates[index]
         return GlobalCall(self, self.layers[index], number, mine, self.mask_KN, self.sizes)
@@ -140,10 +146,15 @@ class Federation:
             verify()
         else:
             self._unverified.append(verify)
+        if len(self._unverified) > _CALLS:
+            self._verify()
 
     def close(self) -> None:
         """End the context; raises what the checks put off until now have found."""
         self.is_open = False
+        self._verify()
+
+    def _verify(self) -> None:
         unverified, self._unverified = self._unverified, []
         for verify in unverified:
             verify()

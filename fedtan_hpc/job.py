@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .device import Place
 from .display import Display, show_result
 from .environment import RankInfo
 from .errors import ConfigError
+from .explain import typed
 from .metrics import NullLog, RoundRecord, RunLog, Summary
 from .prepare import prepare
 
@@ -33,13 +34,16 @@ def run(config: Config) -> Summary:
     ``RunError``, naming rank and round, when training fails.
     """
     started = time.perf_counter()
+    config = typed(config)
     check(config)
     info = _rank_info()
     place = device.choose(config, info)
     torch.set_num_threads(config.threads)
-    with _process_group(config, info, place):
+    with _process_group(config, info, place), ExitStack() as held:
         folder = run_folder.name(config)
-        summary = _claim(folder, config) or _train(config, info, place, folder, started)
+        summary = _claim(folder, config, held)
+        if summary is None:
+            summary = _train(config, info, place, folder, started)
         if info.rank == 0:
             show_result(summary)
     return summary
@@ -67,12 +71,12 @@ def _process_group(config: Config, info: RankInfo, place: Place) -> Iterator[Non
     comm.stop()
 
 
-def _claim(folder: Path, config: Config) -> Summary | None:
+def _claim(folder: Path, config: Config, held: ExitStack) -> Summary | None:
     """Rank 0 claims the folder; what it finds, or what is wrong with it, reaches all ranks."""
     outcome: Any = None
     if comm.rank() == 0:
         try:
-            outcome = run_folder.claim(folder, config)
+            outcome = held.enter_context(run_folder.claimed(folder, config))
         except ConfigError as error:
             outcome = error.mistakes
     outcome = comm.broadcast_object(outcome)

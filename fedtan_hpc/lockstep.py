@@ -11,7 +11,8 @@ For CPU tensors only: on a GPU all backward passes share one thread, which canno
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -40,9 +41,9 @@ class Lockstep(Generic[Result]):
 
     def run(self) -> list[Result]:
         """Results of all functions, in order; the first error of any of them is raised."""
-        grad, threads = torch.is_grad_enabled(), []
+        modes, threads = _Modes(), []
         for lane in range(len(self._functions)):
-            threads.append(threading.Thread(target=self._run_lane, args=(lane, grad), daemon=True))
+            threads.append(threading.Thread(target=self._run_lane, args=(lane, modes), daemon=True))
             threads[-1].start()
         self._turns[0].release()
         self._done.acquire()
@@ -74,12 +75,12 @@ class Lockstep(Generic[Result]):
         if self._error is not None:
             raise _OtherFailed
 
-    def _run_lane(self, lane: int, grad: bool) -> None:
+    def _run_lane(self, lane: int, modes: _Modes) -> None:
         self._lane_of_thread.number = lane
         self._turns[lane].acquire()
         try:
             if self._error is None:
-                with torch.set_grad_enabled(grad):
+                with modes.again():
                     self._results[lane] = self._functions[lane]()
         except _OtherFailed:
             pass
@@ -93,6 +94,22 @@ class Lockstep(Generic[Result]):
         for turn in self._turns:  # after an error some may still wait for theirs
             turn.release()
         self._done.release()
+
+
+class _Modes:
+    """The calling thread's gradient mode and autocast, which a new thread does not inherit."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._autocast = torch.is_autocast_enabled("cpu")
+        self._dtype = torch.get_autocast_dtype("cpu")
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The same modes in this thread."""
+        autocast = torch.autocast("cpu", self._dtype, enabled=self._autocast)
+        with torch.set_grad_enabled(self._grad), autocast:
+            yield
 
 
 class _OtherFailed(Exception):

@@ -74,7 +74,7 @@ class RunLog(NullLog):
     def round(self, record: RoundRecord) -> None:
         """One line, written through at once, and one point on each curve."""
         values = asdict(record)
-        self._lines.write(json.dumps(values) + "\n")
+        self._lines.write(json.dumps(values, allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in values.items():
             if value is not None and name != "round":

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from . import streams
 from .config import ParticipationName
 
 
@@ -29,7 +30,7 @@ def draw(
         chances = np.asarray(shares) if rule is ParticipationName.weighted else None
         if chances is not None:
             chances = chances / chances.sum()
-        rng = np.random.default_rng([seed, 3, round_number])
+        rng = streams.generator(streams.PARTICIPATION, seed, round_number)
         drawn = sorted(rng.choice(len(shares), clients_per_round, replace=False, p=chances))
         if rule is ParticipationName.weighted:
             return {int(client): 1 / len(drawn) for client in drawn}

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from . import streams
 from .config import PartitionConfig, PartitionName
 from .limits import MINIMUM_SAMPLES
 
@@ -29,7 +30,7 @@ def split(labels_N: Indices, clients: int, config: PartitionConfig, seed: int) -
 
 def iid(samples: int, clients: int, seed: int) -> list[Indices]:
     """Shuffled and dealt out; sizes differ by one at most."""
-    order = np.random.default_rng([seed, samples]).permutation(samples)
+    order = streams.generator(streams.IID, seed).permutation(samples)
     return [np.sort(part) for part in np.array_split(order, clients)]
 
 
@@ -40,7 +41,7 @@ def shards(labels_N: Indices, clients: int, classes_per_client: int, seed: int) 
     clients that hold a class share its samples out evenly: 5 clients x 2 classes of 10 gives
     client 0 the classes 0 and 1, client 1 the classes 2 and 3, and so on.
     """
-    rng = np.random.default_rng([seed, clients, classes_per_client])
+    rng = streams.generator(streams.SHARDS, seed)
     classes = np.unique(labels_N)
     slots = np.arange(clients * classes_per_client)
     parts: list[list[Indices]] = [[] for _ in range(clients)]
@@ -54,7 +55,7 @@ def shards(labels_N: Indices, clients: int, classes_per_client: int, seed: int) 
 
 def dirichlet(labels_N: Indices, clients: int, alpha: float, seed: int) -> list[Indices]:
     """Each class is shared out in proportions drawn from Dirichlet(alpha) (Hsu et al. 2019)."""
-    rng = np.random.default_rng([seed, clients])
+    rng = streams.generator(streams.DIRICHLET, seed)
     parts: list[list[Indices]] = [[] for _ in range(clients)]
     for label in np.unique(labels_N):
         members = rng.permutation(np.flatnonzero(labels_N == label))

@@ -5,16 +5,21 @@ rounds.jsonl   a line a round (``metrics.RoundRecord``)
 summary.json   the result (``metrics.Summary``); its presence means that the run is finished
 model.pt       state_dict of the final global model
 events.*       TensorBoard
+.lock          held while a run writes here
 interrupted-N/ what an unfinished run left in this folder before the present one
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
@@ -43,25 +48,47 @@ def name(config: Config) -> Path:
     return Path("runs") / "-".join(words)
 
 
-def claim(folder: Path, config: Config) -> Summary | None:
-    """Make the folder ready for a new run, or return the summary of the same run, finished.
+@contextmanager
+def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
+    """Hold the folder for a new run, or give the summary of the same run, finished.
 
-    Raises ``ConfigError`` if it holds a finished run of another configuration or cannot be
-    written.
+    While it is held no other run can have it.  Raises ``ConfigError`` if it is held, if it has a
+    finished run of another configuration, or if it cannot be written.
     """
-    try:
-        if (folder / "summary.json").exists():
-            return _finished(folder, config)
+    if (finished := _finished(folder, config)) is not None:
+        yield finished
+        return
+    with _written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _set_aside(folder)
-        text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
-        files.replace_text(folder / "config.yaml", text)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115
+    with lock:
+        _hold(lock, folder)
+        # A run that held the folder until now may have finished in it.
+        finished = _finished(folder, config)
+        if finished is None:
+            with _written(folder):
+                _set_aside(folder)
+                text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+                files.replace_text(folder / "config.yaml", text)
+        yield finished
+
+
+def _hold(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        allowed = "a folder that no other run is writing"
+        remedy = "wait for that run to end, or choose another run_dir"
+        raise ConfigError(mistake("run_dir", folder, allowed, remedy)) from None
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        allowed = "a folder that can be written"
-        raise ConfigError(
-            mistake("run_dir", folder, allowed, f"choose another ({error.strerror})")
-        ) from error
-    return None
+        allowed, remedy = "a folder that can be written", f"choose another ({error.strerror})"
+        raise ConfigError(mistake("run_dir", folder, allowed, remedy)) from error
 
 
 def finish(folder: Path, summary: Summary) -> None:
@@ -73,20 +100,23 @@ def _identity(config: Config) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key != "run_dir"}
 
 
-def _finished(folder: Path, config: Config) -> Summary:
-    saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+def _finished(folder: Path, config: Config) -> Summary | None:
+    """The summary that the folder holds, if it is of ``config``."""
+    if not (folder / "summary.json").exists():
+        return None
+    try:
+        saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        allowed = "a new folder, or one with a whole run"
+        remedy = f"its finished run cannot be read ({error}): choose another run_dir"
+        raise ConfigError(mistake("run_dir", folder, allowed, " ".join(remedy.split()))) from error
     differing = sorted(_differences(saved, to_dict(config)) - {"run_dir"})
     if differing:
-        raise ConfigError(
-            mistake(
-                "run_dir",
-                folder,
-                "a new folder, or that of the same configuration",
-                f"it holds a finished run with another {', '.join(differing)}: "
-                "choose another run_dir",
-            )
-        )
-    return Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        allowed = "a new folder, or that of the same configuration"
+        remedy = f"it holds a finished run with another {', '.join(differing)}: choose another"
+        raise ConfigError(mistake("run_dir", folder, allowed, f"{remedy} run_dir"))
+    return summary
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[str]:
@@ -108,8 +138,8 @@ def _set_aside(folder: Path) -> None:
     left = [path for path in left if path.exists()]
     if not left:
         return
-    number = 1 + sum(1 for _ in folder.glob("interrupted-*"))
-    aside = folder / f"interrupted-{number}"
+    numbers = itertools.count(1)
+    aside = next(a for a in (folder / f"interrupted-{n}" for n in numbers) if not a.exists())
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)

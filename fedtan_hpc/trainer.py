@@ -72,7 +72,7 @@ class Trainer:
             self._check_agreement(number)
         judged = None
         if self._is_due(number, self.config.eval_every):
-            judged = evaluate(self.model, self.test_share)
+            judged = self._evaluate(number)
         return _record(number, train_loss, judged, rate, seconds, spent, len(weights))
 
     def _participants(self, number: int) -> dict[int, float]:
@@ -115,6 +115,16 @@ class Trainer:
                 on_all_ranks=True,
             )
         return float(sum(weights[client] * value for client, value in values.items()))
+
+    def _evaluate(self, number: int) -> Evaluation:
+        judged = evaluate(self.model, self.test_share)
+        if not math.isfinite(judged.loss):
+            raise RunError(
+                f"round {number}: the test loss of the averaged model is not finite "
+                f"({judged.loss}); a smaller optimizer.lr may help",
+                on_all_ranks=True,
+            )
+        return judged
 
     def _is_due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.rounds

@@ -210,7 +210,10 @@ def test_in_evaluation_mode_the_context_changes_no_bit(options: str) -> None:
 
 def test_an_input_of_another_width_is_refused() -> None:
     layer = convert_batchnorm(nn.BatchNorm1d(4))
-    with federated_statistics(layer, weight=1.0), pytest.raises(ValueError, match=r"\(N, 4\)"):
+    with (
+        federated_statistics(layer, weight=1.0),
+        pytest.raises(ValueError, match="expected 4 channels"),
+    ):
         layer(torch.randn(6, 3))
 
 
@@ -343,7 +346,7 @@ def uses_on_this_rank(p: list[float]) -> dict[str, Values]:
     rank = dist.get_rank()
     found = {}
     for name, shape in GLOBAL_SHAPES.items():
-        layer = convert_batchnorm(fill(nn.BatchNorm1d(shape[0])).double())
+        layer = convert_batchnorm(fill(nn.SyncBatchNorm(shape[0])).double())
         with federated_statistics(layer, p[rank]):
             found[name] = run_layer(layer, *client_data(shape, len(p))[rank])
     return found
@@ -490,7 +493,7 @@ THREE_CALLS = [[randn(n, 3, seed=40 + s + n) + s for n in (4, 6, 3)] for s in ra
 
 def buffers_after(momentum: float | None, weight: float, xs: list[Tensor]) -> Values:
     """This rank's buffers after one global use for each of ``xs``."""
-    layer = convert_batchnorm(nn.BatchNorm1d(3, momentum=momentum).double())
+    layer = convert_batchnorm(nn.SyncBatchNorm(3, momentum=momentum).double())
     layer.load_state_dict(OLD, strict=False)
     with federated_statistics(layer, weight):
         for x in xs:
@@ -726,7 +729,7 @@ def test_output_and_derivative_keep_the_memory_format_of_the_input(
     shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
     x, g = (randn(*shape, seed=seed).to(dtype) for seed in (1, 2))
-    layer = convert_batchnorm(fill(nn.BatchNorm2d(3)).to(dtype))
+    layer = convert_batchnorm(fill(nn.SyncBatchNorm(3)).to(dtype))
     plain = copy.deepcopy(layer)
     with federated_statistics(layer, weight=1.0), federated_statistics(plain, weight=1.0):
         inputs = [value.contiguous(memory_format=memory_format) for value in (x, g)]
@@ -898,3 +901,41 @@ def test_a_copy_made_inside_the_context_is_outside_it() -> None:
     with federated_statistics(layer, weight=0.5):
         twin = copy.deepcopy(layer)
     assert is_local(twin)
+
+
+def test_references_outside_the_module_tree_follow_the_conversion() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    alias = module[1]
+    assert convert_batchnorm(module)[1] is alias  # type: ignore[index]
+    assert isinstance(alias, FedTANBatchNorm)
+
+
+def test_a_refused_conversion_changes_nothing() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="LazyBatchNorm1d"):
+        convert_batchnorm(module)
+    assert type(module[0]) is nn.BatchNorm1d
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_torchscript_is_refused() -> None:
+    with pytest.raises(ValueError, match="TorchScript"):
+        convert_batchnorm(torch.jit.script(nn.Sequential(nn.BatchNorm1d(3))))
+
+
+def test_a_converted_layer_takes_the_inputs_that_it_took_before() -> None:
+    layer = convert_batchnorm(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="4D"):
+        layer(torch.randn(4, 3))
+
+
+def many_calls() -> int:
+    layer = convert_batchnorm(nn.BatchNorm1d(2))
+    with federated_statistics(layer, 0.5):
+        for _ in range(600):
+            layer(torch.randn(3, 2))
+    return int(layer.get_buffer("num_batches_tracked"))
+
+
+def test_a_context_may_stay_open_for_long() -> None:
+    assert on_ranks(2, many_calls) == [600, 600]

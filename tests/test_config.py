@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from fedtan_hpc import cli, explain
 from fedtan_hpc.checks import check
-from fedtan_hpc.config import Config, to_dict
+from fedtan_hpc.config import Config, DeviceName, PartitionConfig, PartitionName, to_dict
 from fedtan_hpc.environment import RankInfo, detect
 from fedtan_hpc.errors import ConfigError
 
@@ -120,6 +123,17 @@ WRONG = [
     (["partition.alpha=1"], "partition.alpha", "1.0"),
     (["partition=dirichlet", "partition.alpha=0"], "partition.alpha", "0.0"),
     (["partition=iid", "partition.classes_per_client=2"], "partition.classes_per_client", "2"),
+    (["data=null"], "data", "null"),
+    (["seed=5000000000"], "seed", "5000000000"),
+    (["comm.timeout_seconds=1e300"], "comm.timeout_seconds", "1e+300"),
+    (["lr_schedule.gamma=1e300"], "lr_schedule.gamma", "1e+300"),
+    (["partition=dirichlet", "partition.alpha=1e308"], "partition.alpha", "1e+308"),
+    (["data=synthetic", "data.samples=0"], "data.samples", "0"),
+    (["data=synthetic", "data.shape=[]"], "data.shape", "[]"),
+    (["data=synthetic", "data.classes=0"], "data.classes", "0"),
+    (["data=synthetic", "data.shape=[3,100000,100000]"], "data.shape", "[3, 100000, 100000]"),
+    (["run_dir="], "run_dir", ""),
+    (["seed=0,1"], "seed", None),
     (["-m", "seed=0,x"], "seed", "0,x"),
 ]
 
@@ -164,3 +178,75 @@ def test_what_types_admit_is_told_in_words() -> None:
     assert explain.allowed("check_every") == "a whole number or null"
     assert "list of whole numbers" in explain.allowed("data.shape")
     assert "run_dir" in set(explain.option_names())
+
+
+class Left(BaseException):
+    """The process has exited."""
+
+
+def leave(code: int) -> None:
+    raise Left(code)
+
+
+@pytest.mark.parametrize(("overrides", "option", "value"), WRONG, ids=lambda v: str(v))
+def test_rank_0_alone_speaks_and_exits_with_2(
+    overrides: list[str],
+    option: str,
+    value: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedtan_hpc", *overrides])
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left) as left:
+        cli.main()
+    assert left.value.args == (2,)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    for name, text in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(time, "sleep", leave)
+    with pytest.raises(Left) as waiting:
+        cli.main()
+    assert waiting.value.args[0] >= 10  # seconds that rank 0 has to speak
+    assert capsys.readouterr().err == ""
+
+
+def test_points_of_a_sweep_may_not_share_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedtan_hpc", "-m", "seed=0,1", "run_dir=same"])
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left):
+        cli.main()
+    assert "run_dir=same" in capsys.readouterr().err
+    assert not (tmp_path / "same").exists()
+
+
+def test_values_from_python_are_taken_as_from_the_command_line() -> None:
+    given = Config(partition=PartitionConfig(name="shards"), device="cpu", rounds=7)  # type: ignore[arg-type]
+    config = explain.typed(given)
+    assert config.partition.name is PartitionName.shards
+    assert config.device is DeviceName.cpu
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"partition": PartitionConfig(name="stripes")}, "partition.name=stripes: "),  # type: ignore[arg-type]
+        ({"rounds": 2.5}, "rounds=2.5: "),
+        ({"rounds": "many"}, "rounds=many: "),
+        ({"device": "tpu"}, "device=tpu: "),
+    ],
+)
+def test_wrong_values_from_python_are_mistakes_too(wrong: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        explain.typed(Config(**wrong))
+    assert str(caught.value).startswith(line)
+
+
+def test_ranks_that_are_no_numbers_are_a_mistake() -> None:
+    with pytest.raises(ConfigError, match=r"^RANK=x: "):
+        detect({"RANK": "x", "WORLD_SIZE": "2"})

@@ -29,6 +29,7 @@ ROOMS = [
     "average",
     "agreement",
     "models",
+    "streams",
     "partition",
     "participation",
     "data",

@@ -35,6 +35,7 @@ from fedtan_hpc.errors import ConfigError, RunError
 from fedtan_hpc.evaluate import Evaluation, evaluate
 from fedtan_hpc.metrics import Summary
 from fedtan_hpc.prepare import prepare
+from fedtan_hpc.run_folder import claimed
 from fedtan_hpc.run_folder import name as folder_name
 
 FEDTAN = AlgorithmConfig(name=AlgorithmName.fedtan)
@@ -246,6 +247,34 @@ def mistake_of(config: Config, folder: str) -> str:
     return str(caught.value).partition("=")[0]
 
 
+def test_a_finished_run_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
+    run_here(small(1), str(tmp_path))
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run_here(small(1), str(tmp_path))
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_refused(tmp_path: Path) -> None:
+    with claimed(tmp_path, small(1)), pytest.raises(ConfigError, match="no other run"):
+        run_here(small(1), str(tmp_path))
+    run_here(small(1), str(tmp_path))
+
+
+def test_choices_may_be_given_as_text(tmp_path: Path) -> None:
+    given = small(1, partition=PartitionConfig(name="shards"))  # type: ignore[arg-type]
+    assert run_here(given, str(tmp_path)).rounds == 3
+    assert "shards" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("names", [["interrupted-1"], ["interrupted-2"]])
+def test_earlier_interruptions_are_kept(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "rounds.jsonl").write_text("precious\n")
+    run_here(small(1), str(tmp_path))
+    assert len(list(tmp_path.glob("interrupted-*"))) == 2
+
+
 def test_an_unfinished_run_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "rounds.jsonl").write_text("precious\n")
     run_here(small(1), str(tmp_path))
@@ -272,6 +301,13 @@ def test_a_loss_that_is_not_finite_stops_every_rank_by_name(tmp_path: Path) -> N
     for message in on_ranks(2, failure_of, config, str(tmp_path)):
         assert "round 1" in message
         assert "clients [0, 1]" in message
+
+
+def test_a_last_step_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    config = small(2, rounds=1, local_steps=1, optimizer=OptimizerConfig(lr=1e30))
+    for message in on_ranks(2, failure_of, config, str(tmp_path)):
+        assert message.startswith("round 1: the test loss")
+    assert not (tmp_path / "summary.json").exists()
 
 
 def spoil_one_client(config: Config) -> str:

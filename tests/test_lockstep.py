@@ -153,3 +153,19 @@ def test_lanes_take_turns_and_keep_the_callers_grad_mode() -> None:
     with torch.no_grad():
         assert steps.run() == [False] * 3
     assert order == [0, 1, 2, 0, 1, 2]
+
+
+def test_clients_in_lockstep_keep_the_callers_autocast() -> None:
+    x, y = networks.batches("branches", 1)[0]
+    modules = [module.float() for module in pair()]
+    seen = []
+
+    def loss(module: nn.Module) -> Tensor:
+        scores = module(x.float())
+        seen.append(scores.dtype)
+        return cross_entropy(scores, y)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = [partial(loss, module) for module in modules]
+        fedtan_hpc.federated_backward(modules, losses, [0.5, 0.5])
+    assert seen == [torch.bfloat16] * 2

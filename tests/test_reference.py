@@ -28,8 +28,8 @@ def data(shape: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
     return (x * (1 + rank) + rank).requires_grad_(), g
 
 
-def new_layer(affine: bool) -> nn.BatchNorm1d:
-    layer = nn.BatchNorm1d(4, eps=1e-3, affine=affine, dtype=torch.float64)
+def new_layer(affine: bool) -> nn.SyncBatchNorm:
+    layer = nn.SyncBatchNorm(4, eps=1e-3, affine=affine, dtype=torch.float64)
     for start, parameter in enumerate(layer.parameters()):
         nn.init._no_grad_uniform_(parameter, start + 0.5, start + 1.5, torch.Generator())
     return layer

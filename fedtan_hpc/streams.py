@@ -1,0 +1,12 @@
+"""Streams of random numbers that never meet: one for each purpose and what it is drawn for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+IID, SHARDS, DIRICHLET, PARTICIPATION, CLASS_MEANS, SAMPLE, BATCHES = range(1, 8)
+
+
+def generator(purpose: int, seed: int, first: int = 0, second: int = 0) -> np.random.Generator:
+    """The stream of ``purpose`` for a seed and up to two numbers, such as client and round."""
+    return np.random.default_rng([purpose, seed, first, second])
