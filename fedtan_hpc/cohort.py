@@ -20,6 +20,7 @@ from .clients import Client
 from .config import CohortConfig, CohortMode
 from .data import Samples
 from .local_training import LocalRun, LocalTraining, loss_of
+from .memory import Budget
 from .stacked import Stack
 
 
@@ -27,11 +28,17 @@ class Cohort:
     """Trains a rank's clients from the global model and makes the next global model."""
 
     def __init__(
-        self, model: nn.Module, training: LocalTraining, dummy: Samples, config: CohortConfig
+        self,
+        model: nn.Module,
+        training: LocalTraining,
+        dummy: Samples,
+        config: CohortConfig,
+        ranks_here: int = 1,
     ) -> None:
         self.model = model
         """The global model between rounds; also the first client's in a round."""
         self._config = config
+        self._budget = Budget(model, dummy, training.batch_size, ranks_here)
         self._training = training
         self._dummy = dummy
         self._replicas: list[nn.Module] = [model]
@@ -45,6 +52,7 @@ class Cohort:
         """
         total = ModelSum(self.model, counters=True)
         run_all = self._way(len(clients))
+        self._budget.check(self._at_once(run_all, len(clients)), round_number)
         runs = run_all(clients, round_number, learning_rate, total)
         total.over_ranks()
         total.copy_to(self.model)
@@ -60,6 +68,12 @@ class Cohort:
         if clients > 1 and not synchronised:
             return self._one_after_another
         return self._side_by_side
+
+    def _at_once(self, way: Callable[..., list[LocalRun]], clients: int) -> int:
+        """How many clients' activations are in memory together."""
+        if self._training.algorithm.synchronised_steps > 0:
+            return clients
+        return min(clients, self._config.max_stacked) if way == self._stacked else 1
 
     def _stacked(
         self, clients: Sequence[Client], number: int, rate: float, total: ModelSum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -94,7 +95,8 @@ def _train(config: Config, info: RankInfo, place: Place, folder: Path, started: 
             f"launcher {info.launcher}, ranks {info.world_size}, backend {_backend(place)}, "
             f"device {place.device}, threads per rank {config.threads}, run_dir {folder}"
         )
-    trainer = prepare(config, place)
+    trainer = prepare(config, place, info.local_world_size)
+    startup = time.perf_counter() - started
     logs: list[NullLog] = [RunLog(folder), Display(config.rounds)] if info.rank == 0 else []
     try:
         records = trainer.train(logs)
@@ -102,12 +104,20 @@ def _train(config: Config, info: RankInfo, place: Place, folder: Path, started: 
         for log in logs:
             log.close()
     parameters = models.parameter_count(trainer.model)
-    summary = _summarise(config, info, place, records, folder, parameters, started)
+    seconds = startup, time.perf_counter() - started
+    summary = _summarise(config, info, place, records, folder, parameters, seconds)
     if info.rank == 0:
         state = {key: value.cpu() for key, value in trainer.model.state_dict().items()}
         files.replace(folder / "model.pt", lambda path: torch.save(state, path))
         run_folder.finish(folder, summary)
     return summary
+
+
+def _peak_memory(device: torch.device) -> torch.Tensor:
+    """Most memory that this process has had, in bytes: of the GPU if it computes there; 0-d."""
+    if device.type == "cuda":
+        return torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    return torch.tensor(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _backend(place: Place) -> str:
@@ -122,7 +132,7 @@ def _summarise(
     records: list[RoundRecord],
     folder: Path,
     parameters: int,
-    started: float,
+    seconds: tuple[float, float],
 ) -> Summary:
     last = records[-1]
     assert last.test_accuracy is not None
@@ -132,7 +142,9 @@ def _summarise(
         rounds=config.rounds,
         test_accuracy=last.test_accuracy,
         test_loss=last.test_loss,
-        total_seconds=time.perf_counter() - started,
+        total_seconds=seconds[1],
+        startup_seconds=seconds[0],
+        peak_memory_bytes=max(int(peak) for peak in comm.all_gather(_peak_memory(place.device))),
         median_round_seconds=statistics.median(record.round_seconds for record in records),
         world_size=info.world_size,
         backend=_backend(place),

@@ -41,7 +41,11 @@ class Summary:
     test_loss: float
     total_seconds: float
     """From the start of ``run`` to the final model, start-up and evaluation included."""
+    startup_seconds: float
+    """Of ``total_seconds``, those before the first round."""
     median_round_seconds: float
+    peak_memory_bytes: int
+    """Most memory of any rank's process; on a GPU, of the GPU's memory."""
     world_size: int
     backend: str
     """Carrier of the collectives; "none" in a single process."""

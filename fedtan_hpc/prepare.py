@@ -18,8 +18,11 @@ from .trainer import Trainer
 DTYPES = {PrecisionName.float32: torch.float32, PrecisionName.float64: torch.float64}
 
 
-def prepare(config: Config, place: Place) -> Trainer:
-    """Every rank derives the same data, partition and model; samples come as clients do."""
+def prepare(config: Config, place: Place, ranks_here: int = 1) -> Trainer:
+    """Every rank derives the same data, partition and model; samples come as clients do.
+
+    ``ranks_here`` ranks share this machine's memory.
+    """
     dtype = DTYPES[config.precision]
     dataset = data.load(config.data, config.seed)
     labels = dataset.labels_N[dataset.train]
@@ -40,6 +43,6 @@ def prepare(config: Config, place: Place) -> Trainer:
     return Trainer(
         config=config,
         store=store,
-        cohort=Cohort(model, training, store.dummy(), config.cohort),
+        cohort=Cohort(model, training, store.dummy(), config.cohort, ranks_here),
         test_share=dataset.take(share).to(place.device, dtype),
     )

@@ -36,6 +36,7 @@ ROOMS = [
     "algorithms",
     "clients",
     "local_training",
+    "memory",
     "stacked",
     "cohort",
     "evaluate",

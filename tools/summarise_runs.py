@@ -28,7 +28,7 @@ class Run:
 
     options: Mapping[str, str]
     points: Sequence[tuple[int, float]]
-    seconds: float
+    summary: Mapping[str, Any]
     messages: int
     bytes: int
 
@@ -57,7 +57,7 @@ def read(folder: Path) -> Run:
     return Run(
         options=options,
         points=[(number, value) for number, value in accuracies if value is not None],
-        seconds=summary["median_round_seconds"],
+        summary=summary,
         messages=rounds[-1]["comm_messages"],
         bytes=rounds[-1]["comm_bytes"],
     )
@@ -81,16 +81,19 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def table(lines: Mapping[str, Sequence[Run]]) -> list[str]:
     """Mean and sample deviation of the final test accuracy, in percent."""
     rows = [
-        "| runs | seeds | test accuracy, % | messages a round | kB a round | ms a round |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| runs | seeds | test accuracy, % | messages, kB a round | ms a round | start-up, s "
+        "| peak MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for label, runs in lines.items():
         final = [100 * run.points[-1][1] for run in runs]
-        spread = statistics.stdev(final) if len(final) > 1 else float("nan")
-        time = 1000 * statistics.median(run.seconds for run in runs)
+        spread = f" ± {statistics.stdev(final):.1f}" if len(final) > 1 else ""
         rows.append(
-            f"| {label} | {len(runs)} | {statistics.mean(final):.1f} ± {spread:.1f} "
-            f"| {runs[0].messages} | {runs[0].bytes / 1000:.1f} | {time:.0f} |"
+            f"| {label} | {len(runs)} | {statistics.mean(final):.1f}{spread} "
+            f"| {runs[0].messages}, {runs[0].bytes / 1000:.1f} "
+            f"| {1000 * _median(runs, 'median_round_seconds'):.0f} "
+            f"| {_median(runs, 'startup_seconds'):.1f} "
+            f"| {_median(runs, 'peak_memory_bytes') / 1e6:.0f} |"
         )
     return rows
 
@@ -119,6 +122,10 @@ def draw(lines: Mapping[str, Sequence[Run]], path: Path) -> None:
 
 def _mean_accuracy(runs: Sequence[Run]) -> float:
     return statistics.mean(run.points[-1][1] for run in runs)
+
+
+def _median(runs: Sequence[Run], key: str) -> float:
+    return statistics.median(float(run.summary[key]) for run in runs)
 
 
 def _short(option: str, value: str) -> str:

@@ -1,0 +1,137 @@
+"""What hosting several clients on a rank costs, against clients that each have a rank.
+
+    python tools/bench_cohort.py --clients 1 4 --device cpu
+    python tools/bench_cohort.py --clients 1 4 16 64 --device cuda
+
+One process.  For each algorithm and number of clients a round of local steps is timed: one client
+by itself (the floor: what a rank of its own would take), the rank's clients in sequential mode and
+stacked.  Variants alternate; the figures are medians over the repeats, and ratios are taken to the
+one client by itself, per client-step.  JSON on standard output, a table on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from fedtan_hpc import convert_batchnorm, models
+from fedtan_hpc.algorithms import ALGORITHMS
+from fedtan_hpc.clients import Client
+from fedtan_hpc.cohort import Cohort
+from fedtan_hpc.config import AlgorithmName, CohortConfig, CohortMode, ModelConfig, ModelName
+from fedtan_hpc.data import Samples
+from fedtan_hpc.local_training import LocalTraining
+
+
+def main() -> None:
+    """Time all variants and print."""
+    arguments = parse()
+    torch.set_num_threads(1)
+    variants = {
+        (algorithm, mode, clients): round_of(arguments, algorithm, mode, clients)
+        for algorithm in ("fedtan", "fedavg")
+        for clients in sorted({1, *arguments.clients})
+        for mode in (("sequential", "stacked") if clients > 1 else ("sequential",))
+    }
+    seconds = alternating(list(variants.values()), arguments.repeats, arguments.device)
+    results = []
+    for (algorithm, mode, clients), times in zip(variants, seconds, strict=True):
+        alone = seconds[list(variants).index((algorithm, "sequential", 1))]
+        per_step = statistics.median(times) / (clients * arguments.local_steps)
+        results.append(
+            {
+                "algorithm": algorithm,
+                "mode": mode if clients > 1 else "alone",
+                "clients": clients,
+                "client_steps_per_second": 1 / per_step,
+                "ratio_to_alone": statistics.median(
+                    t / (clients * a) for t, a in zip(times, alone, strict=True)
+                ),
+                "round_seconds": {"median": statistics.median(times), "all": times},
+            }
+        )
+    show(results)
+    print(json.dumps({"setting": setting(arguments), "results": results}, indent=2))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[4], help="clients of the rank")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--model", default="resnet20", choices=[str(name) for name in ModelName])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--local-steps", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
+    return parser.parse_args()
+
+
+def round_of(
+    arguments: argparse.Namespace, algorithm: str, mode: str, clients: int
+) -> Callable[[], object]:
+    """A function that runs a round of the variant, on random 3x32x32 images."""
+    device, batch = torch.device(arguments.device), arguments.batch_size
+    model = models.build(ModelConfig(name=ModelName(arguments.model)), (3, 32, 32), 10, seed=0)
+    training = LocalTraining(
+        ALGORITHMS[AlgorithmName(algorithm)], arguments.local_steps, batch, 0.9, 1e-4, seed=0
+    )
+    inputs = torch.randn(clients, batch, 3, 32, 32, device=device)
+    labels = torch.randint(0, 10, (clients, batch), device=device)
+    hosted = [Client(k, 1 / clients, Samples(inputs[k], labels[k])) for k in range(clients)]
+    config = CohortConfig(mode=CohortMode(mode), max_stacked=max(arguments.clients))
+    model = convert_batchnorm(model).to(device)
+    cohort = Cohort(model, training, hosted[0].samples[:1], config)
+    return lambda: cohort.train(hosted, 1, 0.01)
+
+
+def alternating(
+    variants: list[Callable[[], object]], repeats: int, device: str
+) -> list[list[float]]:
+    """Seconds of each variant in each repeat, after one of each that does not count."""
+    found: list[list[float]] = [[] for _ in variants]
+    for repeat in range(repeats + 1):
+        for times, variant in zip(found, variants, strict=True):
+            start = time.perf_counter()
+            variant()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        print(f"repeat {repeat} of {repeats}", end="\r", file=sys.stderr, flush=True)
+    return [times[1:] for times in found]
+
+
+def show(results: list[dict[str, object]]) -> None:
+    """The table."""
+    print("| algorithm | mode | clients | client-steps a second | time to alone |", file=sys.stderr)
+    print("| --- | --- | --- | --- | --- |", file=sys.stderr)
+    for row in results:
+        print(
+            f"| {row['algorithm']} | {row['mode']} | {row['clients']} "
+            f"| {row['client_steps_per_second']:.1f} | {row['ratio_to_alone']:.2f} |",
+            file=sys.stderr,
+        )
+
+
+def setting(arguments: argparse.Namespace) -> dict[str, object]:
+    """What was run, on what."""
+    device = platform.processor() or platform.machine()
+    if arguments.device == "cuda":
+        device = torch.cuda.get_device_name()
+    return {
+        **vars(arguments),
+        "threads": torch.get_num_threads(),
+        "machine": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
