@@ -1,7 +1,8 @@
 """FedTAN on many ranks: federated training with exact global batch normalization statistics.
 
 For a training loop of your own: ``convert_batchnorm``, ``federated_statistics``,
-``average_model``.  For a whole job: ``run`` with a ``Config``.
+``average_model``, and with several clients on a rank ``federated_backward`` and
+``average_models``.  For a whole job: ``run`` with a ``Config``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .average import average_model
+    from .average import average_model, average_models
     from .batchnorm import (
         FedTANBatchNorm,
         convert_batchnorm,
@@ -28,6 +29,7 @@ __all__ = [
     "FedTANBatchNorm",
     "Summary",
     "average_model",
+    "average_models",
     "convert_batchnorm",
     "federated_backward",
     "federated_statistics",
@@ -40,6 +42,7 @@ _HOME = {
     "FedTANBatchNorm": "batchnorm",
     "Summary": "metrics",
     "average_model": "average",
+    "average_models": "average",
     "convert_batchnorm": "batchnorm",
     "federated_backward": "batchnorm",
     "federated_statistics": "batchnorm",

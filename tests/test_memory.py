@@ -39,7 +39,7 @@ def test_an_allocation_that_would_not_fit_says_how_many_clients_would(
     budget = Budget(models.resnet20(3, 10), sample(), 32, 1)
     monkeypatch.setattr(memory, "free_bytes", lambda *_: int(3.5 * budget.bytes_per_client))
     budget.check(3, 1)
-    with pytest.raises(RunError, match=r"round 2: 4 clients .* 3 would fit"):
+    with pytest.raises(RunError, match=r"rank 0, round 2: 4 clients .* 3 would fit"):
         budget.check(4, 2)
 
 

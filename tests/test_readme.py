@@ -54,18 +54,21 @@ def test_commands_run(tmp_path: Path) -> None:
         words = [part for word in shlex.split(line) for part in expanded(word, tmp_path)]
         if "fedtan_hpc" in words:
             words += ["rounds=1", "local_steps=1"]
+        if "tools/bench_cohort.py" in words:
+            words += ["--clients", "2", "--repeats", "1", "--batch-size", "2", "--local-steps", "2"]
         done = commands.run(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (tmp_path / "docs" / "digits_shards.png").stat().st_size > 10_000
 
 
-def test_training_loop_of_ones_own_runs(tmp_path: Path) -> None:
-    [example] = blocks("python", REST)
+@pytest.mark.parametrize("number", [0, 1])
+def test_training_loops_of_ones_own_run(number: int, tmp_path: Path) -> None:
+    example = blocks("python", REST)[number]
     (tmp_path / "own_loop.py").write_text(example, encoding="utf-8")
     done = commands.run("torchrun", "--nproc-per-node", "2", "own_loop.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     loss = float(done.stdout.split()[-1])
-    assert loss < 0.4
+    assert loss < 0.45
 
 
 def test_version_stands_in_one_place() -> None:
