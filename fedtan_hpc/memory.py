@@ -12,7 +12,6 @@ from .data import Samples
 from .errors import RunError
 from .local_training import loss_of
 
-
 _PASSING = 1.6
 """What a pass takes in all over what it keeps: stacked ResNet-20 on a CPU, measured."""
 
