@@ -30,8 +30,11 @@ def average_models(
 ) -> None:
     """``average_model`` for several clients of a rank: each module becomes the global model.
 
-    The weights of all clients of all ranks sum to 1.
+    The weights of all clients of all ranks sum to 1; a rank without a client gives one module, with
+    the weight 0.
     """
+    if not len(modules) == len(weights) >= 1:
+        raise ValueError("modules and weights must be equally many, and at least one")
     total = ModelSum(modules[0])
     for module, weight in zip(modules, weights, strict=True):
         total.add(module, weight)
@@ -44,8 +47,8 @@ class ModelSum:
     """sum_k p_k of a model's floating-point tensors, in one flat message per dtype.
 
     A message begins with the sum of the weights and the count of bad ones.  With ``counters``
-    integer buffers travel along in the first message: they are the same on all clients that train,
-    and so reach a rank that has no client.
+    BN's counters of batches travel along in the first message (exact to 2^24): they are the same on
+    all clients that train, and so reach a rank that has no client.
     """
 
     def __init__(self, module: nn.Module, counters: bool = False) -> None:
@@ -95,13 +98,14 @@ class ModelSum:
 
     def _groups(self, module: nn.Module) -> list[list[Tensor]]:
         groups: dict[torch.dtype, list[Tensor]] = {}
-        counters = []
+        counters: list[Tensor] = []
         for tensor in model_tensors(module):
             value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             if value.is_floating_point():
                 groups.setdefault(value.dtype, []).append(value.detach())
-            elif self._counters:
-                counters.append(value)
+        if self._counters:
+            named = module.named_buffers()
+            counters = [value for name, value in named if name.endswith("num_batches_tracked")]
         found = list(groups.values())
         if found:
             found[0] = found[0] + counters

@@ -15,7 +15,7 @@ from . import comm
 from .federation import BatchNormContext, Federation
 from .lockstep import Lockstep
 from .messages import merge
-from .normalise import GlobalNormalise
+from .normalise import Normalise
 
 _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -44,7 +44,7 @@ class FedTANBatchNorm(_BatchNorm):
         assert self._federation is not None
         self._check_input_dim(x)
         call = self._federation.call(self._index, self._update_running_statistics)
-        y, _, _ = GlobalNormalise.apply(  # type: ignore[no-untyped-call]
+        y, _, _ = Normalise.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, self.eps, call
         )
         return y  # type: ignore[no-any-return]
@@ -138,12 +138,16 @@ def federated_backward(
     sample and the weight 0.
 
     Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
-    are not equally many, or a module serves two clients.
+    are not equally many, a module serves two clients, or several clients are on a GPU: lock-step
+    threads cannot meet in its backward pass.  They inherit the gradient mode and autocast of the
+    caller, and no other mode of a thread.
     """
     if not len(modules) == len(losses) == len(weights) >= 1:
         raise ValueError("modules, losses and weights must be equally many, and at least one")
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("every client needs a module of its own, for example a copy.deepcopy")
+    if len(modules) > 1 and any(value.is_cuda for value in modules[0].parameters()):
+        raise ValueError("several clients of a rank in lock-step must be on the CPU")
     passes = [partial(_forward_and_backward, loss) for loss in losses]
     if len(modules) == 1:
         with federated_statistics(modules[0], weights[0], group):

@@ -12,6 +12,7 @@ from .config import (
     DeviceName,
     LrScheduleConfig,
     ModelName,
+    ParticipationName,
     PartitionName,
 )
 from .errors import ConfigError, mistake
@@ -56,6 +57,9 @@ def _counts(config: Config) -> Iterator[str]:
     for option, (value, least) in bounds.items():
         if value < least:
             yield mistake(option, value, f"a whole number >= {least}", f"set {option}={least}")
+    if config.clients_per_round is None and config.participation is ParticipationName.weighted:
+        remedy = "set clients_per_round, or leave participation out"
+        yield mistake("participation", "weighted", "uniform while all clients take part", remedy)
     if (config.clients_per_round or 1) > max(config.clients, 1):
         allowed = f"1 to clients, {config.clients}"
         remedy = f"set clients_per_round={config.clients} or leave it out"

@@ -48,7 +48,7 @@ class ClientStore:
     def host(self, weights: dict[int, float]) -> list[Client]:
         """The clients with their samples on the device; ``weights`` by client."""
         clients = [Client(number, w, self._samples(number)) for number, w in weights.items()]
-        while len(self._loaded) > 2 * len(weights):
+        while len(self._loaded) > 2 * max(1, len(weights)):
             self._loaded.popitem(last=False)
         return clients
 

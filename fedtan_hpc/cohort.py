@@ -12,9 +12,10 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from .average import ModelSum
+from .average import ModelSum, model_tensors
 from .batchnorm import federated_backward
 from .clients import Client
 from .config import CohortConfig, CohortMode
@@ -38,7 +39,7 @@ class Cohort:
         self.model = model
         """The global model between rounds; also the first client's in a round."""
         self._config = config
-        self._budget = Budget(model, dummy, training.batch_size, ranks_here)
+        self._budget = Budget(model, dummy, training, ranks_here)
         self._training = training
         self._dummy = dummy
         self._replicas: list[nn.Module] = [model]
@@ -52,13 +53,13 @@ class Cohort:
         """
         total = ModelSum(self.model, counters=True)
         run_all = self._way(len(clients))
-        self._budget.check(self._at_once(run_all, len(clients)), round_number)
-        runs = run_all(clients, round_number, learning_rate, total)
+        with self._budget.spent_on(*self._needs(run_all, len(clients)), round_number):
+            losses = run_all(clients, round_number, learning_rate, total)
         total.over_ranks()
         total.copy_to(self.model)
-        return [run.mean_loss() for run in runs]
+        return losses
 
-    def _way(self, clients: int) -> Callable[..., list[LocalRun]]:
+    def _way(self, clients: int) -> Callable[..., list[Tensor]]:
         """How so many clients run on this device."""
         on_gpu = next(self.model.parameters()).is_cuda
         synchronised = self._training.algorithm.synchronised_steps > 0
@@ -69,15 +70,17 @@ class Cohort:
             return self._one_after_another
         return self._side_by_side
 
-    def _at_once(self, way: Callable[..., list[LocalRun]], clients: int) -> int:
-        """How many clients' activations are in memory together."""
+    def _needs(self, way: Callable[..., list[Tensor]], clients: int) -> tuple[int, int]:
+        """Clients whose parameters, and whose activations, are in memory together."""
         if self._training.algorithm.synchronised_steps > 0:
-            return clients
-        return min(clients, self._config.max_stacked) if way == self._stacked else 1
+            return clients, clients
+        if way == self._stacked:
+            return clients, min(clients, self._config.max_stacked)
+        return min(clients, 1), min(clients, 1)
 
     def _stacked(
         self, clients: Sequence[Client], number: int, rate: float, total: ModelSum
-    ) -> list[LocalRun]:
+    ) -> list[Tensor]:
         """All clients at once; in sequential mode only as long as statistics are global."""
         [_, replica] = self._replicas_for(2)
         self.model.train()
@@ -89,15 +92,16 @@ class Cohort:
         if self._config.mode is not CohortMode.sequential:
             for _ in range(self._training.local_steps - synchronised):
                 stack.local_step(self._config.max_stacked)
+        losses = []
         for lane, client in enumerate(clients):
             _copy(self.model, replica)
-            stack.leave(lane).remaining_steps()
+            losses.append(stack.leave(lane).finish())
             total.add(replica, client.weight)
-        return runs
+        return losses
 
     def _side_by_side(
         self, clients: Sequence[Client], number: int, rate: float, total: ModelSum
-    ) -> list[LocalRun]:
+    ) -> list[Tensor]:
         """Each client on a replica of its own, in lock-step while statistics are global."""
         models = self._replicas_for(max(1, len(clients)))
         runs = [
@@ -106,15 +110,17 @@ class Cohort:
         ]
         for _ in range(self._training.algorithm.synchronised_steps):
             self._synchronised_step(models, runs)
+        losses = []
         for run in runs:
-            run.remaining_steps()
+            losses.append(run.finish())
             total.add(run.model, run.client.weight)
-        return runs
+        return losses
 
     def _synchronised_step(self, models: Sequence[nn.Module], runs: Sequence[LocalRun]) -> None:
         if not runs:
             models[0].train()
             federated_backward(models, [partial(loss_of, models[0], self._dummy)], [0.0])
+            models[0].zero_grad()
             return
         weights = [run.client.weight for run in runs]
         losses = federated_backward(models, [run.loss for run in runs], weights)
@@ -123,16 +129,15 @@ class Cohort:
 
     def _one_after_another(
         self, clients: Sequence[Client], number: int, rate: float, total: ModelSum
-    ) -> list[LocalRun]:
+    ) -> list[Tensor]:
         """All clients on one replica, each from the global model."""
         [_, replica] = self._replicas_for(2)
-        runs = []
+        losses = []
         for client in clients:
             _copy(self.model, replica)
-            runs.append(self._training.start(replica, client, number, rate))
-            runs[-1].remaining_steps()
+            losses.append(self._training.start(replica, client, number, rate).finish())
             total.add(replica, client.weight)
-        return runs
+        return losses
 
     def _replicas_for(self, clients: int) -> list[nn.Module]:
         """The model and copies of it, as many as ``clients``, all with the global values."""
@@ -144,5 +149,7 @@ class Cohort:
         return list(self._replicas)
 
 
+@torch.no_grad()
 def _copy(source: nn.Module, target: nn.Module) -> None:
-    target.load_state_dict(source.state_dict())
+    for value, of_source in zip(model_tensors(target), model_tensors(source), strict=True):
+        value.copy_(of_source)

@@ -75,15 +75,16 @@ class LocalRun:
         self.optimizer.step()
         self.losses.append(loss.detach())
 
-    def remaining_steps(self) -> None:
-        """All steps that are left, with the statistics of the client's own batches."""
+    def finish(self) -> Tensor:
+        """All steps that are left, with local statistics; the mean loss of all, 0-d float64.
+
+        Momentum is let go: it does not survive the round, and there may be many clients.
+        """
         while len(self.losses) < len(self.batches_EB):
             loss = self.loss()
             loss.backward()
             self.step(loss)
-
-    def mean_loss(self) -> Tensor:
-        """Over the steps taken, 0-d float64."""
+        self.optimizer.state.clear()
         return torch.stack(self.losses).double().mean()
 
 

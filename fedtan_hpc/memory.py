@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import comm
+from .average import model_tensors
 from .data import Samples
 from .errors import RunError
-from .local_training import loss_of
+from .local_training import LocalTraining, loss_of
 
 _PASSING = 1.6
 """What a pass takes in all over what it keeps: stacked ResNet-20 on a CPU, measured."""
 
 
 class Budget:
-    """Memory of the clients that a rank runs together: a model, its gradients, its activations."""
+    """Memory of the clients that a rank runs together."""
 
-    def __init__(self, model: nn.Module, dummy: Samples, batch_size: int, ranks_here: int) -> None:
+    def __init__(
+        self, model: nn.Module, dummy: Samples, training: LocalTraining, ranks_here: int
+    ) -> None:
         self._device = dummy.inputs.device
         self._ranks_here = ranks_here
-        self._checked = 1
-        values = sum(value.nbytes for value in [*model.parameters(), *model.buffers()])
-        kept = batch_size * saved_bytes_per_sample(model, dummy)
-        self.bytes_per_client = int(2 * values + _PASSING * kept)
-        """Parameters and gradients, and what the backward pass keeps of a whole batch."""
+        self._checked = 0
+        values = sum(value.nbytes for value in model_tensors(model))
+        self.bytes_held = values * (3 if training.momentum else 2)
+        """Of one client: parameters, gradients and momentum."""
+        kept = training.batch_size * saved_bytes_per_sample(model, dummy)
+        self.bytes_at_once = int(_PASSING * kept)
+        """Of one client in a forward and backward pass of a whole batch."""
 
-    def check(self, clients: int, round_number: int) -> None:
-        """Raise ``RunError`` if ``clients`` at once would not fit; one always may try."""
+    @contextmanager
+    def spent_on(self, held: int, at_once: int, round_number: int) -> Iterator[None]:
+        """Run the clients of a round if they fit, ``at_once`` of ``held`` in a pass together.
+
+        Raises ``RunError`` that says how many would fit, before or when memory runs out; one client
+        always may try.
+        """
+        needed = held * self.bytes_held + at_once * self.bytes_at_once
         free = free_bytes(self._device, self._ranks_here)
-        if clients <= self._checked or free is None:
-            return
-        fit = max(1, int(free // self.bytes_per_client))
-        if clients > fit:
-            needed = clients * self.bytes_per_client
-            raise RunError(
-                f"rank {comm.rank()}, round {round_number}: {clients} clients at once need "
-                f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {fit} would fit; "
-                "use more ranks, a smaller batch_size or clients_per_round",
-                on_all_ranks=False,
-            )
-        self._checked = clients
+        if free is not None and needed > free and needed > self._checked and at_once > 1:
+            raise self._error(at_once, needed, free, round_number)
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise self._error(at_once, needed, free or 0, round_number) from error
+        self._checked = max(self._checked, needed)
+
+    def _error(self, at_once: int, needed: int, free: int, round_number: int) -> RunError:
+        fit = max(1, int(free // (self.bytes_held + self.bytes_at_once)))
+        fit = min(fit, max(at_once - 1, 1))
+        return RunError(
+            f"rank {comm.rank()}, round {round_number}: {at_once} clients at once need "
+            f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {fit} would fit; "
+            "use more ranks, a smaller batch_size or clients_per_round",
+            on_all_ranks=False,
+        )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "can't allocate memory" in str(error)
 
 
 def saved_bytes_per_sample(model: nn.Module, sample: Samples) -> int:
@@ -58,10 +83,12 @@ def saved_bytes_per_sample(model: nn.Module, sample: Samples) -> int:
         return value
 
     alive: list[Tensor] = []
+    was_training = model.training
     model.eval()  # statistics stay as they are
     pair = Samples(*(torch.cat([value, value]) for value in (sample.inputs, sample.labels)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         loss_of(model, pair)
+    model.train(was_training)
     return sum(kept.values()) // len(pair)
 
 
@@ -70,8 +97,9 @@ def free_bytes(device: torch.device, ranks_here: int) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free) + cached
-    candidates = [*_available(Path("/proc/meminfo")), *_within_cgroup(Path("/sys/fs/cgroup"))]
+        sharing = -(-ranks_here // torch.cuda.device_count())
+        return int(free) // sharing + cached
+    candidates = [*_available(Path("/proc/meminfo")), *_within_cgroups(Path("/"))]
     return min(candidates) // ranks_here if candidates else None
 
 
@@ -82,9 +110,37 @@ def _available(meminfo: Path) -> list[int]:
     return [1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:"]
 
 
-def _within_cgroup(folder: Path) -> list[int]:
-    """What a limit of this process's control group leaves, as batch systems set it."""
-    limit, used = folder / "memory.max", folder / "memory.current"
-    if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
+def _within_cgroups(root: Path) -> list[int]:
+    """What the limits of this process's control group leave, as batch systems set them."""
+    groups = root / "proc/self/cgroup"
+    if not groups.exists():
         return []
-    return [int(limit.read_text()) - int(used.read_text())]
+    found = []
+    for line in groups.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        mount = root / "sys/fs/cgroup"
+        if controllers == "memory":  # version 1
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            found += _left(mount / "memory", path, *names)
+        elif controllers == "":  # version 2
+            found += _left(mount, path, "memory.max", "memory.current")
+    return found
+
+
+def _left(mount: Path, path: str, limit_name: str, used_name: str) -> list[int]:
+    """Limit less use, file cache apart; inside a container the group itself is the mount."""
+    for folder in (mount / path.lstrip("/"), mount):
+        limit, used = folder / limit_name, folder / used_name
+        if limit.exists() and used.exists():
+            if limit.read_text().strip() == "max":
+                return []
+            cache = _inactive_file(folder / "memory.stat")
+            return [max(0, int(limit.read_text()) - int(used.read_text()) + cache)]
+    return []
+
+
+def _inactive_file(stat: Path) -> int:
+    if not stat.exists():
+        return 0
+    lines = [line.split() for line in stat.read_text().splitlines()]
+    return sum(int(words[1]) for words in lines if words[0] == "inactive_file")

@@ -157,9 +157,9 @@ def check_moments(message: Tensor, tag: int, ranks: int) -> None:
     tags, squares, bad_weights, empty_batches, count, high, low = message[:_HEADER].tolist()
     _check_tags(tags, squares, tag, ranks)
     if bad_weights:
-        raise ValueError(f"{bad_weights:.0f} of {ranks} weights are negative or not finite")
+        raise ValueError(f"{bad_weights:.0f} weights on {ranks} ranks are negative or not finite")
     if empty_batches:
-        raise ValueError(f"{empty_batches:.0f} of {ranks} batches are empty, with a weight above 0")
+        raise ValueError(f"{empty_batches:.0f} batches are empty, with a weight above 0")
     if not abs(high + low - 1) <= WEIGHT_TOLERANCE:  # true for nan too
         raise ValueError(f"the weights sum to {high + low:.9g} over {ranks} ranks, not to 1")
     if count < 2:

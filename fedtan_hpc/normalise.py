@@ -30,14 +30,14 @@ from .federation import LayerCall
 from .moments import local_moments, local_sums, statistics_dtype
 
 
-class GlobalNormalise(torch.autograd.Function):
-    """y = gamma (x - mean) / sqrt(variance + eps) + beta; also returns the global moments."""
+class Normalise(torch.autograd.Function):
+    """y = gamma (x - mean) / sqrt(variance + eps) + beta; also returns the moments."""
 
     @staticmethod
     def forward(
         x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, call: LayerCall
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, and in float64 mean_C and variance_C (biased)."""
+        """Return y, and in float64 the shared mean_C and variance_C (biased)."""
         return _normalise(x, gamma, beta, eps, call, clients=1)
 
     @staticmethod
@@ -54,7 +54,7 @@ class GlobalNormalise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Derivatives of x, gamma and beta; always one collective, on every rank."""
         needs_dx = ctx.needs_input_grad[0]
-        dx, dgamma, dbeta = GlobalNormaliseBackward.apply(  # type: ignore[no-untyped-call]
+        dx, dgamma, dbeta = NormaliseBackward.apply(  # type: ignore[no-untyped-call]
             g, *ctx.saved_tensors, ctx.eps, ctx.call, needs_dx
         )
         if ctx.saved_tensors[1] is None:
@@ -81,7 +81,7 @@ class GlobalNormalise(torch.autograd.Function):
         return (y.unflatten(1, (clients, -1)), mean_C, variance_C), (1, own, own)
 
 
-class GlobalNormaliseBackward(torch.autograd.Function):
+class NormaliseBackward(torch.autograd.Function):
     """The derivatives; a function of its own, for a stack of clients takes it all at once."""
 
     @staticmethod

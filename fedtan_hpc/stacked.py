@@ -126,8 +126,10 @@ class Stack:
 
     def _step(self, found: Sequence[tuple[dict[str, Tensor], Tensor]]) -> None:
         for name, value in self._values.items():
-            value.grad = torch.cat([gradients[name] for gradients, _ in found])
+            parts = [gradients[name] for gradients, _ in found]
+            value.grad = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._optimizer.step()
+        self._optimizer.zero_grad()
         losses = torch.cat([losses for _, losses in found])
         for run, loss in zip(self._runs, losses.detach(), strict=True):
             run.losses.append(loss)
@@ -145,15 +147,14 @@ class RunningStatistics:
             both = (layer.running_mean, layer.running_var)
             self._buffers = [value.expand(clients, -1).clone() for value in both]
             self._batches = int(layer.num_batches_tracked) if layer.momentum is None else 0
-        self._uses = 0
+        self._uses = torch.zeros(clients, dtype=torch.int64)
 
     def move(self, mean: Tensor, variance: Tensor, lanes: slice = slice(None)) -> None:
         """Towards the given moments, (C,) for all clients or (K, C) for those of ``lanes``."""
-        if lanes.start in (None, 0):
-            self._uses += 1
+        self._uses[lanes] += 1
         share = self._momentum
         if share is None:  # torch's cumulative average
-            share = 1.0 / (self._batches + self._uses)
+            share = 1.0 / (self._batches + int(self._uses[lanes][0]))
         for buffer, now in zip(self._buffers, (mean, variance), strict=False):
             buffer[lanes].mul_(1 - share).add_(now.to(buffer.dtype), alpha=share)
 
@@ -165,7 +166,7 @@ class RunningStatistics:
             assert layer.num_batches_tracked is not None
             layer.running_mean.copy_(self._buffers[0][lane])
             layer.running_var.copy_(self._buffers[1][lane])
-            layer.num_batches_tracked += self._uses
+            layer.num_batches_tracked += int(self._uses[lane])
 
 
 @dataclass(frozen=True)

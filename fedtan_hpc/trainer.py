@@ -108,6 +108,8 @@ class Trainer:
         values = dict(zip(weights, comm.sum_over_ranks(of_all).tolist(), strict=True))
         bad = [client for client, value in values.items() if not math.isfinite(value)]
         if bad:
+            # Global statistics carry one client's bad samples to all: look for the source.
+            bad = self._with_bad_samples(weights, clients) or bad
             whose = f"client {bad[0]}" if len(bad) == 1 else f"clients {bad}"
             raise RunError(
                 f"round {number}: the training loss of {whose} is not finite "
@@ -115,6 +117,15 @@ class Trainer:
                 on_all_ranks=True,
             )
         return float(sum(weights[client] * value for client, value in values.items()))
+
+    def _with_bad_samples(self, weights: dict[int, float], clients: Sequence[Client]) -> list[int]:
+        """Participants whose inputs are not all finite."""
+        place = {client: position for position, client in enumerate(weights)}
+        found = self.test_share.inputs.new_zeros(len(weights)).double()
+        for client in clients:
+            found[place[client.number]] = not bool(client.samples.inputs.isfinite().all())
+        counts = comm.sum_over_ranks(found).tolist()
+        return [client for client, count in zip(weights, counts, strict=True) if count]
 
     def _evaluate(self, number: int) -> Evaluation:
         judged = evaluate(self.model, self.test_share)

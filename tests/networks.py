@@ -68,6 +68,13 @@ def _offset() -> nn.Module:
     )
 
 
+def _without_momentum(module: nn.Module) -> nn.Module:
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.momentum = None
+    return module
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, the shape of a sample, and how far the clients' inputs lie from 0."""
@@ -87,6 +94,7 @@ CASES = {
     "not affine": Case(lambda: _dense(affine=False), (6,)),
     "no running statistics": Case(lambda: _dense(track_running_stats=False), (6,)),
     "momentum None": Case(lambda: _dense(momentum=None), (6,)),
+    "shared, momentum None": Case(lambda: _without_momentum(Shared()), (6,)),
     "mean 1e3 spreads": Case(_offset, (6,), offset=1e3),
 }
 

@@ -389,17 +389,17 @@ def test_output_and_all_derivatives_are_those_of_the_pooled_problem(
 
 
 BAD: dict[str, tuple[list[float], list[int], str]] = {
-    "negative": ([-0.5, 1.5], [5, 8], "1 of 2 weights are negative or not finite"),
-    "NaN": ([float("nan"), 1.0], [5, 8], "1 of 2 weights are negative or not finite"),
-    "infinite": ([1.0, float("inf")], [5, 8], "1 of 2 weights are negative or not finite"),
+    "negative": ([-0.5, 1.5], [5, 8], "1 weights on 2 ranks are negative or not finite"),
+    "NaN": ([float("nan"), 1.0], [5, 8], "1 weights on 2 ranks are negative or not finite"),
+    "infinite": ([1.0, float("inf")], [5, 8], "1 weights on 2 ranks are negative or not finite"),
     "more than 1": ([0.5, 0.6], [5, 8], "the weights sum to 1.1 "),
     "all zero": ([0.0, 0.0], [5, 8], "the weights sum to 0 "),
     "beyond float32": ([1e300, 0.5], [5, 8], "the weights sum to "),
     "one value": ([1.0, 0.0], [1, 6], "one value per channel on all ranks together"),
-    "negative of three": ([0.4, -0.2, 0.8], [5, 8, 3], "1 of 3 weights are negative"),
-    "two of three": ([0.3, -1.0, float("nan")], [5, 8, 3], "2 of 3 weights are negative"),
+    "negative of three": ([0.4, -0.2, 0.8], [5, 8, 3], "1 weights on 3 ranks"),
+    "two of three": ([0.3, -1.0, float("nan")], [5, 8, 3], "2 weights on 3 ranks"),
     "less than 1": ([0.3, 0.3, 0.3], [5, 8, 3], "the weights sum to 0.9 "),
-    "empty": ([0.3, 0.3, 0.4], [5, 0, 4], "1 of 3 batches are empty, with a weight above 0"),
+    "empty": ([0.3, 0.3, 0.4], [5, 0, 4], "1 batches are empty, with a weight above 0"),
 }
 
 

@@ -112,17 +112,21 @@ def test_stacking_changes_nothing(ranks: int, algorithm: str, case: str) -> None
             assert mine.train_loss == pytest.approx(expected.train_loss, rel=1e-10)
 
 
+@pytest.mark.parametrize("case", ["all", "some"])
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
-def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(algorithm: str) -> None:
+def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(
+    algorithm: str, case: str
+) -> None:
+    """Unequal clients, all of them or three a round; 2,000 test samples."""
     options = config(
         algorithm,
-        "all",
+        case,
         rounds=50,
-        clients=5,
+        local_steps=2,
         eval_every=50,
         batch_size=32,
         precision=PrecisionName.float32,
-        partition=PartitionConfig(name=PartitionName.shards),
+        data=DataConfig(name=DataName.synthetic, samples=10_000, shape=[2, 3, 3]),
     )
     accuracies = [on_ranks(ranks, trained, options)[0][1][-1].test_accuracy for ranks in RANKS]
     found = [accuracy for accuracy in accuracies if accuracy is not None]
@@ -165,6 +169,31 @@ def test_a_round_of_one_step_follows_the_pooled_gradient(
     found = on_ranks(len(SPREADS[spread]), round_of_gradients, case, mode, SPREADS[spread])
     for measured in found:
         assert pooled.worst_relative_error(measured, expected) < 1e-10
+
+
+def two_rounds(case: str, mode: CohortMode, way: str | None) -> dict[str, Tensor]:
+    """Two rounds of three steps with momentum, two stacked at a time; ``way`` forces how."""
+    model = fedtan_hpc.convert_batchnorm(networks.network(case))
+    settings = {**SETTINGS, "local_steps": 3, "momentum": 0.9, "weight_decay": 1e-2}
+    training = LocalTraining(ALGORITHMS[AlgorithmName.fedtan], **settings)  # type: ignore[arg-type]
+    p, batches = networks.weights(4), networks.batches(case, 4)
+    clients = [Client(k, p[k], Samples(*batches[k])) for k in range(4)]
+    dummy = Samples(batches[0][0][:1], batches[0][1][:1])
+    cohort = Cohort(model, training, dummy, CohortConfig(mode=mode, max_stacked=2))
+    with pytest.MonkeyPatch.context() as patch:
+        if way:
+            patch.setattr(cohort, "_way", lambda _: getattr(cohort, way))
+        for number in (1, 2):
+            cohort.train(clients, number, 0.1)
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("case", networks.CASES)
+def test_stacked_rounds_are_those_of_one_client_after_another(case: str) -> None:
+    """Also when clients leave the stack after the synchronised step, as on a GPU."""
+    expected = two_rounds(case, CohortMode.sequential, None)
+    assert distance(two_rounds(case, CohortMode.stacked, None), expected) < 1e-10
+    assert distance(two_rounds(case, CohortMode.sequential, "_stacked"), expected) < 1e-10
 
 
 def messages_of(options: Config) -> list[int]:

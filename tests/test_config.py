@@ -87,6 +87,7 @@ WRONG = [
     (["clients=1000"], "clients", "1000"),
     (["clients_per_round=0"], "clients_per_round", "0"),
     (["clients_per_round=6"], "clients_per_round", "6"),
+    (["participation=weighted"], "participation", "weighted"),
     (["participation=fair"], "participation", "fair"),
     (["precision=float16"], "precision", "float16"),
     (["cohort.mode=parallel"], "cohort.mode", "parallel"),

@@ -319,8 +319,10 @@ def spoil_one_client(config: Config) -> str:
     return str(caught.value)
 
 
-def test_the_client_with_the_bad_loss_is_named() -> None:
-    for message in on_ranks(3, spoil_one_client, small(3, algorithm=FEDAVG)):
+@pytest.mark.parametrize("algorithm", [FEDTAN, FEDAVG], ids=lambda a: str(a.name))
+def test_the_client_with_the_bad_loss_is_named(algorithm: AlgorithmConfig) -> None:
+    """Under FedTAN all losses are bad, and the samples tell whose fault it is."""
+    for message in on_ranks(3, spoil_one_client, small(3, algorithm=algorithm)):
         assert "round 1" in message
         assert "client 1 " in message
 

@@ -253,8 +253,8 @@ def test_weights_may_miss_1_by_rounding(excess: float) -> None:
         ([0.5, 0.5 + 2e-6], "sum to 1.000002 over 2 ranks"),
         ([0.5, 0.5 - 2e-6], "sum to 0.999998 over 2 ranks"),
         ([0.0, 0.0], "sum to 0 over 2 ranks"),
-        ([-0.5, 1.5], "1 of 2 weights"),
-        ([float("nan"), float("inf")], "2 of 2 weights"),
+        ([-0.5, 1.5], "1 weights on 2"),
+        ([float("nan"), float("inf")], "2 weights on 2"),
         ([1e300, 1e300], "sum to"),
     ],
 )
@@ -264,7 +264,7 @@ def test_weights_that_are_not_shares_of_1_are_refused(p: list[float], message: s
 
 
 def test_an_empty_batch_that_counts_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 of 2 batches are empty"):
+    with pytest.raises(ValueError, match="1 batches are empty"):
         checked([0.5, 0.5], [2, 0])
 
 

@@ -78,3 +78,7 @@ def test_the_heaviest_rank_is_within_four_thirds_of_the_best() -> None:
             for way in itertools.product(range(3), repeat=7)
         )
         assert heaviest(costs, 3) <= 4 / 3 * best + 1e-9
+
+
+def test_swaps_mend_what_longest_first_leaves() -> None:
+    assert heaviest({0: 3, 1: 3, 2: 2, 3: 2, 4: 2}, 2) == 6
