@@ -3,10 +3,11 @@
     python tools/bench_cohort.py --clients 1 4 --device cpu
     python tools/bench_cohort.py --clients 1 4 16 64 --device cuda
 
-One process.  For each algorithm and number of clients a round of local steps is timed: one client
-by itself (the floor: what a rank of its own would take), the rank's clients in sequential mode and
-stacked.  Variants alternate; the figures are medians over the repeats, and ratios are taken to the
-one client by itself, per client-step.  JSON on standard output, a table on standard error.
+One process.  For each algorithm and number of clients a round of local steps is timed: every client
+by itself, one round after another (the floor: what ranks of their own would take in all), the
+rank's clients in sequential mode, and stacked.  Variants alternate; the figures are medians over
+the repeats, and ratios are taken to the clients by themselves in the same repeat.  JSON on standard
+output, a table on standard error.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -37,22 +39,22 @@ def main() -> None:
     variants = {
         (algorithm, mode, clients): round_of(arguments, algorithm, mode, clients)
         for algorithm in ("fedtan", "fedavg")
-        for clients in sorted({1, *arguments.clients})
-        for mode in (("sequential", "stacked") if clients > 1 else ("sequential",))
+        for clients in arguments.clients
+        for mode in ("alone", "sequential", "stacked")
     }
     seconds = alternating(list(variants.values()), arguments.repeats, arguments.device)
     results = []
     for (algorithm, mode, clients), times in zip(variants, seconds, strict=True):
-        alone = seconds[list(variants).index((algorithm, "sequential", 1))]
+        alone = seconds[list(variants).index((algorithm, "alone", clients))]
         per_step = statistics.median(times) / (clients * arguments.local_steps)
         results.append(
             {
                 "algorithm": algorithm,
-                "mode": mode if clients > 1 else "alone",
+                "mode": mode,
                 "clients": clients,
                 "client_steps_per_second": 1 / per_step,
                 "ratio_to_alone": statistics.median(
-                    t / (clients * a) for t, a in zip(times, alone, strict=True)
+                    t / a for t, a in zip(times, alone, strict=True)
                 ),
                 "round_seconds": {"median": statistics.median(times), "all": times},
             }
@@ -85,9 +87,13 @@ def round_of(
     inputs = torch.randn(clients, batch, 3, 32, 32, device=device)
     labels = torch.randint(0, 10, (clients, batch), device=device)
     hosted = [Client(k, 1 / clients, Samples(inputs[k], labels[k])) for k in range(clients)]
-    config = CohortConfig(mode=CohortMode(mode), max_stacked=max(arguments.clients))
+    way = CohortMode.stacked if mode == "stacked" else CohortMode.sequential
+    config = CohortConfig(mode=way, max_stacked=max(arguments.clients))
     model = convert_batchnorm(model).to(device)
     cohort = Cohort(model, training, hosted[0].samples[:1], config)
+    if mode == "alone":
+        by_itself = [[replace(client, weight=1.0)] for client in hosted]
+        return lambda: [cohort.train(clients, 1, 0.01) for clients in by_itself]
     return lambda: cohort.train(hosted, 1, 0.01)
 
 
