@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from . import comm
 
 _HEADER = 2
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each once, in the module's order."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def model_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once, in the module's order."""
+    return list(named_tensors(module).values())
+
+
+Select = Callable[[nn.Module], Mapping[str, Tensor]]
+"""The tensors of a module, or some of them, by name; the same ones for every copy of it."""
 
 
 def average_model(module: nn.Module, weight: float, group: comm.Group = None) -> None:
@@ -46,13 +60,17 @@ def average_models(
 class ModelSum:
     """sum_k p_k of a model's floating-point tensors, in one flat message per dtype.
 
-    A message begins with the sum of the weights and the count of bad ones.  With ``counters``
-    BN's counters of batches travel along in the first message (exact to 2^24): they are the same on
-    all clients that train, and so reach a rank that has no client.
+    ``select`` names the tensors that count; without it, all do.  A message begins with the sum of
+    the weights and the count of bad ones.  With ``counters`` BN's counters of batches travel along
+    in the first message (exact to 2^24): they are the same on all clients that train, and so reach
+    a rank that has no client.
     """
 
-    def __init__(self, module: nn.Module, counters: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, counters: bool = False, select: Select = named_tensors
+    ) -> None:
         self._counters = counters
+        self._select = select
         self._weight, self._bad = 0.0, 0
         self._messages = [
             torch.zeros(
@@ -99,13 +117,12 @@ class ModelSum:
     def _groups(self, module: nn.Module) -> list[list[Tensor]]:
         groups: dict[torch.dtype, list[Tensor]] = {}
         counters: list[Tensor] = []
-        for tensor in model_tensors(module):
+        for name, tensor in self._select(module).items():
             value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             if value.is_floating_point():
                 groups.setdefault(value.dtype, []).append(value.detach())
-        if self._counters:
-            named = module.named_buffers()
-            counters = [value for name, value in named if name.endswith("num_batches_tracked")]
+            elif self._counters and name.endswith("num_batches_tracked"):
+                counters.append(value)
         found = list(groups.values())
         if found:
             found[0] = found[0] + counters
@@ -119,9 +136,3 @@ def _check_weights(header: Tensor, ranks: int) -> None:
         raise ValueError(f"{bad:.0f} weights on {ranks} ranks are negative or not finite")
     if not abs(total - 1) <= tolerance:  # true for nan too
         raise ValueError(f"the weights sum to {total:.7g} over {ranks} ranks, not to 1")
-
-
-def model_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, each once, in the module's order."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -29,21 +29,21 @@ class FedTANBatchNorm(_BatchNorm):
 
     _kind: type[_BatchNorm] = nn.SyncBatchNorm
     """What the layer was before conversion: it says which inputs it takes."""
-    _federation: BatchNormContext | None = None
+    _context: BatchNormContext | None = None
     _index = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise per channel; returns the shape, dtype and memory format of ``x``."""
-        if self._federation is None or not self.training:
+        if self._context is None or not self.training:
             return super().forward(x)
-        return self._forward_global(x)  # type: ignore[no-any-return]
+        return self._forward_in_context(x)  # type: ignore[no-any-return]
 
     # Not compiled: the collectives must run in eager order on every rank.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _forward_global(self, x: Tensor) -> Tensor:
-        assert self._federation is not None
+    def _forward_in_context(self, x: Tensor) -> Tensor:
+        assert self._context is not None
         self._check_input_dim(x)
-        call = self._federation.call(self._index, self._update_running_statistics)
+        call = self._context.call(self._index, self._update_running_statistics)
         y, _, _ = Normalise.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, self.eps, call
         )
@@ -52,7 +52,7 @@ class FedTANBatchNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made inside a context do not belong to it."""
         state = self.__dict__.copy()
-        state.pop("_federation", None)
+        state.pop("_context", None)
         return state
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ def convert_batchnorm(module: nn.Module) -> nn.Module:
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(f"{name or 'the module'} is TorchScript: convert it before scripting")
-        if isinstance(layer, _BatchNorm) and type(layer) is not FedTANBatchNorm:
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, FedTANBatchNorm):
             if type(layer) not in _CONVERTIBLE:
                 kinds = ", ".join(kind.__name__ for kind in _CONVERTIBLE)
                 raise ValueError(
@@ -182,14 +182,14 @@ def _global_statistics(
 def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None]:
     """Let ``context`` provide the statistics of ``module``'s BN layers."""
     layers = list(batchnorm_layers(module).values())
-    before = [(layer._federation, layer._index) for layer in layers]
+    before = [(layer._context, layer._index) for layer in layers]
     for index, layer in enumerate(layers):
-        layer._federation, layer._index = context, index
+        layer._context, layer._index = context, index
     try:
         yield
     finally:
         for layer, (outer, index) in zip(layers, before, strict=True):
-            layer._federation, layer._index = outer, index
+            layer._context, layer._index = outer, index
 
 
 def batchnorm_layers(module: nn.Module) -> dict[str, FedTANBatchNorm]:

@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .config import (
-    BackendName,
-    Config,
-    DataName,
-    DeviceName,
-    LrScheduleConfig,
-    ModelName,
-    ParticipationName,
-    PartitionName,
-)
+from .check_data import data_mistakes
+from .check_methods import method_mistakes
+from .check_model import model_mistakes
+from .choices import BackendName, DeviceName, ParticipationName
+from .config import Config, LrScheduleConfig
 from .errors import ConfigError, mistake
-from .limits import MINIMUM_SAMPLES, TEST_SHARE
 
 _LONGEST_TIMEOUT = 365 * 86400.0
-_LARGEST_SAMPLE = 10**8
 
 
 def check(config: Config) -> None:
@@ -28,8 +21,9 @@ def check(config: Config) -> None:
         *_counts(config),
         *_numbers(config),
         *_schedule(config.lr_schedule),
-        *_data(config),
-        *_partition(config),
+        *data_mistakes(config),
+        *model_mistakes(config),
+        *method_mistakes(config),
         *_places(config),
     ]
     if mistakes:
@@ -45,6 +39,7 @@ def _counts(config: Config) -> Iterator[str]:
         "batch_size": (config.batch_size, 2),
         "seed": (config.seed, 0),
         "eval_every": (config.eval_every, 1),
+        "eval_train_samples": (config.eval_train_samples, 0),
         "threads": (config.threads, 1),
         "cohort.max_stacked": (config.cohort.max_stacked, 1),
     }
@@ -96,73 +91,6 @@ def _schedule(schedule: LrScheduleConfig) -> Iterator[str]:
     if not 0 < schedule.gamma <= 10:
         remedy = "try lr_schedule.gamma=0.1"
         yield mistake("lr_schedule.gamma", schedule.gamma, "a number > 0, 10 at most", remedy)
-
-
-def _data(config: Config) -> Iterator[str]:
-    data = config.data
-    given = {"samples": data.samples, "shape": data.shape, "classes": data.classes}
-    if data.name is not DataName.synthetic:
-        for option, value in given.items():
-            if value is not None:
-                allowed = f"null with data={data.name}, which has its own"
-                yield mistake(
-                    f"data.{option}", value, allowed, "leave it out or use data=synthetic"
-                )
-        return
-    samples, shape, classes = data.facts()
-    if len(shape) != 3 or any(size < 1 for size in shape):
-        remedy = "for example data.shape=[3,32,32]"
-        allowed = "three sizes >= 1, [channels, height, width]"
-        yield mistake("data.shape", list(shape), allowed, remedy)
-    elif math.prod(shape) > _LARGEST_SAMPLE:
-        allowed = f"{_LARGEST_SAMPLE} values in all at most"
-        yield mistake("data.shape", list(shape), allowed, "use smaller samples")
-    if classes < 2:
-        yield mistake("data.classes", classes, "a whole number >= 2", "set data.classes=10")
-    elif samples < 10 * classes:
-        allowed = f"10 for each of the {classes} classes, {10 * classes}, or more"
-        yield mistake("data.samples", samples, allowed, f"set data.samples={10 * classes}")
-    if config.model.name is not ModelName.mlp and len(shape) == 3 and min(shape[1:]) < 4:
-        allowed = f"4 pixels or more each way with model={config.model.name}"
-        yield mistake("data.shape", list(shape), allowed, "use larger samples or model=mlp")
-
-
-def _partition(config: Config) -> Iterator[str]:
-    part = config.partition
-    owners = {
-        "classes_per_client": (part.classes_per_client, PartitionName.shards),
-        "alpha": (part.alpha, PartitionName.dirichlet),
-    }
-    for option, (value, owner) in owners.items():
-        if value is not None and part.name is not owner:
-            allowed = f"null with partition={part.name}"
-            remedy = f"leave it out or use partition={owner}"
-            yield mistake(f"partition.{option}", value, allowed, remedy)
-    alpha = part.alpha if part.name is PartitionName.dirichlet else None
-    if alpha is not None and not 0 < alpha <= 1e6:
-        remedy = "try partition.alpha=0.5"
-        yield mistake("partition.alpha", alpha, "a number > 0, 1e6 at most", remedy)
-    if part.name is PartitionName.shards and part.classes_per_client is not None:
-        yield from _shards(config.clients, part.classes_per_client, config.data.facts()[2])
-    yield from _enough_samples(config)
-
-
-def _shards(clients: int, held: int, classes: int) -> Iterator[str]:
-    option = "partition.classes_per_client"
-    if not 1 <= held <= classes:
-        yield mistake(option, held, f"1 to the number of classes, {classes}", f"set {option}=2")
-    elif clients >= 1 and clients * held < classes:
-        least = -(-classes // clients)
-        allowed = f"{least} or more, for {clients} clients to hold all {classes} classes"
-        yield mistake(option, held, allowed, f"set {option}={least} or use more clients")
-
-
-def _enough_samples(config: Config) -> Iterator[str]:
-    samples = int(config.data.facts()[0] * (1 - TEST_SHARE))
-    most = samples // MINIMUM_SAMPLES
-    if config.clients > most >= 1:
-        allowed = f"{most} at most, for {MINIMUM_SAMPLES} of {samples} training samples each"
-        yield mistake("clients", config.clients, allowed, "use fewer clients or more data")
 
 
 def _places(config: Config) -> Iterator[str]:

@@ -11,8 +11,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +34,7 @@ _GRACE_SECONDS = 15.0
 
 def main() -> None:
     """Run the job that the command line describes, or each of a sweep's (-m) in turn."""
-    try:
+    with exit_codes("fedtan_hpc"):
         configs = compose()
         environment.detect()
         for config in configs:
@@ -44,26 +44,34 @@ def main() -> None:
 
         for config in configs:
             run(config)
+
+
+@contextmanager
+def exit_codes(program: str) -> Iterator[None]:
+    """Failures become lines of ``program`` on standard error and the process's exit code."""
+    try:
+        yield
     except ConfigError as error:
-        _leave(2, [f"fedtan_hpc: {line}" for line in error.mistakes])
+        _leave(2, [f"{program}: {line}" for line in error.mistakes])
     except KeyboardInterrupt:
         if environment.rank_hint() == 0:
-            print("fedtan_hpc: interrupted", file=sys.stderr, flush=True)
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
     except RunError as error:
         if error.on_all_ranks:
-            _leave(1, [f"fedtan_hpc: {error}"])
-        _fail(error.__cause__ or error, str(error))
+            _leave(1, [f"{program}: {error}"])
+        _fail(error.__cause__ or error, f"{program}: {error}")
     except Exception as error:
         rank = environment.rank_hint()
-        _fail(error, f"rank {rank}: {type(error).__name__}: {error}")
+        _fail(error, f"{program}: rank {rank}: {type(error).__name__}: {error}")
 
 
-def compose() -> list[Config]:
-    """The configurations that ``sys.argv`` asks for; one, or a sweep's (-m).
+def compose(words: Sequence[str] | None = None) -> list[Config]:
+    """The configurations that ``words`` (else the command line) ask for; one, or a sweep's (-m).
 
     Raises ``ConfigError`` for options that do not exist or have the wrong type.
     """
+    words = sys.argv[1:] if words is None else list(words)
     # hydra's own report is several lines and exits with 1; this makes it raise instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="schema", node=Config)
@@ -72,17 +80,32 @@ def compose() -> list[Config]:
     usage = io.StringIO()
     speaks = environment.rank_hint() == 0  # --help is rank 0's to print
     try:
-        with redirect_stderr(usage), redirect_stdout(sys.stdout if speaks else io.StringIO()):
+        with (
+            _command_line(words),
+            redirect_stderr(usage),
+            redirect_stdout(sys.stdout if speaks else io.StringIO()),
+        ):
             entry(composed.append)()
         return [_to_config(config) for config in composed]
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra raises all three
-        raise ConfigError(explain(error, sys.argv[1:])) from error
+        raise ConfigError(explain(error, words)) from error
     except SystemExit as error:
         if not error.code:
             raise
         raise ConfigError(_flag_mistake(usage.getvalue())) from error
+
+
+@contextmanager
+def _command_line(words: Sequence[str]) -> Iterator[None]:
+    """``words`` where hydra looks for its own."""
+    own = sys.argv
+    sys.argv = [own[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = own
 
 
 def _flag_mistake(usage: str) -> str:
@@ -130,7 +153,7 @@ def _added(composed: DictConfig, schema: Any, prefix: str = "") -> list[tuple[st
 def _fail(cause: BaseException, line: str) -> NoReturn:
     """This rank's own failure: the traceback, the line, and out without waiting for the others."""
     traceback.print_exception(cause)
-    print(f"fedtan_hpc: {line}", file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
 

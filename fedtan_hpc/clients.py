@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from .data import Dataset, Samples
 from .partition import Indices
+from .shift import Shift, clients_of_test
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,18 @@ class ClientStore:
     def __init__(
         self,
         dataset: Dataset,
-        parts: Sequence[Indices],
+        parts: list[Indices],
         device: torch.device,
         dtype: torch.dtype,
+        shift: Shift | None = None,
+        seed: int = 0,
     ) -> None:
         self._dataset = dataset
-        self._parts = parts
+        self.parts = parts
+        """Each client's training samples, as indices into the data set."""
+        self.shift = shift
+        """What each client's inputs go through, if there is such a thing."""
+        self._seed = seed
         self._device = device
         self._dtype = dtype
         self._loaded: OrderedDict[int, Samples] = OrderedDict()
@@ -57,9 +65,38 @@ class ClientStore:
         inputs = torch.zeros(1, *self._dataset.shape, dtype=self._dtype)
         return Samples(inputs, torch.zeros(1, dtype=torch.int64)).to(self._device)
 
+    def label_mix(self, client: int) -> Tensor:
+        """Share of each class in the client's training samples, (C,) in float64; they sum to 1."""
+        labels = self._dataset.labels_N[self.parts[client]]
+        counts = np.bincount(labels, minlength=self._dataset.classes)
+        return torch.from_numpy(counts / counts.sum()).to(self._device)
+
+    def of_clients(self, indices: Indices, clients: Indices) -> Samples:
+        """Samples of the data set on the device, each as the client beside it sees it."""
+        samples = self._take(indices)
+        if self.shift is None or not len(indices):
+            return samples
+        return Samples(self.shift.apply_mixed(samples.inputs, clients), samples.labels)
+
+    def test_samples(self, indices: Indices, places: Indices) -> Samples:
+        """Test samples at ``places`` of the test set; under a shift each as some client sees it."""
+        if self.shift is None:
+            return self._take(indices)
+        owners = clients_of_test(len(self._dataset.test), len(self.sizes), self._seed)
+        return self.of_clients(indices, owners[places])
+
+    def shifted_test(self, indices: Indices, client: int) -> Samples:
+        """Test samples as ``client`` sees them."""
+        return self.of_clients(indices, np.full(len(indices), client))
+
+    def _take(self, indices: Indices) -> Samples:
+        return self._dataset.take(indices).to(self._device, self._dtype)
+
     def _samples(self, number: int) -> Samples:
         if number not in self._loaded:
-            taken = self._dataset.take(self._parts[number])
-            self._loaded[number] = taken.to(self._device, self._dtype)
+            samples = self._take(self.parts[number])
+            if self.shift is not None:
+                samples = Samples(self.shift.apply(samples.inputs, number), samples.labels)
+            self._loaded[number] = samples
         self._loaded.move_to_end(number)
         return self._loaded[number]

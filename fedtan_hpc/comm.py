@@ -27,14 +27,20 @@ class Traffic:
     """Collective calls."""
     bytes: int = 0
     """Payload that this rank put into them, in bytes."""
+    payload: int = 0
+    """The same, counted in a single process too, which has nobody to send it to."""
 
     def since(self, earlier: Traffic) -> Traffic:
         """What was added after ``earlier`` was copied from this counter."""
-        return Traffic(self.messages - earlier.messages, self.bytes - earlier.bytes)
+        return Traffic(
+            self.messages - earlier.messages,
+            self.bytes - earlier.bytes,
+            self.payload - earlier.payload,
+        )
 
     def copy(self) -> Traffic:
         """The present count, which does not move on."""
-        return Traffic(self.messages, self.bytes)
+        return Traffic(self.messages, self.bytes, self.payload)
 
 
 training_traffic = Traffic()
@@ -80,6 +86,7 @@ def world_size(group: Group = None) -> int:
 
 def sum_for_training(message: Tensor, group: Group = None) -> Tensor:
     """Sum ``message`` over the ranks in place, as one counted collective; same bits everywhere."""
+    training_traffic.payload += message.nbytes
     if is_started():
         dist.all_reduce(message, group=group)
         training_traffic.messages += 1
@@ -107,6 +114,14 @@ def all_gather(message: Tensor) -> list[Tensor]:
         return [message]
     gathered = [torch.empty_like(message) for _ in range(world_size())]
     dist.all_gather(gathered, message)
+    return gathered
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """The ranks' ``value``, by rank, on every rank."""
+    gathered = [value] * world_size()
+    if is_started():
+        dist.all_gather_object(gathered, value)
     return gathered
 
 

@@ -2,83 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
-
-class Choice(str, Enum):
-    """A named choice; it prints as its name."""
-
-    __str__ = str.__str__
-
-
-class AlgorithmName(Choice):
-    """What is normalised with what: a row of ``algorithms.ALGORITHMS``."""
-
-    fedtan = "fedtan"
-    fedavg = "fedavg"
-
-
-class DataName(Choice):
-    """Data sets that ``data.load`` knows."""
-
-    digits = "digits"
-    synthetic = "synthetic"
-
-
-class ModelName(Choice):
-    """Networks that ``models.build`` knows."""
-
-    mlp = "mlp"
-    cnn = "cnn"
-    resnet20 = "resnet20"
-
-
-class PartitionName(Choice):
-    """Ways to share the training samples out among the clients."""
-
-    iid = "iid"
-    shards = "shards"
-    dirichlet = "dirichlet"
-
-
-class DeviceName(Choice):
-    """Where a rank computes."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class BackendName(Choice):
-    """Who carries the collectives."""
-
-    auto = "auto"
-    gloo = "gloo"
-    nccl = "nccl"
-
-
-class ParticipationName(Choice):
-    """How a round's participants are drawn."""
-
-    uniform = "uniform"
-    weighted = "weighted"
-
-
-class PrecisionName(Choice):
-    """Floating-point type of model and data."""
-
-    float32 = "float32"
-    float64 = "float64"
-
-
-class CohortMode(Choice):
-    """How a rank runs the local steps of its clients."""
-
-    auto = "auto"
-    stacked = "stacked"
-    sequential = "sequential"
+from .choices import (
+    AlgorithmName,
+    BackendName,
+    CohortMode,
+    DataName,
+    DeviceName,
+    GammaName,
+    ModelSource,
+    NormalisationName,
+    NormName,
+    ParticipationName,
+    PartitionName,
+    PrecisionName,
+    SamplingName,
+    ServerOptimizerName,
+    ShiftName,
+)
+from .limits import KNOWN_DATA, TEST_SHARE
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,7 +32,51 @@ class AlgorithmConfig:
     """Group ``algorithm``."""
 
     name: AlgorithmName = AlgorithmName.fedtan
-    """Federated algorithm: fedtan (global BN statistics in the first local step) or fedavg."""
+    """Federated algorithm: what is normalised with what, and what is averaged; see Methods."""
+    synchronised_steps: int | None = None
+    """Local steps of a round, from the first, with global statistics; fedtan only (there 1)."""
+    synchronise_every: int | None = None
+    """Rounds from one with synchronised steps to the next; fedtan only (there 1)."""
+    switch_round: int | None = None
+    """First round with frozen statistics; fixbn only (there half of the rounds, plus 1)."""
+    groups: int | None = None
+    """Groups of channels in group normalization; fedavg_gn or model.norm=gn only (there 2)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClientConfig:
+    """Group ``client``."""
+
+    proximal_mu: float = 0.0
+    """FedProx: the loss gains mu / 2 times the squared distance from the round's first values."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerConfig:
+    """Group ``server``: a step on averaged trainable values; running statistics have no part."""
+
+    optimizer: ServerOptimizerName = ServerOptimizerName.none
+    """FedOpt: none (take the average), momentum, adam or yogi on the round's mean change."""
+    lr: float | None = None
+    """Server learning rate; null: 1 with momentum, 0.01 with adam and yogi."""
+    momentum: float = 0.9
+    """Share of the past in the mean change (beta_1); not with none."""
+    beta2: float = 0.99
+    """Share of the past in the mean squared change; adam and yogi."""
+    tau: float = 1e-3
+    """Added to the root of the mean squared change; adam and yogi."""
+
+
+class Facts(NamedTuple):
+    """What is known of a data set by its options alone."""
+
+    train: int
+    """Training samples."""
+    test: int
+    """Test samples."""
+    shape: tuple[int, ...]
+    """Of a sample, (channels, height, width)."""
+    classes: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,7 +84,19 @@ class DataConfig:
     """Group ``data``.  Options left at null are the data set's own."""
 
     name: DataName = DataName.digits
-    """Data set: digits (1,797 real handwritten digits, 8x8) or synthetic (Gaussian classes)."""
+    """Data set; digits (1,797 real ones, 8x8) and synthetic (Gaussian classes) need no files."""
+    root: str | None = None
+    """Folder with the files of a data set; null: data/, and Debian's copy of fashion_mnist."""
+    train_samples: int | None = None
+    """Training samples to use, drawn by seed with each class's share; null: all."""
+    test_samples: int | None = None
+    """Test samples to use, drawn by seed with each class's share; null: all."""
+    normalisation: NormalisationName = NormalisationName.training
+    """Mean and deviation per channel: of the training pixels, or ImageNet's (3 channels only)."""
+    flip: bool = False
+    """Augmentation: mirror each training image left to right with chance 1/2."""
+    crop_padding: int = 0
+    """Augmentation: pad each training image by so many pixels of 0, then crop at random."""
     samples: int | None = None
     """Samples in all, training (80 %) and test (20 %); synthetic only (there 10000)."""
     shape: list[int] | None = None
@@ -102,21 +104,40 @@ class DataConfig:
     classes: int | None = None
     """Number of classes; synthetic only (there 10)."""
 
-    def facts(self) -> tuple[int, tuple[int, ...], int]:
-        """Samples in all, the shape of one and the number of classes, before anything loads."""
-        if self.name is DataName.digits:
-            return 1797, (1, 8, 8), 10
-        samples = 10_000 if self.samples is None else self.samples
-        shape = (3, 32, 32) if self.shape is None else tuple(self.shape)
-        return samples, shape, 10 if self.classes is None else self.classes
+    def facts(self) -> Facts:
+        """Sizes, before anything loads."""
+        if self.name is DataName.synthetic:
+            samples = 10_000 if self.samples is None else self.samples
+            shape = (3, 32, 32) if self.shape is None else tuple(self.shape)
+            classes = 10 if self.classes is None else self.classes
+            test = math.ceil(samples * TEST_SHARE)
+            facts = Facts(samples - test, test, shape, classes)
+        else:
+            facts = Facts(*KNOWN_DATA[str(self.name)])
+        return Facts(
+            facts.train if self.train_samples is None else self.train_samples,
+            facts.test if self.test_samples is None else self.test_samples,
+            facts.shape,
+            facts.classes,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Group ``model``."""
 
-    name: ModelName = ModelName.mlp
-    """Network: mlp (128 and 64 hidden units), cnn (three convolutions) or resnet20; all with BN."""
+    source: ModelSource = ModelSource.builtin
+    """Where the network comes from: this package, torchvision or model.target."""
+    name: str = "mlp"
+    """Network: mlp, cnn, resnet20, resnet32, resnet56, vgg11_bn, or torchvision's name for one."""
+    target: str | None = None
+    """package.module:callable that makes the network; model=import only."""
+    small_input: bool = False
+    """Adapt the stem to small images: no stride, no pooling; model=torchvision only."""
+    norm: NormName | None = None
+    """What the network's BN layers become: bn, gn, ln or none; null: the algorithm's own."""
+    gamma: GammaName = GammaName.ones
+    """Initial scales of normalization layers: ones, or uniform in 0 to 1 as the authors' code."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,11 +145,15 @@ class PartitionConfig:
     """Group ``partition``.  Options left at null belong to another partition."""
 
     name: PartitionName = PartitionName.shards
-    """How samples are shared out: iid, shards (by label) or dirichlet (uneven label shares)."""
+    """How samples are shared out: evenly, by label, by number, or with a shift of the inputs."""
     classes_per_client: int | None = None
     """Classes that a client holds; shards only (there 2, or more if the clients are too few)."""
     alpha: float | None = None
-    """Concentration of the label shares, small is uneven; dirichlet only (there 0.5)."""
+    """Concentration, small is uneven: of label shares (dirichlet) or sizes (quantity); 0.5."""
+    shift: ShiftName | None = None
+    """What each client's inputs go through; feature_shift only (there rotation)."""
+    strength: float | None = None
+    """Largest angle in degrees (45), or factor on intensity (2); feature_shift only."""
 
     def classes_held(self, clients: int, classes: int) -> int:
         """What ``classes_per_client`` says, else the least that shares all classes out, from 2."""
@@ -182,6 +207,8 @@ class Config:
     """A whole job.  The default is five clients with two digits each."""
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
@@ -201,10 +228,14 @@ class Config:
     """SGD steps of a client in a round (the paper's E)."""
     batch_size: int = 32
     """Samples in a client's batch; a client that has fewer uses all that it has."""
+    sampling: SamplingName = SamplingName.shuffled
+    """Batches: shuffled (each sample once a pass) or drawn with replacement (authors' code)."""
     seed: int = 0
     """Seed of the split, the partition, the initial model and every client's batches."""
     eval_every: int = 10
     """Rounds between evaluations on the test set; the last round is always evaluated."""
+    eval_train_samples: int = 10_000
+    """Most training samples of which the loss is taken when evaluating; 0: none."""
     check_every: int | None = None
     """Rounds between checks that all ranks hold the same model; null: when evaluating."""
     device: DeviceName = DeviceName.auto

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import BackendName, Config, DeviceName
+from .choices import BackendName, DeviceName
+from .config import Config
 from .environment import RankInfo
 from .errors import ConfigError, mistake
 

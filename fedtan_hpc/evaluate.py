@@ -1,11 +1,15 @@
-"""Loss and accuracy on the test set, shared out over the ranks and summed exactly."""
+"""Loss and accuracy, shared out over the ranks and summed exactly.
+
+Shapes: C classes, K clients.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from . import comm
@@ -22,16 +26,69 @@ class Evaluation:
     accuracy: float
 
 
+@dataclass(frozen=True)
+class OverClients:
+    """The clients' own models: mean and sample deviation of each client's figures."""
+
+    test: Evaluation
+    """On the global test set, the mean over the clients."""
+    test_spread: float
+    """Deviation of the accuracies on the global test set."""
+    own_mix: Evaluation
+    """On test samples in each client's own mix of labels (and shift of inputs)."""
+    own_mix_spread: float
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples) -> Evaluation:
     """Judge ``model`` on the union of all ranks' ``samples`` (some ranks may have none)."""
+    loss, right, count = comm.sum_over_ranks(table(model, samples, 1).sum(0)).tolist()
+    return Evaluation(loss / count, right / count)
+
+
+@torch.no_grad()
+def table(model: nn.Module, samples: Samples, classes: int) -> Tensor:
+    """Sum of losses, right answers and samples of each class, (C, 3) in float64.
+
+    With one class there is a single row for all samples.
+    """
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=samples.labels.device)
+    totals_C3 = torch.zeros(classes, 3, dtype=torch.float64, device=samples.labels.device)
     for start in range(0, len(samples), _BATCH):
         batch = samples[start : start + _BATCH]
         scores = model(batch.inputs)
-        totals[0] += cross_entropy(scores.double(), batch.labels, reduction="sum")
-        totals[1] += (scores.argmax(1) == batch.labels).sum()
-        totals[2] += len(batch)
-    loss, right, count = comm.sum_over_ranks(totals).tolist()
-    return Evaluation(loss / count, right / count)
+        losses = cross_entropy(scores.double(), batch.labels, reduction="none")
+        right = (scores.argmax(1) == batch.labels).double()
+        rows = torch.stack([losses, right, torch.ones_like(losses)], dim=1)
+        place = batch.labels if classes > 1 else torch.zeros_like(batch.labels)
+        totals_C3.index_add_(0, place, rows)
+    return totals_C3
+
+
+def in_mix(table_C3: Tensor, mix_C: Tensor) -> Tensor:
+    """Mean loss and accuracy, (2,), if the classes came in the shares of ``mix_C``.
+
+    A class that the test set lacks is left out.
+    """
+    count_C = table_C3[:, 2]
+    share_C = mix_C.to(table_C3) * (count_C > 0)
+    return (table_C3[:, :2] / count_C.clamp_min(1).unsqueeze(1)).T @ (share_C / share_C.sum())
+
+
+def over_clients(rows: Iterable[tuple[int, Tensor]], clients: int, like: Tensor) -> OverClients:
+    """From this rank's rows (client, [loss, accuracy, loss in own mix, accuracy in own mix]).
+
+    Every client is judged by one rank; all ranks return the same.
+    """
+    all_K4 = torch.zeros(clients, 4, dtype=torch.float64, device=like.device)
+    for client, row in rows:
+        all_K4[client] = row
+    comm.sum_over_ranks(all_K4)
+    loss, accuracy, own_loss, own_accuracy = all_K4.mean(0).tolist()
+    spread = all_K4.std(0).tolist() if clients > 1 else [0.0] * 4
+    return OverClients(
+        test=Evaluation(loss, accuracy),
+        test_spread=spread[1],
+        own_mix=Evaluation(own_loss, own_accuracy),
+        own_mix_spread=spread[3],
+    )

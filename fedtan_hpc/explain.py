@@ -16,7 +16,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from .config import Config
 from .errors import ConfigError, mistake
 
-_PLAIN = {int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_PLAIN = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -38,6 +44,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         group, _, value = override.partition("=")
         if value == "null" and f"{group}.name" in option_names():
             return mistake(group, value, allowed(f"{group}.name"), "choose one of these")
+        if override == "experiment=null":
+            return mistake(group, value, "a name that --help lists", "leave it out for none")
     first = str(error).partition("\n")[0]
     return f"{first}; values apart by commas are a sweep, with -m first" if "," in first else first
 
@@ -68,7 +76,7 @@ def _structured(options: Any, prefix: str) -> Any:
 
 def unknown(option: str, value: object) -> str:
     """One line for an option that does not exist."""
-    names = list(option_names())
+    names = [*option_names(), "experiment"]
     near = get_close_matches(option, names, n=1) or [
         name for name in names if name.rpartition(".")[2] == option.rpartition(".")[2]
     ]

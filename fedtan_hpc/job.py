@@ -7,13 +7,13 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, comm, device, environment, files, models, run_folder
+from . import __version__, comm, device, environment, files, models, run_folder, trial
 from .checks import check
 from .config import Config
 from .device import Place
@@ -21,15 +21,18 @@ from .display import Display, show_result
 from .environment import RankInfo
 from .errors import ConfigError
 from .explain import typed
+from .fetch import fetch
 from .metrics import NullLog, RoundRecord, RunLog, Summary
 from .prepare import prepare
+from .trainer import Trainer
 
 
-def run(config: Config) -> Summary:
+def run(config: Config, log: NullLog | None = None) -> Summary:
     """Train as ``config`` says; every rank returns the same summary, rank 0 writes ``run_dir``.
 
-    The ranks are those of an initialised process group, else those that the launcher started.
-    A run that is already finished in ``run_dir`` is not repeated: its summary is returned.
+    Rank 0 shows progress and result; with ``log`` it tells that of every round instead, and is
+    silent.  The ranks are those of an initialised process group, else those that the launcher
+    started.  A finished run in ``run_dir`` is not repeated: its summary is returned.
 
     Raises ``ConfigError`` (on every rank, before data load) for mistakes in the options, and
     ``RunError``, naming rank and round, when training fails.
@@ -40,12 +43,15 @@ def run(config: Config) -> Summary:
     info = _rank_info()
     place = device.choose(config, info)
     torch.set_num_threads(config.threads)
-    with _process_group(config, info, place), ExitStack() as held:
+    trial.try_out(config)
+    with _process_group(config, info, place), ExitStack() as held, _random_state(place):
         folder = run_folder.name(config)
         summary = _claim(folder, config, held)
         if summary is None:
-            summary = _train(config, info, place, folder, started)
-        if info.rank == 0:
+            summary = _train(config, info, place, folder, started, log)
+        elif info.rank == 0 and log is None:
+            print(f"this run is finished; its files stay as they are in {folder}")
+        if info.rank == 0 and log is None:
             show_result(summary)
     return summary
 
@@ -72,6 +78,27 @@ def _process_group(config: Config, info: RankInfo, place: Place) -> Iterator[Non
     comm.stop()
 
 
+def _random_state(place: Place) -> AbstractContextManager[None]:
+    """Training seeds torch's generators; the caller's are put back."""
+    return torch.random.fork_rng([place.device] if place.device.type == "cuda" else [])
+
+
+def _fetch(config: Config, info: RankInfo) -> None:
+    """The first rank of each node sees to the files of the data set, and the others wait.
+
+    What is wrong on any node is a mistake on all ranks.
+    """
+    mistakes: tuple[str, ...] = ()
+    if info.local_rank == 0:
+        try:
+            fetch(config.data)
+        except ConfigError as error:
+            mistakes = error.mistakes
+    found = [each for each in comm.all_gather_object(mistakes) if each]
+    if found:
+        raise ConfigError(*found[0])
+
+
 def _claim(folder: Path, config: Config, held: ExitStack) -> Summary | None:
     """Rank 0 claims the folder; what it finds, or what is wrong with it, reaches all ranks."""
     outcome: Any = None
@@ -83,34 +110,52 @@ def _claim(folder: Path, config: Config, held: ExitStack) -> Summary | None:
     outcome = comm.broadcast_object(outcome)
     if isinstance(outcome, tuple):
         raise ConfigError(*outcome)
-    if outcome is not None and comm.rank() == 0:
-        print(f"this run is finished; its files stay as they are in {folder}")
     return outcome  # type: ignore[no-any-return]
 
 
-def _train(config: Config, info: RankInfo, place: Place, folder: Path, started: float) -> Summary:
+def _train(
+    config: Config,
+    info: RankInfo,
+    place: Place,
+    folder: Path,
+    started: float,
+    log: NullLog | None,
+) -> Summary:
     """Rounds and result; rank 0 alone writes and shows."""
-    if info.rank == 0:
+    if info.rank == 0 and log is None:
         print(
             f"launcher {info.launcher}, ranks {info.world_size}, backend {_backend(place)}, "
             f"device {place.device}, threads per rank {config.threads}, run_dir {folder}"
         )
+    _fetch(config, info)
     trainer = prepare(config, place, info.local_world_size)
     startup = time.perf_counter() - started
-    logs: list[NullLog] = [RunLog(folder), Display(config.rounds)] if info.rank == 0 else []
+    logs: list[NullLog] = []
+    if info.rank == 0:
+        logs = [RunLog(folder), log or Display(config.rounds)]
     try:
         records = trainer.train(logs)
     finally:
-        for log in logs:
-            log.close()
+        for each in logs:
+            each.close()
     parameters = models.parameter_count(trainer.model)
     seconds = startup, time.perf_counter() - started
     summary = _summarise(config, info, place, records, folder, parameters, seconds)
+    _save(trainer, folder)
     if info.rank == 0:
-        state = {key: value.cpu() for key, value in trainer.model.state_dict().items()}
-        files.replace(folder / "model.pt", lambda path: torch.save(state, path))
         run_folder.finish(folder, summary)
     return summary
+
+
+def _save(trainer: Trainer, folder: Path) -> None:
+    """Rank 0 writes the global model, and what clients have for themselves."""
+    states = trainer.cohort.states
+    own = states.named(range(trainer.config.clients), trainer.model) if states.exist else {}
+    if comm.rank() == 0:
+        state = {key: value.cpu() for key, value in trainer.model.state_dict().items()}
+        files.replace(folder / "model.pt", lambda path: torch.save(state, path))
+        if states.exist:
+            files.replace(folder / "clients.pt", lambda path: torch.save(own, path))
 
 
 def _peak_memory(device: torch.device) -> torch.Tensor:
@@ -137,11 +182,18 @@ def _summarise(
     last = records[-1]
     assert last.test_accuracy is not None
     assert last.test_loss is not None
+    own = last.clients_test_accuracy_mean
     return Summary(
         algorithm=str(config.algorithm.name),
         rounds=config.rounds,
         test_accuracy=last.test_accuracy,
+        judged="global model" if own is None else "mean over the clients' own models",
         test_loss=last.test_loss,
+        pooled_train_loss=last.pooled_train_loss,
+        clients_test_accuracy_mean=own,
+        clients_test_accuracy_spread=last.clients_test_accuracy_spread,
+        clients_own_mix_accuracy_mean=last.clients_own_mix_accuracy_mean,
+        clients_own_mix_accuracy_spread=last.clients_own_mix_accuracy_spread,
         total_seconds=seconds[1],
         startup_seconds=seconds[0],
         peak_memory_bytes=max(int(peak) for peak in comm.all_gather(_peak_memory(place.device))),

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .algorithms import Algorithm
+from . import streams
+from .algorithms import Normaliser, Plan
+from .augment import Augmentation, Decisions
+from .batchnorm import batchnorm_layers
+from .choices import SamplingName
 from .clients import Client
 from .data import Samples, batch_indices
+from .running import held
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round as every rank knows it beforehand."""
+
+    number: int
+    learning_rate: float
+    plan: Plan
 
 
 @dataclass(frozen=True)
 class LocalTraining:
     """How clients train; SGD is made afresh for each round, so no momentum survives it."""
 
-    algorithm: Algorithm
     local_steps: int
     batch_size: int
     momentum: float
     weight_decay: float
     seed: int
+    proximal_mu: float = 0.0
+    sampling: SamplingName = SamplingName.shuffled
+    augmentation: Augmentation | None = None
 
-    def start(
-        self, model: nn.Module, client: Client, round_number: int, learning_rate: float
-    ) -> LocalRun:
+    def start(self, model: nn.Module, client: Client, now: Round) -> LocalRun:
         """Make ready to train ``model`` in place on the client's batches of this round."""
-        model.train()
+        set_training_mode(model, now.plan)
         optimizer = torch.optim.SGD(
             model.parameters(),
-            lr=learning_rate,
+            lr=now.learning_rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
-        return LocalRun(model, client, optimizer, self._batches(client, round_number), [])
+        running = now.plan.normaliser is Normaliser.running
+        batches_EB = self._batches(client, now.number)
+        rng = streams.generator(streams.LAYERS, self.seed, client.number, now.number)
+        return LocalRun(
+            model=model,
+            client=client,
+            optimizer=optimizer,
+            pull=Pull(list(model.parameters()), self.proximal_mu),
+            context=held(model) if running else nullcontext(),
+            batches_EB=batches_EB,
+            decisions=self._decisions(client, now.number, batches_EB),
+            seeds=rng.integers(2**63, size=self.local_steps).tolist(),
+        )
 
     def _batches(self, client: Client, round_number: int) -> Tensor:
         """Indices into the client's samples, (E, B), on their device."""
@@ -46,8 +74,16 @@ class LocalTraining:
             self.seed,
             client.number,
             round_number,
+            self.sampling,
         )
         return indices_EB.to(client.samples.labels.device)
+
+    def _decisions(self, client: Client, round_number: int, batches_EB: Tensor) -> Decisions | None:
+        """What is done to the images of those batches."""
+        if self.augmentation is None:
+            return None
+        drawn = self.augmentation.draw(self.seed, client.number, round_number, *batches_EB.shape)
+        return drawn.to(batches_EB.device)
 
 
 @dataclass(frozen=True)
@@ -57,35 +93,79 @@ class LocalRun:
     model: nn.Module
     client: Client
     optimizer: torch.optim.Optimizer
+    pull: Pull
+    context: AbstractContextManager[None]
+    """In which the steps with statistics of the client's own are taken; it is entered once."""
     batches_EB: Tensor
-    losses: list[Tensor]
+    decisions: Decisions | None
+    seeds: Sequence[int]
+    """For layers that draw at random, such as dropout, by step."""
+    losses: list[Tensor] = field(default_factory=list)
     """Of the steps taken."""
 
     def loss(self) -> Tensor:
         """The loss F_k of the next step's batch, 0-d; clears the gradients first."""
         self.optimizer.zero_grad()
-        return loss_of(self.model, self.next_batch())
+        batch = self.next_batch()
+        self.seed_layers()
+        return loss_of(self.model, batch)
+
+    def seed_layers(self) -> None:
+        """What layers draw at random in the next step depends on (seed, client, round, step)."""
+        seed, device = self.seeds[len(self.losses)], self.batches_EB.device
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def next_batch(self) -> Samples:
         """The samples of the next step."""
-        return self.client.samples[self.batches_EB[len(self.losses)]]
+        step = len(self.losses)
+        batch = self.client.samples[self.batches_EB[step]]
+        if self.decisions is None:
+            return batch
+        return Samples(self.decisions.apply(step, batch.inputs), batch.labels)
 
     def step(self, loss: Tensor) -> None:
         """Follow the gradients that the backward pass of ``loss`` has left."""
+        self.pull.add_to_gradients()
         self.optimizer.step()
         self.losses.append(loss.detach())
 
     def finish(self) -> Tensor:
-        """All steps that are left, with local statistics; the mean loss of all, 0-d float64.
+        """All steps that are left, by the client itself; the mean loss of all, 0-d float64.
 
         Momentum is let go: it does not survive the round, and there may be many clients.
         """
-        while len(self.losses) < len(self.batches_EB):
-            loss = self.loss()
-            loss.backward()
-            self.step(loss)
+        with self.context:
+            while len(self.losses) < len(self.batches_EB):
+                loss = self.loss()
+                loss.backward()
+                self.step(loss)
         self.optimizer.state.clear()
         return torch.stack(self.losses).double().mean()
+
+
+class Pull:
+    """FedProx (Li et al. 2020): mu (w - w_0) on top of each gradient, w_0 from before the round."""
+
+    def __init__(self, values: Sequence[Tensor], mu: float) -> None:
+        self._values, self.mu = values, mu
+        self._first = [value.detach().clone() for value in values] if mu else []
+
+    @torch.no_grad()
+    def add_to_gradients(self) -> None:
+        """Of those values that have one."""
+        for value, first in zip(self._values, self._first, strict=False):
+            if value.grad is not None:
+                value.grad.add_(value - first, alpha=self.mu)
+
+
+def set_training_mode(model: nn.Module, plan: Plan) -> None:
+    """Training mode; BN layers with frozen statistics are in evaluation mode."""
+    model.train()
+    if plan.normaliser is Normaliser.frozen:
+        for layer in batchnorm_layers(model).values():
+            layer.eval()
 
 
 def loss_of(model: nn.Module, batch: Samples) -> Tensor:

@@ -69,9 +69,14 @@ class Lockstep(Generic[Result]):
         return self._answer
 
     def _hand_over(self, lane: int) -> None:
-        """Let the next client run, and wait for the turn to come round."""
+        """Let the next client run, and wait for the turn to come round.
+
+        Each client goes on in its own sequence of random numbers.
+        """
+        random = torch.default_generator.get_state()
         self._turns[(lane + 1) % len(self._turns)].release()
         self._turns[lane].acquire()
+        torch.default_generator.set_state(random)
         if self._error is not None:
             raise _OtherFailed
 

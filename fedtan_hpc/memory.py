@@ -54,6 +54,11 @@ class Budget:
             raise self._error(at_once, needed, free or 0, round_number) from error
         self._checked = max(self._checked, needed)
 
+    def leaves_room_for(self, more: int) -> bool:
+        """Whether so many bytes can stay on the device beside a round like those until now."""
+        free = free_bytes(self._device, self._ranks_here)
+        return free is None or free - self._checked >= more
+
     def _error(self, at_once: int, needed: int, free: int, round_number: int) -> RunError:
         fit = max(1, int(free // (self.bytes_held + self.bytes_at_once)))
         fit = min(fit, max(at_once - 1, 1))

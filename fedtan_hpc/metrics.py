@@ -18,7 +18,20 @@ class RoundRecord:
     test_loss: float | None
     """Mean cross-entropy on the test set; null if the round was not evaluated."""
     test_accuracy: float | None
-    """Share of right answers on the test set, 0 to 1; null if not evaluated."""
+    """Share of right answers on the test set, 0 to 1; null if not evaluated.
+
+    Of the global model; where clients have models of their own, the mean over those of all clients.
+    """
+    pooled_train_loss: float | None
+    """sum_k p_k F_k on the training samples (``eval_train_samples`` of them), after the round."""
+    clients_test_accuracy_mean: float | None
+    """Of the clients' own models on the global test set; null where there is one global model."""
+    clients_test_accuracy_spread: float | None
+    """Sample deviation of the same over the clients."""
+    clients_own_mix_accuracy_mean: float | None
+    """The same models, each on test samples in its client's own mix of labels."""
+    clients_own_mix_accuracy_spread: float | None
+    """Sample deviation of the same over the clients."""
     learning_rate: float
     round_seconds: float
     """Wall time of local steps and average on rank 0; evaluation and checks are apart."""
@@ -26,6 +39,8 @@ class RoundRecord:
     """Collectives of BN statistics and model average on rank 0."""
     comm_bytes: int
     """Payload of those collectives that rank 0 put in, in bytes."""
+    payload_bytes: int
+    """The same payload, counted in a single process too, which has nobody to send it to."""
     clients: int
     """Clients that took part."""
 
@@ -36,9 +51,17 @@ class Summary:
 
     algorithm: str
     rounds: int
+    judged: str
+    """What the test figures are of: the global model, or the mean over the clients' own models."""
     test_accuracy: float
-    """Share of right answers of the final model on the test set, 0 to 1."""
+    """Share of right answers on the test set after the last round, 0 to 1."""
     test_loss: float
+    pooled_train_loss: float | None
+    clients_test_accuracy_mean: float | None
+    clients_test_accuracy_spread: float | None
+    clients_own_mix_accuracy_mean: float | None
+    clients_own_mix_accuracy_spread: float | None
+    """These five as in the last line of ``rounds.jsonl``."""
     total_seconds: float
     """From the start of ``run`` to the final model, start-up and evaluation included."""
     startup_seconds: float

@@ -1,4 +1,4 @@
-"""The networks, by name, each with batch normalization after its hidden layers."""
+"""The networks: this package's by name, torchvision's by name, anybody's by import."""
 
 from __future__ import annotations
 
@@ -6,21 +6,40 @@ from collections.abc import Callable
 from math import prod
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
-from .config import ModelConfig, ModelName
+from . import target, zoo
+from .choices import GammaName, ModelName, ModelSource
+from .config import ModelConfig
+from .resnet import resnet20, resnet32, resnet56
+
+__all__ = ["build", "cnn", "mlp", "parameter_count", "resnet20", "resnet32", "resnet56", "vgg11_bn"]
 
 
 def build(config: ModelConfig, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-    """The network for samples of ``shape`` (C, H, W), on the CPU in float32.
+    """The network for samples of ``shape`` (C, H, W), as its source makes it, with BN.
 
     Initial weights depend on ``seed`` alone; the process's random state is left as it was.
+
+    Raises ``ConfigError`` if options of the network are wrong.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = _BUILDERS[config.name](shape, classes)
-        _initialise(module)
+        torch.default_generator.manual_seed(seed)
+        module = _from_source(config, shape, classes)
+        if config.gamma is GammaName.uniform:
+            _draw_scales(module)
+    return module
+
+
+def _from_source(config: ModelConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
+    if config.source is ModelSource.torchvision:
+        return zoo.build(config.name, config.small_input, shape[0], classes)
+    if config.source is ModelSource.target:
+        return target.build(config.target or "", shape, classes)
+    module = _BUILDERS[ModelName(config.name)](shape, classes)
+    _initialise(module)
     return module
 
 
@@ -44,74 +63,38 @@ def cnn(in_channels: int, classes: int) -> nn.Module:
     layers: list[nn.Module] = []
     for stage in range(3):
         stride = 1 if stage == 0 else 2
-        layers += [
-            nn.Conv2d(widths[stage], widths[stage + 1], 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(widths[stage + 1]),
-            nn.ReLU(),
-        ]
+        layers += _convolution(widths[stage], widths[stage + 1], stride)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
-def resnet20(in_channels: int, classes: int) -> nn.Module:
-    """ResNet-20 for small images (He et al. 2016, section 4.2) with option A shortcuts.
+def vgg11_bn(in_channels: int, classes: int) -> nn.Module:
+    """VGG-A (Simonyan and Zisserman 2015) for small images: BN, and one linear layer at the end.
 
-    19 BN layers of 688 channels in all; 269,722 parameters for 3 channels and 10 classes.
+    Each of the five stages halves the image, rounding up, so that one of any size passes.
     """
-    return ResNet(blocks_per_stage=3, in_channels=in_channels, classes=classes)
+    layers: list[nn.Module] = []
+    width = in_channels
+    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        for wider in stage:
+            layers += _convolution(width, wider)
+            width = wider
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
-class ResNet(nn.Module):
-    """Stem, three stages of 16, 32 and 64 channels, mean over the image, one linear layer."""
-
-    def __init__(self, blocks_per_stage: int, in_channels: int, classes: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        blocks = []
-        width = 16
-        for stage, wider in enumerate((16, 32, 64)):
-            for position in range(blocks_per_stage):
-                stride = 2 if stage > 0 and position == 0 else 1
-                blocks.append(Block(width, wider, stride))
-                width = wider
-        self.blocks = nn.Sequential(*blocks)
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Class scores, (N, classes)."""
-        x = torch.relu(self.bn(self.conv(x_NCHW)))
-        return self.linear(self.blocks(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters."""
-
-    def __init__(self, width: int, wider: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, wider, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(wider)
-        self.conv2 = nn.Conv2d(wider, wider, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(wider)
-        self.stride, self.missing = stride, wider - width
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, width, H, W) to (N, wider, H / stride, W / stride)."""
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self._shortcut(x))
-
-    def _shortcut(self, x: Tensor) -> Tensor:
-        """Option A: every second pixel, and channels of zeros on both sides."""
-        if self.stride == 1 and self.missing == 0:
-            return x
-        x = x[:, :, :: self.stride, :: self.stride]
-        before = self.missing // 2
-        return F.pad(x, (0, 0, 0, 0, before, self.missing - before))
+def _convolution(width: int, wider: int, stride: int = 1) -> list[nn.Module]:
+    """3x3, BN and rectifier."""
+    convolution = nn.Conv2d(width, wider, 3, stride, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(wider), nn.ReLU()]
 
 
 _BUILDERS: dict[ModelName, Callable[[tuple[int, ...], int], nn.Module]] = {
     ModelName.mlp: lambda shape, classes: mlp(prod(shape), classes),
     ModelName.cnn: lambda shape, classes: cnn(shape[0], classes),
     ModelName.resnet20: lambda shape, classes: resnet20(shape[0], classes),
+    ModelName.resnet32: lambda shape, classes: resnet32(shape[0], classes),
+    ModelName.resnet56: lambda shape, classes: resnet56(shape[0], classes),
+    ModelName.vgg11_bn: lambda shape, classes: vgg11_bn(shape[0], classes),
 }
 
 
@@ -121,6 +104,16 @@ def _initialise(module: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _draw_scales(module: nn.Module) -> None:
+    """gamma of every normalization layer from U(0, 1), beta 0; lazy layers are left."""
+    for layer in module.modules():
+        if isinstance(layer, _NormBase | nn.GroupNorm | nn.LayerNorm) and layer.weight is not None:
+            if not is_lazy(layer.weight):
+                nn.init.uniform_(layer.weight)
+            if layer.bias is not None and not is_lazy(layer.bias):
                 nn.init.zeros_(layer.bias)
 
 

@@ -4,10 +4,11 @@ The loss is F = sum_k p_k F_k and g = dF_k/dy this client's own derivative.  Wit
 xhat = (x - mean) r, r = 1 / sqrt(variance + eps), both moments global, the chain rule through them
 (FedTAN, arXiv 2301.02982; averaged derivatives of the statistics, layer by layer) gives
 
-    dx = gamma r (g - (s1 + xhat s2) / n_k)
-    s1 = sum_j p_j sum g_j,   s2 = sum_j p_j sum g_j xhat_j
+    dx = r (gamma g - (s1 + xhat s2) / n_k)
+    s1 = sum_j p_j gamma_j sum g_j,   s2 = sum_j p_j gamma_j sum g_j xhat_j
 
-so the two sums s1, s2 per channel are all that the clients exchange in the backward pass.
+so the two sums s1, s2 per channel are all that the clients exchange in the backward pass; each
+comes with its own gamma, for models differ after the first step of a round.
 dgamma = sum g xhat and dbeta = sum g stay the client's own.
 
 K clients of a rank may run stacked, under ``torch.func.vmap``: their channels stand side by side,
@@ -176,7 +177,10 @@ def _derivatives(
     counts = _counts(x, call, clients)
     mean, variance = (_per_channel(moment, clients) for moment in moments)
     dbeta_KC, dgamma_KC = local_sums(g, x, mean, variance, eps, clients)
-    sums = call.share_derivatives(counts, torch.cat([dbeta_KC, dgamma_KC], dim=1))
+    own = [dbeta_KC, dgamma_KC]
+    if gamma is not None:
+        own = [value * gamma.to(value.dtype).view(clients, -1) for value in own]
+    sums = call.share_derivatives(counts, torch.cat(own, dim=1))
     dx = x.new_empty(0)
     if needs_dx:
         n_K1 = sums.new_tensor(counts).clamp_min(1).unsqueeze(1)
@@ -203,8 +207,8 @@ def _input_derivative(
     wide = statistics_dtype(x)
     r = (variance + eps).rsqrt()
     scale = r if gamma is None else r * gamma
-    slope = -scale * r * s2
-    offset = -scale * s1 - slope * mean
+    slope = -r * r * s2
+    offset = -r * s1 - slope * mean
     shape = [1, -1] + [1] * (x.dim() - 2)
     scale, slope, offset = (v.to(wide).view(shape) for v in (scale, slope, offset))
     return torch.addcmul(offset, x.to(wide), slope).addcmul_(g.to(wide), scale).to(x.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from . import streams
-from .config import ParticipationName
+from .choices import ParticipationName
 
 
 def draw(

@@ -12,19 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from . import streams
-from .config import PartitionConfig, PartitionName
+from .choices import PartitionName
+from .config import PartitionConfig
 from .limits import MINIMUM_SAMPLES
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
 
 def split(labels_N: Indices, clients: int, config: PartitionConfig, seed: int) -> list[Indices]:
-    """Share the samples out as ``config`` says."""
+    """Share the samples out as ``config`` says; feature_shift is iid, the shift is ``shift``'s."""
     if config.name is PartitionName.shards:
         held = config.classes_held(clients, len(np.unique(labels_N)))
         return shards(labels_N, clients, held, seed)
     if config.name is PartitionName.dirichlet:
         return dirichlet(labels_N, clients, config.alpha or 0.5, seed)
+    if config.name is PartitionName.quantity:
+        return quantity(len(labels_N), clients, config.alpha or 0.5, seed)
     return iid(len(labels_N), clients, seed)
 
 
@@ -63,6 +66,18 @@ def dirichlet(labels_N: Indices, clients: int, alpha: float, seed: int) -> list[
         for part, piece in zip(parts, np.split(members, ends.round().astype(int)), strict=True):
             part.append(piece)
     return _with_minimum([np.concatenate(pieces) for pieces in parts])
+
+
+def quantity(samples: int, clients: int, alpha: float, seed: int) -> list[Indices]:
+    """Shuffled; sizes in proportions drawn from Dirichlet(alpha) (Li et al. 2022, NIID-Bench).
+
+    The proportions are of what is left after each client has its ``MINIMUM_SAMPLES``.
+    """
+    rng = streams.generator(streams.QUANTITY, seed)
+    shares = rng.dirichlet(np.full(clients, alpha))[:-1]
+    ends = np.cumsum(shares) * (samples - clients * MINIMUM_SAMPLES)
+    ends = ends.round().astype(int) + MINIMUM_SAMPLES * np.arange(1, clients)
+    return [np.sort(part) for part in np.split(rng.permutation(samples), ends)]
 
 
 def _with_minimum(parts: list[Indices]) -> list[Indices]:

@@ -2,6 +2,8 @@
 
 Every parameter has one more dimension, the clients'.  Batches of unequal sizes are padded with
 zeros; padding counts neither in the loss nor in the statistics, and nothing flows back from it.
+Layers that draw at random (dropout) draw for the whole stack: there, and only there, a client's
+steps depend on who is stacked with it.
 
 Shapes: K clients, N samples of the largest batch, C channels.
 """
@@ -18,7 +20,8 @@ from torch.nn.functional import cross_entropy
 
 from .batchnorm import FedTANBatchNorm, batchnorm_layers, normalised_by
 from .federation import Federation, LayerCall, Update
-from .local_training import LocalRun
+from .local_training import LocalRun, Pull
+from .pooled_gradients import mean_over_ranks
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,22 @@ class Stack:
             name: value.detach().expand(clients, *value.shape).clone()
             for name, value in model.named_parameters()
         }
-        self._optimizer = _optimizer_like(runs[0].optimizer, list(self._values.values()))
+        self._optimizer = _optimizer_like(runs[0], self._values)
+        self._pull: Pull | None = None
         layers = batchnorm_layers(model).values()
         self._running = [RunningStatistics(layer, clients) for layer in layers]
 
-    def synchronised_step(self) -> None:
-        """A step of all clients with global statistics."""
+    @torch.no_grad()
+    def enter(self, lane: int, module: nn.Module) -> None:
+        """Let a client begin with the values of ``module`` in place of the common ones."""
+        for name, parameter in module.named_parameters():
+            self._values[name][lane] = parameter
+        layers = batchnorm_layers(module).values()
+        for running, layer in zip(self._running, layers, strict=True):
+            running.copy_from(layer, lane)
+
+    def synchronised_step(self, pooled: bool = False) -> None:
+        """A step of all clients with global statistics, and with their mean gradient if pooled."""
         batch = self._next_batch()
         federation = Federation(
             weights=[run.client.weight for run in self._runs],
@@ -68,9 +81,11 @@ class Stack:
             updates=[running.move for running in self._running],
         )
         with normalised_by(self._model, federation):
-            found = self._gradients(self._values, batch)
+            gradients, losses = self._gradients(self._values, batch)
             federation.close()
-        self._step([found])
+        if pooled:
+            self._pool(gradients)
+        self._step([(gradients, losses)])
 
     def local_step(self, at_once: int) -> None:
         """A step of all clients by themselves, ``at_once`` of them at a time."""
@@ -115,6 +130,7 @@ class Stack:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Each client's gradient (K, ...) by name, and the losses (K,)."""
         mask = torch.ones_like(batch.labels) if batch.mask is None else batch.mask
+        self._runs[0].seed_layers()
 
         def loss(own: dict[str, Tensor], x: Tensor, y: Tensor, real: Tensor) -> Tensor:
             scores = functional_call(self._model, own, (x,))
@@ -124,10 +140,22 @@ class Stack:
         gradients, losses = step(values, batch.inputs, batch.labels, mask)
         return gradients, losses
 
+    def _pool(self, gradients: dict[str, Tensor]) -> None:
+        """Give all clients sum_k p_k g_k over the stack and all ranks."""
+        weights = [run.client.weight for run in self._runs]
+        p_K = next(iter(gradients.values())).new_tensor(weights)
+        means = [torch.tensordot(p_K, value, dims=1) for value in gradients.values()]
+        mean_over_ranks(means)
+        for name, mean in zip(gradients, means, strict=True):
+            gradients[name] = mean.expand_as(gradients[name]).clone()
+
     def _step(self, found: Sequence[tuple[dict[str, Tensor], Tensor]]) -> None:
         for name, value in self._values.items():
             parts = [gradients[name] for gradients, _ in found]
             value.grad = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._pull is None:  # nothing has moved yet
+            self._pull = Pull(list(self._values.values()), self._runs[0].pull.mu)
+        self._pull.add_to_gradients()
         self._optimizer.step()
         self._optimizer.zero_grad()
         losses = torch.cat([losses for _, losses in found])
@@ -157,6 +185,14 @@ class RunningStatistics:
             share = 1.0 / (self._batches + int(self._uses[lanes][0]))
         for buffer, now in zip(self._buffers, (mean, variance), strict=False):
             buffer[lanes].mul_(1 - share).add_(now.to(buffer.dtype), alpha=share)
+
+    def copy_from(self, layer: FedTANBatchNorm, lane: int) -> None:
+        """Let one client begin with the statistics of ``layer``."""
+        if self._buffers:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            self._buffers[0][lane] = layer.running_mean
+            self._buffers[1][lane] = layer.running_var
 
     def copy_to(self, layer: FedTANBatchNorm, lane: int) -> None:
         """The statistics of one client, and the batches that all have seen."""
@@ -207,8 +243,18 @@ class LocalCall:
         return sums_K2C.double()
 
 
-def _optimizer_like(other: torch.optim.Optimizer, values: list[Tensor]) -> torch.optim.SGD:
-    group = other.param_groups[0]
-    return torch.optim.SGD(
-        values, lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"]
+def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD:
+    """SGD with the settings and the momentum of ``run``, for a stack of such clients."""
+    group = run.optimizer.param_groups[0]
+    optimizer = torch.optim.SGD(
+        values.values(),
+        lr=group["lr"],
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
     )
+    for name, parameter in run.model.named_parameters():
+        momentum = run.optimizer.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            stacked = momentum.expand_as(values[name]).clone()
+            optimizer.state[values[name]]["momentum_buffer"] = stacked
+    return optimizer

@@ -7,15 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from . import agreement, comm
+from .algorithms import plan
 from .clients import Client, ClientStore
 from .cohort import Cohort
 from .config import Config
-from .data import Samples
 from .errors import RunError
-from .evaluate import Evaluation, evaluate
+from .judge import Judge, Judgement
+from .local_training import Round
 from .metrics import NullLog, RoundRecord
 from .participation import assign, draw
 
@@ -27,8 +29,7 @@ class Trainer:
     config: Config
     store: ClientStore
     cohort: Cohort
-    test_share: Samples
-    """The part of the test set that this rank evaluates."""
+    judge: Judge
 
     @property
     def model(self) -> nn.Module:
@@ -62,7 +63,8 @@ class Trainer:
         clients = self._hosted(weights)
         # 2. Local steps, the first ones with global statistics; then the average of all models.
         rate = self._learning_rate(number)
-        losses = self.cohort.train(clients, number, rate)
+        now = Round(number, rate, plan(self.config, number))
+        losses = self.cohort.train(clients, now)
         # 3. All participants' losses; a round that went wrong stops the run here.
         train_loss = self._train_loss(weights, clients, losses, number)
         seconds = time.perf_counter() - start
@@ -73,7 +75,7 @@ class Trainer:
         judged = None
         if self._is_due(number, self.config.eval_every):
             judged = self._evaluate(number)
-        return _record(number, train_loss, judged, rate, seconds, spent, len(weights))
+        return _record(now, train_loss, judged, seconds, spent, len(weights))
 
     def _participants(self, number: int) -> dict[int, float]:
         config = self.config
@@ -84,8 +86,9 @@ class Trainer:
         """This rank's participants; a client costs as much as its batches are large."""
         batch = self.config.batch_size
         costs = {client: min(batch, self.store.sizes[client]) for client in weights}
-        mine = assign(costs, comm.world_size())[comm.rank()]
-        return self.store.host({client: weights[client] for client in mine})
+        hosted = assign(costs, comm.world_size())
+        self.cohort.states.move(hosted)
+        return self.store.host({client: weights[client] for client in hosted[comm.rank()]})
 
     def _learning_rate(self, number: int) -> float:
         """lr times gamma for each milestone that lies behind."""
@@ -102,7 +105,7 @@ class Trainer:
     ) -> float:
         """sum_k p_k loss_k; every rank learns all losses, so that all stop together."""
         place = {client: position for position, client in enumerate(weights)}
-        of_all = self.test_share.inputs.new_zeros(len(weights)).double()
+        of_all = self._zeros(len(weights))
         for client, loss in zip(clients, losses, strict=True):
             of_all[place[client.number]] = loss
         values = dict(zip(weights, comm.sum_over_ranks(of_all).tolist(), strict=True))
@@ -121,18 +124,22 @@ class Trainer:
     def _with_bad_samples(self, weights: dict[int, float], clients: Sequence[Client]) -> list[int]:
         """Participants whose inputs are not all finite."""
         place = {client: position for position, client in enumerate(weights)}
-        found = self.test_share.inputs.new_zeros(len(weights)).double()
+        found = self._zeros(len(weights))
         for client in clients:
             found[place[client.number]] = not bool(client.samples.inputs.isfinite().all())
         counts = comm.sum_over_ranks(found).tolist()
         return [client for client, count in zip(weights, counts, strict=True) if count]
 
-    def _evaluate(self, number: int) -> Evaluation:
-        judged = evaluate(self.model, self.test_share)
-        if not math.isfinite(judged.loss):
+    def _zeros(self, number: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        return torch.zeros(number, dtype=torch.float64, device=device)
+
+    def _evaluate(self, number: int) -> Judgement:
+        judged = self.judge.judge()
+        if not math.isfinite(judged.test.loss):
             raise RunError(
                 f"round {number}: the test loss of the averaged model is not finite "
-                f"({judged.loss}); a smaller optimizer.lr may help",
+                f"({judged.test.loss}); a smaller optimizer.lr may help",
                 on_all_ranks=True,
             )
         return judged
@@ -149,22 +156,28 @@ class Trainer:
 
 
 def _record(
-    number: int,
+    now: Round,
     train_loss: float,
-    judged: Evaluation | None,
-    rate: float,
+    judged: Judgement | None,
     seconds: float,
     spent: comm.Traffic,
     clients: int,
 ) -> RoundRecord:
+    own = judged.over_clients if judged else None
     return RoundRecord(
-        round=number,
+        round=now.number,
         train_loss=train_loss,
-        test_loss=judged.loss if judged else None,
-        test_accuracy=judged.accuracy if judged else None,
-        learning_rate=rate,
+        test_loss=judged.test.loss if judged else None,
+        test_accuracy=judged.test.accuracy if judged else None,
+        pooled_train_loss=judged.pooled_train_loss if judged else None,
+        clients_test_accuracy_mean=own.test.accuracy if own else None,
+        clients_test_accuracy_spread=own.test_spread if own else None,
+        clients_own_mix_accuracy_mean=own.own_mix.accuracy if own else None,
+        clients_own_mix_accuracy_spread=own.own_mix_spread if own else None,
+        learning_rate=now.learning_rate,
         round_seconds=seconds,
         comm_messages=spent.messages,
         comm_bytes=spent.bytes,
+        payload_bytes=spent.payload,
         clients=clients,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from fedtan_hpc import models
 
 
 class Shared(nn.Module):
@@ -129,3 +132,11 @@ def weights(clients: int) -> list[float]:
     """Unequal weights that sum to 1."""
     parts = [0.3, 1.1, 0.7, 1.9][:clients]
     return [part / sum(parts) for part in parts]
+
+
+def with_dropout(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with dropout after its hidden layers."""
+    layers: list[nn.Module] = []
+    for layer in models.mlp(math.prod(shape), classes).children():
+        layers += [layer, nn.Dropout(0.3)] if isinstance(layer, nn.ReLU) else [layer]
+    return nn.Sequential(*layers)

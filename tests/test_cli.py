@@ -18,10 +18,10 @@ FAULT = """
 from fedtan_hpc import comm
 from fedtan_hpc.cohort import Cohort
 train = Cohort.train
-def faulty(self, clients, number, rate):
-    if comm.rank() == 1 and number == 2:
+def faulty(self, clients, now):
+    if comm.rank() == 1 and now.number == 2:
         raise OSError("the disk of this node is gone")
-    return train(self, clients, number, rate)
+    return train(self, clients, now)
 Cohort.train = faulty
 from fedtan_hpc.cli import main
 main()
@@ -101,7 +101,11 @@ def test_a_loss_that_is_not_finite_is_told_once(tmp_path: Path) -> None:
 def test_help_lists_options_and_choices(tmp_path: Path) -> None:
     done = commands.job("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for text in ("algorithm: fedavg, fedtan", "classes_per_client", "torchrun"):
+    for text in (
+        "algorithm: centralised, fbn, fedavg, fedavg_gn",
+        "classes_per_client",
+        "torchrun",
+    ):
         assert text in done.stdout
 
 

@@ -14,30 +14,32 @@ from torch import Tensor
 
 import fedtan_hpc
 from fedtan_hpc import comm
-from fedtan_hpc.algorithms import ALGORITHMS
-from fedtan_hpc.clients import Client
-from fedtan_hpc.cohort import Cohort
-from fedtan_hpc.config import (
-    AlgorithmConfig,
+from fedtan_hpc.algorithms import plan
+from fedtan_hpc.choices import (
     AlgorithmName,
-    CohortConfig,
     CohortMode,
-    Config,
-    DataConfig,
     DataName,
-    ModelConfig,
     ModelName,
-    OptimizerConfig,
+    ModelSource,
     ParticipationName,
-    PartitionConfig,
     PartitionName,
     PrecisionName,
 )
+from fedtan_hpc.clients import Client
+from fedtan_hpc.config import (
+    AlgorithmConfig,
+    CohortConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PartitionConfig,
+)
 from fedtan_hpc.data import Samples
 from fedtan_hpc.device import Place
-from fedtan_hpc.local_training import LocalTraining
+from fedtan_hpc.local_training import Round
 from fedtan_hpc.metrics import RoundRecord
-from fedtan_hpc.prepare import prepare
+from fedtan_hpc.prepare import host, prepare
 
 CPU = Place(torch.device("cpu"), "gloo")
 RANKS = (1, 2, 3, 4)
@@ -60,6 +62,8 @@ def config(algorithm: str, case: str, **options: object) -> Config:
         "local_steps": 3,
         "batch_size": 64,
         "eval_every": 1,
+        "eval_train_samples": 0,
+        "cohort": CohortConfig(mode=CohortMode.sequential),
     }
     return Config(**{**defaults, **options})  # type: ignore[arg-type]
 
@@ -140,21 +144,20 @@ SPREADS = {
     "one and three": [[3], [0, 1, 2]],
     "a rank without": [[0, 1, 3], [2], []],
 }
-SETTINGS = {"local_steps": 1, "batch_size": 99, "momentum": 0.0, "weight_decay": 0.0, "seed": 0}
 
 
 def round_of_gradients(case: str, mode: CohortMode, spread: list[list[int]]) -> dict[str, Tensor]:
     """What one step of a round with learning rate 1 takes off the parameters: sum_k p_k g_k."""
     model = fedtan_hpc.convert_batchnorm(networks.network(case))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    training = LocalTraining(ALGORITHMS[AlgorithmName.fedtan], **SETTINGS)  # type: ignore[arg-type]
     p, batches = networks.weights(4), networks.batches(case, 4)
     clients = [Client(k, p[k], Samples(*batches[k])) for k in spread[comm.rank()]]
     dummy = Samples(batches[0][0][:1], batches[0][1][:1])
-    cohort = Cohort(model, training, dummy, CohortConfig(mode=mode))
-    way = cohort._way(len(clients)).__name__
+    options = Config(local_steps=1, batch_size=99, cohort=CohortConfig(mode=mode))
+    cohort = host(options, model, dummy)
+    way = cohort._way(len(clients), plan(options, 1)).__name__
     assert way == ("_stacked" if len(clients) > 1 and mode == "stacked" else "_side_by_side")
-    cohort.train(clients, 1, 1.0)
+    cohort.train(clients, Round(1, 1.0, plan(options, 1)))
     return {name: before[name] - value.detach() for name, value in model.named_parameters()}
 
 
@@ -174,17 +177,21 @@ def test_a_round_of_one_step_follows_the_pooled_gradient(
 def two_rounds(case: str, mode: CohortMode, way: str | None) -> dict[str, Tensor]:
     """Two rounds of three steps with momentum, two stacked at a time; ``way`` forces how."""
     model = fedtan_hpc.convert_batchnorm(networks.network(case))
-    settings = {**SETTINGS, "local_steps": 3, "momentum": 0.9, "weight_decay": 1e-2}
-    training = LocalTraining(ALGORITHMS[AlgorithmName.fedtan], **settings)  # type: ignore[arg-type]
+    options = Config(
+        local_steps=3,
+        batch_size=99,
+        optimizer=OptimizerConfig(momentum=0.9, weight_decay=1e-2),
+        cohort=CohortConfig(mode=mode, max_stacked=2),
+    )
     p, batches = networks.weights(4), networks.batches(case, 4)
     clients = [Client(k, p[k], Samples(*batches[k])) for k in range(4)]
     dummy = Samples(batches[0][0][:1], batches[0][1][:1])
-    cohort = Cohort(model, training, dummy, CohortConfig(mode=mode, max_stacked=2))
+    cohort = host(options, model, dummy)
     with pytest.MonkeyPatch.context() as patch:
         if way:
-            patch.setattr(cohort, "_way", lambda _: getattr(cohort, way))
+            patch.setattr(cohort, "_way", lambda *_: getattr(cohort, way))
         for number in (1, 2):
-            cohort.train(clients, number, 0.1)
+            cohort.train(clients, Round(number, 0.1, plan(options, number)))
     return dict(model.state_dict())
 
 
@@ -272,3 +279,19 @@ def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> Non
     for loss in on_ranks(2, convolutional, str(tmp_path / "two")):
         assert loss == pytest.approx(one, rel=1e-9)
     assert comm.world_size() == 1
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_what_dropout_drops_does_not_depend_on_the_ranks(algorithm: str) -> None:
+    """Nor on the random state that the process happens to have."""
+    model = ModelConfig(source=ModelSource.target, target="networks:with_dropout")
+    options = config(algorithm, "some", model=model, rounds=3)
+    torch.manual_seed(5)
+    state, records, _ = trained(options)
+    for ranks in (1, 2):
+        for other, rounds, _ in on_ranks(ranks, trained, options):
+            assert distance(other, state) < 1e-10
+            assert rounds[-1].train_loss == pytest.approx(records[-1].train_loss, rel=1e-10)
+    without, _, _ = trained(config(algorithm, "some", rounds=3))
+    last, of_without = list(state.values())[-1], list(without.values())[-1]
+    assert (last - of_without).norm() > 1e-2 * of_without.norm()

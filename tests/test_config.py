@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from fedtan_hpc import cli, explain
 from fedtan_hpc.checks import check
-from fedtan_hpc.config import Config, DeviceName, PartitionConfig, PartitionName, to_dict
+from fedtan_hpc.choices import DeviceName, PartitionName
+from fedtan_hpc.config import Config, PartitionConfig, to_dict
 from fedtan_hpc.environment import RankInfo, detect
 from fedtan_hpc.errors import ConfigError
 
@@ -42,9 +43,15 @@ def test_the_default_is_config_py_alone(monkeypatch: pytest.MonkeyPatch) -> None
 def test_every_choice_composes_to_valid_options(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [config] = composed(monkeypatch, f"{path.parent.name}={path.stem}")
+    group, choice = path.parent.name, path.stem
+    more = ["model.target=my_networks:small"] if choice == "import" else []
+    [config] = composed(monkeypatch, f"{group}={choice}", *more)
     check(config)
-    assert to_dict(config)[path.parent.name]["name"] == path.stem
+    options = to_dict(config)
+    if choice in ("import", "torchvision"):
+        assert options["model"]["source"] == {"import": "target"}.get(choice, choice)
+    elif group != "experiment":
+        assert options[group]["name"] == choice
 
 
 def test_a_sweep_composes_every_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,6 +124,17 @@ WRONG = [
     (["data=synthetic", "data.shape=[3,32]"], "data.shape", "[3, 32]"),
     (["data=synthetic", "data.shape=[3,a,32]"], "data.shape", "[3,a,32]"),
     (["data=synthetic", "data.shape=[3,2,2]", "model=cnn"], "data.shape", "[3, 2, 2]"),
+    (["data=synthetic", "data.shape=[3,8,3]", "model=vgg11_bn"], "data.shape", "[3, 8, 3]"),
+    (["model.name=resnet18"], "model.name", "resnet18"),
+    (["model.name=timm"], "model.name", "timm"),
+    (["model.source=timm"], "model.source", "timm"),
+    (["model.norm=batch"], "model.norm", "batch"),
+    (["model.gamma=2"], "model.gamma", "2"),
+    (["model.small_input=true"], "model.small_input", "true"),
+    (["model.target=my:net"], "model.target", "my:net"),
+    (["model=import"], "model.target", "null"),
+    (["model=import", "model.target=my.net"], "model.target", "my.net"),
+    (["model=import", "model.target=my:"], "model.target", "my:"),
     (["data=synthetic", "data.classes=1"], "data.classes", "1"),
     (["partition.classes_per_client=11"], "partition.classes_per_client", "11"),
     (["partition.classes_per_client=0"], "partition.classes_per_client", "0"),
@@ -134,6 +152,54 @@ WRONG = [
     (["data=synthetic", "data.classes=0"], "data.classes", "0"),
     (["data=synthetic", "data.shape=[3,100000,100000]"], "data.shape", "[3, 100000, 100000]"),
     (["run_dir="], "run_dir", ""),
+    (["algorithm=fedavg", "algorithm.synchronised_steps=1"], "algorithm.synchronised_steps", "1"),
+    (["algorithm.synchronised_steps=6"], "algorithm.synchronised_steps", "6"),
+    (["algorithm.synchronised_steps=-1"], "algorithm.synchronised_steps", "-1"),
+    (["algorithm.synchronise_every=0"], "algorithm.synchronise_every", "0"),
+    (["algorithm=fedbn", "algorithm.synchronise_every=2"], "algorithm.synchronise_every", "2"),
+    (["algorithm.switch_round=5"], "algorithm.switch_round", "5"),
+    (["algorithm=fixbn", "algorithm.switch_round=0"], "algorithm.switch_round", "0"),
+    (["algorithm.groups=2"], "algorithm.groups", "2"),
+    (["algorithm=fedavg_ln", "algorithm.groups=2"], "algorithm.groups", "2"),
+    (["algorithm=fedavg_gn", "algorithm.groups=0"], "algorithm.groups", "0"),
+    (["model.norm=gn"], "model.norm", "gn"),
+    (["algorithm=fedbn", "model.norm=none"], "model.norm", "none"),
+    (["algorithm=hbn", "cohort.mode=stacked"], "cohort.mode", "stacked"),
+    (["client.proximal_mu=-1"], "client.proximal_mu", "-1.0"),
+    (["server.optimizer=sgd"], "server.optimizer", "sgd"),
+    (["server.lr=1"], "server.lr", "1.0"),
+    (["server.optimizer=adam", "server.lr=0"], "server.lr", "0.0"),
+    (["server.optimizer=adam", "server.beta2=1"], "server.beta2", "1.0"),
+    (["server.optimizer=momentum", "server.momentum=-0.1"], "server.momentum", "-0.1"),
+    (["server.optimizer=yogi", "server.tau=0"], "server.tau", "0.0"),
+    (["eval_train_samples=-1"], "eval_train_samples", "-1"),
+    (["data.root=files"], "data.root", "files"),
+    (["data=mnist", "data.root="], "data.root", ""),
+    (["data.train_samples=9"], "data.train_samples", "9"),
+    (["data.train_samples=1438"], "data.train_samples", "1438"),
+    (["data=cifar100", "data.test_samples=99"], "data.test_samples", "99"),
+    (["data=synthetic", "data.test_samples=2001"], "data.test_samples", "2001"),
+    (["data.train_samples=20", "clients=11"], "clients", "11"),
+    (["data=mnist", "data.shape=[1,28,28]"], "data.shape", "[1, 28, 28]"),
+    (["data=mnist", "data.normalisation=imagenet"], "data.normalisation", "imagenet"),
+    (["data=synthetic", "data.normalisation=imagenet"], "data.normalisation", "imagenet"),
+    (["data.normalisation=none"], "data.normalisation", "none"),
+    (["data.crop_padding=-1"], "data.crop_padding", "-1"),
+    (["data.crop_padding=8"], "data.crop_padding", "8"),
+    (["data.flip=maybe"], "data.flip", "maybe"),
+    (["sampling=random"], "sampling", "random"),
+    (["partition=quantity", "partition.alpha=-1"], "partition.alpha", "-1.0"),
+    (["partition=feature_shift", "partition.alpha=1"], "partition.alpha", "1.0"),
+    (["partition=iid", "partition.shift=rotation"], "partition.shift", "rotation"),
+    (["partition.strength=2"], "partition.strength", "2.0"),
+    (["partition=feature_shift", "partition.shift=blur"], "partition.shift", "blur"),
+    (["partition=feature_shift", "partition.strength=0"], "partition.strength", "0.0"),
+    (["partition=feature_shift", "partition.strength=181"], "partition.strength", "181.0"),
+    (
+        ["partition=feature_shift", "partition.shift=intensity", "partition.strength=0.5"],
+        "partition.strength",
+        "0.5",
+    ),
     (["seed=0,1"], "seed", None),
     (["-m", "seed=0,x"], "seed", "0,x"),
 ]

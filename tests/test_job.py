@@ -15,19 +15,15 @@ from torch import Tensor
 
 import fedtan_hpc
 from fedtan_hpc import agreement, comm, data, models, partition
+from fedtan_hpc.choices import AlgorithmName, DataName, ModelName, PartitionName, PrecisionName
 from fedtan_hpc.config import (
     AlgorithmConfig,
-    AlgorithmName,
     Config,
     DataConfig,
-    DataName,
     LrScheduleConfig,
     ModelConfig,
-    ModelName,
     OptimizerConfig,
     PartitionConfig,
-    PartitionName,
-    PrecisionName,
 )
 from fedtan_hpc.data import Samples
 from fedtan_hpc.device import Place
@@ -153,10 +149,16 @@ def test_run_writes_what_it_promises(tmp_path: Path) -> None:
         "train_loss",
         "test_loss",
         "test_accuracy",
+        "pooled_train_loss",
+        "clients_test_accuracy_mean",
+        "clients_test_accuracy_spread",
+        "clients_own_mix_accuracy_mean",
+        "clients_own_mix_accuracy_spread",
         "learning_rate",
         "round_seconds",
         "comm_messages",
         "comm_bytes",
+        "payload_bytes",
         "clients",
     }
     assert [line["test_accuracy"] is None for line in lines] == [True, False, False]

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from fedtan_hpc import memory, models
-from fedtan_hpc.algorithms import ALGORITHMS
-from fedtan_hpc.config import AlgorithmName
 from fedtan_hpc.data import Samples
 from fedtan_hpc.errors import RunError
 from fedtan_hpc.local_training import LocalTraining
@@ -30,7 +28,7 @@ def test_saved_bytes_are_those_of_the_layers_inputs() -> None:
 
 
 def budget(momentum: float = 0.0) -> Budget:
-    training = LocalTraining(ALGORITHMS[AlgorithmName.fedtan], 5, 32, momentum, 0.0, seed=0)
+    training = LocalTraining(5, 32, momentum, 0.0, seed=0)
     return Budget(models.resnet20(3, 10), sample(), training, 1)
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fedtan_hpc.config import ParticipationName
+from fedtan_hpc.choices import ParticipationName
 from fedtan_hpc.participation import assign, draw
 
 SHARES = [0.1, 0.4, 0.2, 0.05, 0.25]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedtan_hpc import partition
-from fedtan_hpc.config import PartitionConfig, PartitionName
+from fedtan_hpc.choices import PartitionName
+from fedtan_hpc.config import PartitionConfig
 from fedtan_hpc.partition import Indices
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 40))
@@ -62,3 +63,27 @@ def test_a_small_alpha_is_more_uneven_than_a_large_one() -> None:
         return float(shares.std())
 
     assert unevenness(0.05) > 2 * unevenness(10.0)
+
+
+def test_quantity_gives_uneven_sizes_of_the_same_mix() -> None:
+    sizes = {
+        alpha: [len(part) for part in of_kind("quantity", 5, alpha=alpha)] for alpha in (0.1, 1e4)
+    }
+    assert np.std(sizes[0.1]) > 10 * np.std(sizes[1e4])
+    assert max(sizes[1e4]) < 90
+    largest = max(of_kind("quantity", 5, alpha=0.5), key=len)
+    shares = np.bincount(LABELS[largest], minlength=10) / len(largest)
+    assert shares.max() < 0.2
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-3, 1e6])
+@pytest.mark.parametrize("clients", [1, 199, 200])
+def test_quantity_leaves_every_client_its_least(clients: int, alpha: float) -> None:
+    parts = of_kind("quantity", clients, alpha=alpha)
+    assert min(len(part) for part in parts) >= 2
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(LABELS)))
+
+
+def test_a_feature_shift_has_nothing_to_do_with_labels() -> None:
+    pairs = zip(of_kind("feature_shift", 7), of_kind("iid", 7), strict=True)
+    assert all(np.array_equal(*pair) for pair in pairs)

@@ -29,9 +29,11 @@ def data(shape: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
 
 
 def new_layer(affine: bool) -> nn.SyncBatchNorm:
+    """With parameters of this client's own, as after the first step of a round."""
     layer = nn.SyncBatchNorm(4, eps=1e-3, affine=affine, dtype=torch.float64)
+    own = torch.Generator().manual_seed(dist.get_rank())
     for start, parameter in enumerate(layer.parameters()):
-        nn.init._no_grad_uniform_(parameter, start + 0.5, start + 1.5, torch.Generator())
+        nn.init._no_grad_uniform_(parameter, start + 0.5, start + 1.5, own)
     return layer
 
 

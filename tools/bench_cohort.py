@@ -24,12 +24,13 @@ from dataclasses import replace
 import torch
 
 from fedtan_hpc import convert_batchnorm, models
-from fedtan_hpc.algorithms import ALGORITHMS
+from fedtan_hpc.algorithms import plan
+from fedtan_hpc.choices import AlgorithmName, CohortMode, ModelName
 from fedtan_hpc.clients import Client
-from fedtan_hpc.cohort import Cohort
-from fedtan_hpc.config import AlgorithmName, CohortConfig, CohortMode, ModelConfig, ModelName
+from fedtan_hpc.config import AlgorithmConfig, CohortConfig, Config, ModelConfig, OptimizerConfig
 from fedtan_hpc.data import Samples
-from fedtan_hpc.local_training import LocalTraining
+from fedtan_hpc.local_training import Round
+from fedtan_hpc.prepare import host
 
 
 def main() -> None:
@@ -81,20 +82,24 @@ def round_of(
     """A function that runs a round of the variant, on random 3x32x32 images."""
     device, batch = torch.device(arguments.device), arguments.batch_size
     model = models.build(ModelConfig(name=ModelName(arguments.model)), (3, 32, 32), 10, seed=0)
-    training = LocalTraining(
-        ALGORITHMS[AlgorithmName(algorithm)], arguments.local_steps, batch, 0.9, 1e-4, seed=0
-    )
     inputs = torch.randn(clients, batch, 3, 32, 32, device=device)
     labels = torch.randint(0, 10, (clients, batch), device=device)
     hosted = [Client(k, 1 / clients, Samples(inputs[k], labels[k])) for k in range(clients)]
     way = CohortMode.stacked if mode == "stacked" else CohortMode.sequential
-    config = CohortConfig(mode=way, max_stacked=max(arguments.clients))
+    config = Config(
+        algorithm=AlgorithmConfig(name=AlgorithmName(algorithm)),
+        optimizer=OptimizerConfig(momentum=0.9, weight_decay=1e-4),
+        cohort=CohortConfig(mode=way, max_stacked=max(arguments.clients)),
+        local_steps=arguments.local_steps,
+        batch_size=batch,
+    )
     model = convert_batchnorm(model).to(device)
-    cohort = Cohort(model, training, hosted[0].samples[:1], config)
+    cohort = host(config, model, hosted[0].samples[:1])
+    now = Round(1, 0.01, plan(config, 1))
     if mode == "alone":
         by_itself = [[replace(client, weight=1.0)] for client in hosted]
-        return lambda: [cohort.train(clients, 1, 0.01) for clients in by_itself]
-    return lambda: cohort.train(hosted, 1, 0.01)
+        return lambda: [cohort.train(clients, now) for clients in by_itself]
+    return lambda: cohort.train(hosted, now)
 
 
 def alternating(

@@ -1,0 +1,93 @@
+"""Mistakes in the options of the federated algorithm, on clients and server."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from .algorithms import ALGORITHMS, Normaliser
+from .choices import AlgorithmName, CohortMode, NormName, ServerOptimizerName
+from .config import Config
+from .errors import mistake
+
+
+def method_mistakes(config: Config) -> Iterator[str]:
+    """One line for each."""
+    yield from _owned(config)
+    yield from _steps(config)
+    yield from _norm(config)
+    yield from _server(config)
+    running = ALGORITHMS[config.algorithm.name].normaliser is Normaliser.running
+    if running and config.cohort.mode is CohortMode.stacked:
+        allowed = f"auto or sequential with algorithm={config.algorithm.name}"
+        yield mistake("cohort.mode", "stacked", allowed, "leave it out")
+
+
+def _owned(config: Config) -> Iterator[str]:
+    """Options of one algorithm only."""
+    algorithm = config.algorithm
+    owners = {
+        "synchronised_steps": (algorithm.synchronised_steps, AlgorithmName.fedtan),
+        "synchronise_every": (algorithm.synchronise_every, AlgorithmName.fedtan),
+        "switch_round": (algorithm.switch_round, AlgorithmName.fixbn),
+    }
+    for option, (value, owner) in owners.items():
+        if value is not None and algorithm.name is not owner:
+            allowed = f"null with algorithm={algorithm.name}"
+            remedy = f"leave it out or use algorithm={owner}"
+            yield mistake(f"algorithm.{option}", value, allowed, remedy)
+
+
+def _steps(config: Config) -> Iterator[str]:
+    """Numbers of steps and rounds."""
+    algorithm, steps = config.algorithm, config.local_steps
+    synchronised = algorithm.synchronised_steps
+    if synchronised is not None and not 0 <= synchronised <= max(steps, 1):
+        allowed, remedy = f"0 to local_steps, {steps}", "set algorithm.synchronised_steps=1"
+        yield mistake("algorithm.synchronised_steps", synchronised, allowed, remedy)
+    every = algorithm.synchronise_every
+    if every is not None and every < 1:
+        remedy = "set algorithm.synchronise_every=1"
+        yield mistake("algorithm.synchronise_every", every, "a whole number >= 1", remedy)
+    switch = algorithm.switch_round
+    if switch is not None and switch < 1:
+        allowed, remedy = "a whole number >= 1", f"try algorithm.switch_round={config.rounds // 2}"
+        yield mistake("algorithm.switch_round", switch, allowed, remedy)
+
+
+def _norm(config: Config) -> Iterator[str]:
+    """Which layers normalise."""
+    own = ALGORITHMS[config.algorithm.name]
+    norm = config.model.norm or own.norm
+    if norm is not own.norm and not own.any_norm:
+        allowed = f"{own.norm} or null with algorithm={config.algorithm.name}"
+        remedy = "leave it out or use algorithm=fedavg, centralised or singleset"
+        yield mistake("model.norm", norm, allowed, remedy)
+    groups = config.algorithm.groups
+    if groups is not None and norm is not NormName.gn:
+        allowed = f"null with model.norm={norm}"
+        remedy = "leave it out or use algorithm=fedavg_gn"
+        yield mistake("algorithm.groups", groups, allowed, remedy)
+    elif groups is not None and groups < 1:
+        yield mistake("algorithm.groups", groups, "a whole number >= 1", "try algorithm.groups=2")
+
+
+def _server(config: Config) -> Iterator[str]:
+    """FedProx and FedOpt."""
+    server, mu = config.server, config.client.proximal_mu
+    if not (math.isfinite(mu) and mu >= 0):
+        remedy = "try client.proximal_mu=0.01"
+        yield mistake("client.proximal_mu", mu, "a finite number >= 0", remedy)
+    if server.lr is not None:
+        if server.optimizer is ServerOptimizerName.none:
+            remedy = "leave it out or choose server.optimizer=momentum"
+            yield mistake("server.lr", server.lr, "null with server.optimizer=none", remedy)
+        elif not (math.isfinite(server.lr) and server.lr > 0):
+            yield mistake("server.lr", server.lr, "a finite number > 0", "try server.lr=0.1")
+    for option in ("momentum", "beta2"):
+        value = getattr(server, option)
+        if not 0 <= value < 1:
+            remedy = f"try server.{option}=0.9"
+            yield mistake(f"server.{option}", value, f"0 <= {option} < 1", remedy)
+    if not (math.isfinite(server.tau) and server.tau > 0):
+        yield mistake("server.tau", server.tau, "a finite number > 0", "try server.tau=1e-3")

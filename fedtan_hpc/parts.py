@@ -1,0 +1,62 @@
+"""Which tensors of a model belong to which part, for algorithms that treat parts differently."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .algorithms import Part
+from .average import named_tensors
+
+
+class Selection:
+    """The tensors of some parts of a module; called with the module or a copy of it.
+
+    Returns them by name, in the module's order.
+    """
+
+    def __init__(self, module: nn.Module, parts: Collection[Part]) -> None:
+        self.names = [name for name, part in parts_of(module).items() if part in parts]
+
+    def __call__(self, module: nn.Module) -> dict[str, Tensor]:
+        """The same tensors of ``module``."""
+        tensors = named_tensors(module)
+        return {name: tensors[name] for name in self.names}
+
+
+def parts_of(module: nn.Module) -> dict[str, Part]:
+    """The part of every tensor of ``module`` by name."""
+    parts = dict.fromkeys(named_tensors(module), Part.weights)
+    parts |= dict.fromkeys((name for name, _ in module.named_buffers()), Part.statistics)
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm):
+            for name, _ in layer.named_parameters(prefix=prefix, recurse=False):
+                parts[name] = Part.mixing if name.endswith("mix") else Part.affine
+    return parts
+
+
+def pack(tensors: Collection[Tensor]) -> Tensor:
+    """All values as one vector, in the widest floating-point type among them."""
+    if not tensors:
+        return torch.empty(0)
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            dtype = torch.promote_types(dtype, tensor.dtype.to_real())
+    return torch.cat([_real(tensor).reshape(-1).to(dtype) for tensor in tensors])
+
+
+@torch.no_grad()
+def unpack(vector: Tensor, tensors: Collection[Tensor]) -> None:
+    """Give ``tensors`` the values that ``pack`` took from others of the same shapes."""
+    reals = [_real(tensor) for tensor in tensors]
+    for real, values in zip(reals, vector.split([real.numel() for real in reals]), strict=True):
+        real.copy_(values.view(real.shape))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,0 +1,131 @@
+"""The network, tried out before any data loads: made, converted and run on two samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from . import models
+from .algorithms import ALGORITHMS, Algorithm, Normaliser, Part
+from .batchnorm import convert_batchnorm
+from .choices import ModelSource, NormName
+from .config import Config
+from .errors import ConfigError, mistake
+from .norms import convert_norm
+from .target import in_one_line
+
+_SAMPLES = 2
+_FEDAVG = "use algorithm=fedavg, or a network with BN layers"
+
+
+def try_out(config: Config) -> None:
+    """Make the network of ``config`` and run it once in training mode, without data.
+
+    torchvision's are made and run without memory for tensors (device meta).  The process's random
+    state is left as it was.
+
+    Raises ``ConfigError`` if the network cannot be made, does not take the samples, gives no class
+    scores, or lacks the BN layers that the algorithm is about.
+    """
+    with torch.random.fork_rng(devices=[]):
+        module = _make(config)
+        _check_complete(config, module)
+        _check_batchnorm(config, module)
+        _run(config, _converted(config, module))
+
+
+def _make(config: Config) -> nn.Module:
+    """On the CPU or, as it may be large, on meta."""
+    facts = config.data.facts()
+    if config.model.source is not ModelSource.torchvision:
+        return models.build(config.model, facts.shape, facts.classes, config.seed)
+    try:
+        with torch.device("meta"):
+            return models.build(config.model, facts.shape, facts.classes, config.seed)
+    except NotImplementedError:  # RegNets compute their widths with tensors
+        return models.build(config.model, facts.shape, facts.classes, config.seed).to("meta")
+
+
+def _check_complete(config: Config, module: nn.Module) -> None:
+    """Whether there are parameters to train, all of them of a known size."""
+    if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
+        remedy = "run one batch through it before it is returned"
+        raise ConfigError(_of_network(config, "a network without lazy layers", remedy))
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        remedy = "return one that has parameters"
+        raise ConfigError(_of_network(config, "a network that can be trained", remedy))
+
+
+def _check_batchnorm(config: Config, module: nn.Module) -> None:
+    """Whether there are the BN layers that the algorithm is about, or that are to be converted."""
+    name, own, norm = config.algorithm.name, ALGORITHMS[config.algorithm.name], config.model.norm
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    if not layers and (_needs_batchnorm(own) or own.norm is not NormName.bn):
+        allowed, remedy = "one that does without BN layers, for the network has none", _FEDAVG
+        raise ConfigError(mistake("algorithm.name", name, allowed, remedy))
+    if not layers and norm in (NormName.gn, NormName.ln):
+        allowed = "null, for the network has no BN layers to convert"
+        remedy = "leave it out, or use a network with BN layers"
+        raise ConfigError(mistake("model.norm", norm, allowed, remedy))
+    if _uses_running(own) and any(layer.running_mean is None for layer in layers):
+        allowed = "one that needs no running statistics, for BN layers of the network keep none"
+        raise ConfigError(mistake("algorithm.name", name, allowed, _FEDAVG))
+
+
+def _needs_batchnorm(algorithm: Algorithm) -> bool:
+    """Whether it differs from FedAvg only by what it does with BN layers."""
+    of_layers = {Part.affine, Part.statistics, Part.mixing} & algorithm.private
+    return (
+        (algorithm.synchronised_steps != 0 and not algorithm.pooled_gradients)
+        or (bool(of_layers) and Part.weights not in algorithm.private)
+        or _uses_running(algorithm)
+        or algorithm.mixes
+    )
+
+
+def _uses_running(algorithm: Algorithm) -> bool:
+    """Whether training steps normalise by running statistics."""
+    return algorithm.normaliser is not Normaliser.batch or algorithm.later_normaliser is not None
+
+
+def _converted(config: Config, module: nn.Module) -> nn.Module:
+    """The network with the normalization layers of the algorithm."""
+    norm = config.model.norm or ALGORITHMS[config.algorithm.name].norm
+    module = convert_norm(module, norm, config.algorithm.groups or 2)
+    try:
+        return convert_batchnorm(module)
+    except ValueError as error:
+        allowed = "a network whose BN layers can be converted"
+        raise ConfigError(_of_network(config, allowed, in_one_line(error))) from error
+
+
+def _run(config: Config, module: nn.Module) -> None:
+    """Class scores of two samples, in training mode."""
+    shape, classes = config.data.facts().shape, config.data.facts().classes
+    device = next(module.parameters()).device
+    samples = torch.zeros(_SAMPLES, *shape, device=device)
+    try:
+        scores = module.to(samples).train()(samples)
+    except Exception as error:
+        allowed = f"a network that takes samples of shape {shape}"
+        stem = "model.small_input=true, " if _has_large_stem(config) else ""
+        remedy = f"use {stem}other samples or another network: {in_one_line(error)}"
+        raise ConfigError(_of_network(config, allowed, remedy)) from error
+    if not isinstance(scores, Tensor) or scores.shape != (_SAMPLES, classes):
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        allowed = f"a network whose output for {_SAMPLES} samples is ({_SAMPLES}, {classes})"
+        remedy = f"use another, for the output of this one is {found}"
+        raise ConfigError(_of_network(config, allowed, remedy))
+
+
+def _has_large_stem(config: Config) -> bool:
+    return config.model.source is ModelSource.torchvision and not config.model.small_input
+
+
+def _of_network(config: Config, allowed: str, remedy: str) -> str:
+    """A mistake of the option that chose the network."""
+    if config.model.source is ModelSource.target:
+        return mistake("model.target", config.model.target, allowed, remedy)
+    return mistake("model.name", config.model.name, allowed, remedy)

@@ -1,0 +1,180 @@
+"""The folder of a comparison: which runs belong to it, under which names.
+
+settings.yaml  the options that all runs share
+runs/          a run folder for each method and seed
+compare.csv    a row for each evaluated round of each run
+compare.md     the table
+compare.png    the curves
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import overrides
+import reports
+from omegaconf import OmegaConf
+
+from fedtan_hpc import files
+from fedtan_hpc.checks import check
+from fedtan_hpc.config import Config, to_dict
+from fedtan_hpc.errors import ConfigError, mistake
+
+OWN = ("methods", "seeds", "out")
+_METHODS = ["fedtan", "fedavg", "centralised"]
+_EXAMPLE = """'[fedtan,"fedtan algorithm.synchronised_steps=5",fedavg]'"""
+_SET_HERE = {"algorithm": "methods=[...]", "seed": "seeds=[...]", "run_dir": "out=..."}
+_APART = (*reports.APART, "algorithm.name")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Where it is, what its runs share, and the runs that are asked for, by seed and method."""
+
+    out: Path
+    base: Config
+    configs: Sequence[Config]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Options of all runs, by dotted name."""
+        return shared(self.base)
+
+
+def plan(words: Sequence[str]) -> Comparison:
+    """Compose and check all runs that the command line asks for.
+
+    Raises ``ConfigError`` with all mistakes that can be found before torch is loaded.
+    """
+    own, job = overrides.split(words, OWN)
+    _not_set_here(job)
+    default = "comparisons/" + (overrides.choice(job, "experiment") or "options")
+    out = Path(overrides.folder(own.get("out", f"out={default}")))
+    base = overrides.composed(job)
+    methods = overrides.values(own["methods"], _EXAMPLE) if "methods" in own else _METHODS
+    seeds = _seeds(own.get("seeds", "seeds=[0,1,2]"))
+    each = list(_composed(methods, job))
+    configs = [replace(config, seed=seed) for seed in seeds for config in each]
+    asked = Comparison(out, base, [_placed(config, shared(base), out) for config in configs])
+    _check(asked.configs)
+    _same_settings(asked)
+    return asked
+
+
+def shared(config: Config) -> dict[str, str]:
+    """Options that do not set the runs of a comparison apart, by dotted name."""
+    flat = reports.flat(to_dict(config))
+    return {name: value for name, value in flat if name not in _APART}
+
+
+def label(options: Mapping[str, str], settings: Mapping[str, str]) -> str:
+    """A run's algorithm, and the options that it alone has."""
+    own = [
+        f"{name.removeprefix('algorithm.')}={value}"
+        for name, value in options.items()
+        if name not in _APART and settings.get(name) != value
+    ]
+    return ", ".join([options["algorithm.name"], *own])
+
+
+def name_of(config: Config, settings: Mapping[str, str]) -> str:
+    """``label`` of a run that may not have begun."""
+    return label(dict(reports.flat(to_dict(config))), settings)
+
+
+def lines(comparison: Comparison) -> dict[str, list[reports.Run]]:
+    """All finished runs of the folder, also those of other commands: by label, best first."""
+    found: dict[str, list[reports.Run]] = {}
+    folders = (path.parent for path in comparison.out.glob("runs/*/summary.json"))
+    runs = [reports.read(folder) for folder in folders]
+    for run in sorted(runs, key=lambda run: int(run.options["seed"])):
+        found.setdefault(label(run.options, comparison.settings), []).append(run)
+    return reports.best_first(found)
+
+
+def missing(comparison: Comparison) -> list[str]:
+    """Runs that were asked for and are not finished."""
+    return [
+        f"{name_of(config, comparison.settings)} seed {config.seed}"
+        for config in comparison.configs
+        if not reports.finished(Path(str(config.run_dir)))
+    ]
+
+
+def others(comparison: Comparison, found: Mapping[str, Sequence[reports.Run]]) -> list[str]:
+    """Finished runs of the folder that other commands asked for."""
+    names = [(name_of(c, comparison.settings), str(c.seed)) for c in comparison.configs]
+    runs = [(label, run.options["seed"]) for label, runs in found.items() for run in runs]
+    return [f"{label} seed {seed}" for label, seed in runs if (label, seed) not in names]
+
+
+def keep_settings(comparison: Comparison) -> None:
+    """Write down what the runs share; for rank 0."""
+    options = to_dict(comparison.base)
+    del options["seed"], options["run_dir"], options["algorithm"]["name"]
+    text = OmegaConf.to_yaml(OmegaConf.create(options))
+    with overrides.written(comparison.out):
+        comparison.out.mkdir(parents=True, exist_ok=True)
+        files.replace_text(comparison.out / "settings.yaml", text)
+
+
+def _not_set_here(job: Sequence[str]) -> None:
+    for word in job:
+        name, _, value = word.lstrip("+~").partition("=")
+        if name in _SET_HERE or name == "algorithm.name":
+            own = _SET_HERE[name.partition(".")[0]]
+            raise ConfigError(f"{name}={value}: this tool sets it itself; say {own} instead")
+
+
+def _seeds(word: str) -> list[int]:
+    seeds = overrides.values(word, "[0,1,2]")
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        text = word.partition("=")[2]
+        raise ConfigError(mistake("seeds", text, "a list of whole numbers", "try seeds=[0,1,2]"))
+    return seeds
+
+
+def _composed(methods: Sequence[object], job: Sequence[str]) -> Iterator[Config]:
+    """A method is an algorithm's name, and overrides after it if there are any."""
+    for method in methods:
+        name, *more = str(method).split() or [""]
+        _not_set_here(more)
+        yield overrides.composed([*job, f"algorithm={name}", *more])
+
+
+def _placed(config: Config, settings: Mapping[str, str], out: Path) -> Config:
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "_", name_of(config, settings).replace(", ", "-"))
+    return replace(config, run_dir=str(out / "runs" / f"{name}-seed{config.seed}"))
+
+
+def _check(configs: Sequence[Config]) -> None:
+    """All mistakes, those that runs have in common once."""
+    mistakes: dict[str, None] = {}
+    for config in configs:
+        try:
+            check(config)
+        except ConfigError as error:
+            mistakes |= dict.fromkeys(error.mistakes)
+    if mistakes:
+        raise ConfigError(*mistakes)
+
+
+def _same_settings(asked: Comparison) -> None:
+    """A folder is for one comparison."""
+    path = asked.out / "settings.yaml"
+    if not path.exists():
+        return
+    try:
+        saved = reports.read_options(path)
+    except (OSError, ValueError, AttributeError) as error:
+        allowed = "a new folder, or one with a whole settings.yaml"
+        raise ConfigError(mistake("out", asked.out, allowed, "choose another")) from error
+    now = asked.settings
+    names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+    if names:
+        allowed = "a new folder, or that of the same options"
+        remedy = f"it holds a comparison with another {', '.join(names)}: choose another"
+        raise ConfigError(mistake("out", asked.out, allowed, remedy))

@@ -1,0 +1,137 @@
+"""A comparison as a table in Markdown and as rows for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comparison
+from comparison import Comparison
+from reports import Run, mean_and_deviation
+
+from fedtan_hpc import files
+from fedtan_hpc.config import Config
+
+_FIGURES = (
+    "train_loss",
+    "pooled_train_loss",
+    "test_accuracy",
+    "test_loss",
+    "clients_test_accuracy_mean",
+    "clients_test_accuracy_spread",
+    "clients_own_mix_accuracy_mean",
+    "clients_own_mix_accuracy_spread",
+)
+_OWN = "clients_own_mix_accuracy_mean"
+
+Lines = Mapping[str, Sequence[Run]]
+"""Runs by label, by seed."""
+
+
+def write_csv(lines: Lines, path: Path) -> None:
+    """A row for each evaluated round; ``payload_bytes`` are those of all rounds until then."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "seed", "round", "payload_bytes", *_FIGURES])
+    for label, runs in lines.items():
+        for run in runs:
+            writer.writerows([label, run.options["seed"], *row] for row in _rows(run))
+    files.replace_text(path, text.getvalue())
+
+
+def _rows(run: Run) -> Iterator[list[Any]]:
+    for record, sent in zip(run.records, itertools.accumulate(run.payloads), strict=True):
+        if record["test_accuracy"] is not None:
+            yield [record["round"], sent, *(record.get(name) for name in _FIGURES)]
+
+
+def table(lines: Lines) -> list[str]:
+    """The last round of each method, mean ± sample deviation over the seeds; best first."""
+    own = any(_has_own(runs) for runs in lines.values())
+    heads = ["method", "seeds", "test accuracy, %", *(["own-mix accuracy, %"] if own else [])]
+    heads += ["test loss", "messages a round", "kB a round"]
+    rows = [heads, ["---"] * len(heads)]
+    for label, runs in lines.items():
+        row = [label, str(len(runs)), _percent(runs, "test_accuracy")]
+        if own:
+            row.append(_percent(runs, _OWN) if _has_own(runs) else "")
+        row.append(mean_and_deviation([run.evaluated[-1]["test_loss"] for run in runs], 3))
+        rows.append([*row, _messages(runs), _kilobytes(runs)])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def write_markdown(
+    rows: Sequence[str],
+    lines: Lines,
+    asked: Comparison,
+    command: str,
+) -> None:
+    """The table, how it came about and what its columns mean."""
+    waiting, others = comparison.missing(asked), comparison.others(asked, lines)
+    machine = next(iter(lines.values()))[0].summary
+    rounds = statistics.median(len(run.records) for runs in lines.values() for run in runs)
+    text = [
+        f"# {title(asked.settings)}",
+        f"    {command}",
+        f"Settings: {_unusual(asked.settings)}.  All of them are in `settings.yaml`.",
+        "\n".join(rows),
+        f"After {rounds:.0f} rounds: mean ± sample deviation over the seeds.  Messages and kB: "
+        "collectives of a round and what one rank puts into them.",
+        *([_about_own(lines)] if _about_own(lines) else []),
+        *([f"Not finished: {', '.join(waiting)}."] if waiting else []),
+        *([f"Run by other commands: {', '.join(others)}."] if others else []),
+        f"Ranks {machine['world_size']}, device {machine['device']}, "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        + ".",
+        "![Accuracy and loss against rounds and megabytes](compare.png)",
+    ]
+    files.replace_text(asked.out / "compare.md", "\n\n".join(text) + "\n")
+
+
+def title(settings: Mapping[str, str]) -> str:
+    """The setting in a line."""
+    options = ("data.name", "model.name", "partition.name")
+    names = ", ".join(settings[option] for option in options)
+    return f"{names}, {settings['clients']} clients, {settings['local_steps']} local steps"
+
+
+def _unusual(settings: Mapping[str, str]) -> str:
+    usual = comparison.shared(Config())
+    said = [f"`{name}={value}`" for name, value in settings.items() if usual.get(name) != value]
+    return ", ".join(said) if said else "the defaults"
+
+
+def _about_own(lines: Lines) -> str:
+    own = [label for label, runs in lines.items() if _has_own(runs)]
+    if not own:
+        return ""
+    return (
+        f"{', '.join(own)}: there is no one global model; the figures are means over the clients "
+        "of each client's own model, on the whole test set and (own-mix) on test samples in the "
+        "mix of classes of the client's training data."
+    )
+
+
+def _has_own(runs: Sequence[Run]) -> bool:
+    return any(run.evaluated[-1].get(_OWN) is not None for run in runs)
+
+
+def _percent(runs: Sequence[Run], figure: str) -> str:
+    return mean_and_deviation([100 * run.evaluated[-1][figure] for run in runs])
+
+
+def _messages(runs: Sequence[Run]) -> str:
+    """Mean over the rounds; a single process has nobody to send messages to."""
+    counts = [
+        r["comm_messages"] for run in runs if run.summary["world_size"] > 1 for r in run.records
+    ]
+    return f"{statistics.mean(counts):.4g}" if counts else "-"
+
+
+def _kilobytes(runs: Sequence[Run]) -> str:
+    return f"{statistics.mean(sent for run in runs for sent in run.payloads) / 1000:.1f}"
