@@ -27,20 +27,22 @@ class Traffic:
     """Collective calls."""
     bytes: int = 0
     """Payload that this rank put into them, in bytes."""
+    sums: int = 0
     payload: int = 0
-    """The same, counted in a single process too, which has nobody to send it to."""
+    """The same two, counted in a single process too, which has nobody to send anything to."""
 
     def since(self, earlier: Traffic) -> Traffic:
         """What was added after ``earlier`` was copied from this counter."""
         return Traffic(
             self.messages - earlier.messages,
             self.bytes - earlier.bytes,
+            self.sums - earlier.sums,
             self.payload - earlier.payload,
         )
 
     def copy(self) -> Traffic:
         """The present count, which does not move on."""
-        return Traffic(self.messages, self.bytes, self.payload)
+        return Traffic(self.messages, self.bytes, self.sums, self.payload)
 
 
 training_traffic = Traffic()
@@ -86,6 +88,7 @@ def world_size(group: Group = None) -> int:
 
 def sum_for_training(message: Tensor, group: Group = None) -> Tensor:
     """Sum ``message`` over the ranks in place, as one counted collective; same bits everywhere."""
+    training_traffic.sums += 1
     training_traffic.payload += message.nbytes
     if is_started():
         dist.all_reduce(message, group=group)

@@ -39,8 +39,9 @@ class RoundRecord:
     """Collectives of BN statistics and model average on rank 0."""
     comm_bytes: int
     """Payload of those collectives that rank 0 put in, in bytes."""
+    payload_messages: int
     payload_bytes: int
-    """The same payload, counted in a single process too, which has nobody to send it to."""
+    """The same two, counted in a single process too, which has nobody to send anything to."""
     clients: int
     """Clients that took part."""
 

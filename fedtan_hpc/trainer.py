@@ -178,6 +178,7 @@ def _record(
         round_seconds=seconds,
         comm_messages=spent.messages,
         comm_bytes=spent.bytes,
+        payload_messages=spent.sums,
         payload_bytes=spent.payload,
         clients=clients,
     )

@@ -158,6 +158,7 @@ def test_run_writes_what_it_promises(tmp_path: Path) -> None:
         "round_seconds",
         "comm_messages",
         "comm_bytes",
+        "payload_messages",
         "payload_bytes",
         "clients",
     }

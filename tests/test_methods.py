@@ -410,8 +410,11 @@ def test_a_round_of_one_step_of_fedtan_is_one_of_centralised() -> None:
 
 
 def messages(options: Config) -> list[tuple[int, int]]:
-    trainer = prepare(options, CPU)
-    return [(record.comm_messages, record.payload_bytes) for record in trainer.train([])]
+    records = prepare(options, CPU).train([])
+    sent = [(record.comm_messages, record.comm_bytes) for record in records]
+    payload = [(record.payload_messages, record.payload_bytes) for record in records]
+    assert sent == (payload if comm.is_started() else [(0, 0)] * len(records))
+    return payload
 
 
 def test_messages_of_the_methods() -> None:
@@ -429,7 +432,7 @@ def test_messages_of_the_methods() -> None:
         options = config(method, rounds=1, clients_per_round=None)
         for [(number, payload)] in on_ranks(2, messages, options):
             assert (number, payload) == (count, 8 * floats), method
-        assert messages(options) == [(0, 8 * floats)]
+        assert messages(options) == [(count, 8 * floats)]
     [frozen, *_] = on_ranks(2, messages, config("fixbn", rounds=2, clients_per_round=None))
     assert frozen == [(1, 8 * (trainable + running + header)), (1, 8 * (trainable + header))]
     [centralised, *_] = on_ranks(2, messages, config("centralised", rounds=1))

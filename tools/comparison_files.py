@@ -126,11 +126,8 @@ def _percent(runs: Sequence[Run], figure: str) -> str:
 
 
 def _messages(runs: Sequence[Run]) -> str:
-    """Mean over the rounds; a single process has nobody to send messages to."""
-    counts = [
-        r["comm_messages"] for run in runs if run.summary["world_size"] > 1 for r in run.records
-    ]
-    return f"{statistics.mean(counts):.4g}" if counts else "-"
+    """Mean over the rounds of all runs."""
+    return f"{statistics.mean(count for run in runs for count in run.messages):.4g}"
 
 
 def _kilobytes(runs: Sequence[Run]) -> str:

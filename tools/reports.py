@@ -34,9 +34,14 @@ class Run:
         return float(self.evaluated[-1]["test_accuracy"])
 
     @property
+    def messages(self) -> list[int]:
+        """Collectives of each round, or those that there would be with more ranks."""
+        return [int(record["payload_messages"]) for record in self.records]
+
+    @property
     def payloads(self) -> list[int]:
         """Bytes that a rank put into each round's collectives, or would with more ranks."""
-        return [int(record.get("payload_bytes", record["comm_bytes"])) for record in self.records]
+        return [int(record["payload_bytes"]) for record in self.records]
 
 
 def finished(folder: Path) -> bool:
