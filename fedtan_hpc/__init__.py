@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .job import run
     from .metrics import Summary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Config",

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["fedtan_hpc.job", "sklearn.datasets", "sklearn.model_selection", "torch.utils.tensorboard"]
 )
 
@@ -88,8 +88,8 @@ def _end_all() -> None:
 
 
 def _start(rank: int, size: int, store: Path) -> tuple[ForkServerProcess, Connection]:
-    mine, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+    mine, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
     process.start()
     theirs.close()
     return process, mine

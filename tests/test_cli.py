@@ -14,6 +14,7 @@ import pytest
 SHORT = ("rounds=2", "local_steps=2", "eval_every=1")
 
 # Rank 1 fails in round 2 for a reason of its own.
+TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m", "fedtan_hpc")
 FAULT = """
 from fedtan_hpc import comm
 from fedtan_hpc.cohort import Cohort
@@ -54,7 +55,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(overrides: tuple[str, ...], tmp_p
 @pytest.mark.parametrize("overrides", [("rounds=0", "clients=2"), ("foo=1",)])
 def test_under_torchrun_the_line_stands_once(overrides: tuple[str, ...], tmp_path: Path) -> None:
     start = time.monotonic()
-    done = commands.ranks(2, *overrides, cwd=tmp_path)
+    done = commands.run(*TORCHRUN, *overrides, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("fedtan_hpc: ") == 1
     assert f"fedtan_hpc: {overrides[0]}: " in done.stderr
@@ -62,7 +63,7 @@ def test_under_torchrun_the_line_stands_once(overrides: tuple[str, ...], tmp_pat
 
 
 def test_a_run_ends_with_its_accuracy_and_is_not_repeated(tmp_path: Path) -> None:
-    first = commands.ranks(2, "clients=2", *SHORT, "run_dir=here", cwd=tmp_path)
+    first = commands.run(*TORCHRUN, "clients=2", *SHORT, "run_dir=here", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     accuracy = json.loads((tmp_path / "here" / "summary.json").read_text())["test_accuracy"]
     assert f"{100 * accuracy:.2f} %" in first.stdout

@@ -21,6 +21,7 @@ from ranks import on_ranks
 sys.path.insert(0, str(commands.ROOT / "tools"))
 
 import compare
+import overview
 import progress
 
 SHORT = ["rounds=2", "local_steps=1", "eval_every=1", "batch_size=16"]
@@ -95,9 +96,11 @@ def test_markdown_has_mean_and_deviation_best_first(whole: Path) -> None:
         last = [100 * told[-1]["test_accuracy"] for told in runs]
         losses = [told[-1]["test_loss"] for told in runs]
         sent = statistics.mean(r["payload_bytes"] for told in runs for r in told) / 1000
+        messages = {"fedtan": 5, "fedavg": 1}[method]
         line = (
             f"| {method} | 2 | {statistics.mean(last):.1f} ± {statistics.stdev(last):.1f} "
-            f"| {statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f} | - | {sent:.1f} |"
+            f"| {statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f} | {messages} "
+            f"| {sent:.1f} |"
         )
         expected.append((-statistics.mean(last), line))
     table = [line for line in text.splitlines() if line.startswith("| fed")]
@@ -277,3 +280,23 @@ def test_a_folder_is_for_one_comparison(whole: Path, capsys: pytest.CaptureFixtu
 def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     compare.main(words)
     assert "methods=[...]" in capsys.readouterr().out
+
+
+def test_an_overview_has_a_column_for_each_comparison(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "fedbn"
+    compare.main(["methods=[fedavg,fedbn]", "seeds=[0]", *SHORT, f"out={other}"])
+    capsys.readouterr()
+    overview.main([str(whole), str(other)])
+    heads, _, *rows = (line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert heads == ["method", whole.name, "fedbn"]
+    cells = {method: values for method, *values in rows}
+    assert set(cells) == {"fedtan", "fedavg", "fedbn"}
+    last = records(other / "runs" / "fedbn-seed0")[-1]
+    mean, own = last["test_accuracy"], last["clients_own_mix_accuracy_mean"]
+    assert cells["fedbn"] == ["", f"{100 * mean:.1f} ({100 * own:.1f})"]
+    assert cells["fedtan"][1] == ""
+    assert " ± " in cells["fedtan"][0]
+    with pytest.raises(SystemExit):
+        overview.main([str(tmp_path)])

@@ -42,7 +42,7 @@ def test_options_table_is_made_from_config() -> None:
     assert "\n".join(options_table.rows()) in README
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(300)
 def test_commands_run(tmp_path: Path) -> None:
     """All in the given order in one folder; jobs do one round, later ones see earlier runs."""
     (tmp_path / "tools").symlink_to(commands.ROOT / "tools")
@@ -54,9 +54,11 @@ def test_commands_run(tmp_path: Path) -> None:
         words = [part for word in shlex.split(line) for part in expanded(word, tmp_path)]
         if "fedtan_hpc" in words:
             words += ["rounds=1", "local_steps=1"]
+        if "tools/compare.py" in words:
+            words += ["rounds=1"]
         if "tools/bench_cohort.py" in words:
             words += ["--clients", "2", "--repeats", "1", "--batch-size", "2", "--local-steps", "2"]
-        done = commands.run(*words, cwd=tmp_path)
+        done = commands.forked(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (tmp_path / "docs" / "digits_shards.png").stat().st_size > 10_000
 
@@ -65,10 +67,10 @@ def test_commands_run(tmp_path: Path) -> None:
 def test_training_loops_of_ones_own_run(number: int, tmp_path: Path) -> None:
     example = blocks("python", REST)[number]
     (tmp_path / "own_loop.py").write_text(example, encoding="utf-8")
-    done = commands.run("torchrun", "--nproc-per-node", "2", "own_loop.py", cwd=tmp_path)
+    done = commands.forked("torchrun", "--nproc-per-node", "2", "own_loop.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     loss = float(done.stdout.split()[-1])
-    assert loss < 0.45
+    assert loss < 0.6
 
 
 def test_version_stands_in_one_place() -> None:

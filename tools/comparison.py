@@ -87,11 +87,19 @@ def name_of(config: Config, settings: Mapping[str, str]) -> str:
 
 def lines(comparison: Comparison) -> dict[str, list[reports.Run]]:
     """All finished runs of the folder, also those of other commands: by label, best first."""
+    return _by_label(comparison.out, comparison.settings)
+
+
+def finished_lines(out: Path) -> dict[str, list[reports.Run]]:
+    """The same from the folder alone."""
+    return _by_label(out, reports.read_options(out / "settings.yaml"))
+
+
+def _by_label(out: Path, settings: Mapping[str, str]) -> dict[str, list[reports.Run]]:
     found: dict[str, list[reports.Run]] = {}
-    folders = (path.parent for path in comparison.out.glob("runs/*/summary.json"))
-    runs = [reports.read(folder) for folder in folders]
+    runs = [reports.read(path.parent) for path in out.glob("runs/*/summary.json")]
     for run in sorted(runs, key=lambda run: int(run.options["seed"])):
-        found.setdefault(label(run.options, comparison.settings), []).append(run)
+        found.setdefault(label(run.options, settings), []).append(run)
     return reports.best_first(found)
 
 
