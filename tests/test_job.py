@@ -14,7 +14,7 @@ from ranks import RankFailed, on_ranks
 from torch import Tensor
 
 import fedtan_hpc
-from fedtan_hpc import agreement, comm, data, models, partition
+from fedtan_hpc import agreement, comm, data, environment, models, partition
 from fedtan_hpc.choices import AlgorithmName, DataName, ModelName, PartitionName, PrecisionName
 from fedtan_hpc.config import (
     AlgorithmConfig,
@@ -383,3 +383,31 @@ def test_the_harness_shows_the_traceback_of_the_rank_that_failed() -> None:
         on_ranks(2, fail_on_one, 30.0)
     assert "a fault of rank 1's own" in str(caught.value)
     assert time.monotonic() - start < 15
+
+
+def fetching(fails: bool) -> tuple[int, str]:
+    """How often this rank looked for files, and what its job said; local rank 0 looks."""
+    from fedtan_hpc import job
+
+    looked = []
+
+    def fetch(config: DataConfig) -> None:
+        looked.append(config)
+        if fails:
+            raise ConfigError("data.root=null: allowed is a folder with the files; put them there")
+
+    info = environment.of_caller(dist.get_rank(), dist.get_world_size(), {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "fetch", fetch)
+        try:
+            job._fetch(Config(), info)
+        except ConfigError as error:
+            return len(looked), str(error)
+    return len(looked), ""
+
+
+def test_one_rank_of_a_node_fetches_files_and_all_learn_what_is_wrong() -> None:
+    assert on_ranks(3, fetching, False) == [(1, ""), (0, ""), (0, "")]
+    first, *others = on_ranks(3, fetching, True)
+    assert first == (1, "data.root=null: allowed is a folder with the files; put them there")
+    assert others == [(0, first[1])] * 2
