@@ -17,7 +17,9 @@ class Part(Enum):
     affine = auto()
     """gamma and beta of BN layers."""
     statistics = auto()
-    """Running means, variances and counters of BN layers; any other buffer."""
+    """Running means, variances and counters of BN layers."""
+    buffers = auto()
+    """Any other buffer; integer ones stay as they were made."""
     mixing = auto()
     """HBN's d, by which a channel mixes global and batch statistics."""
 
@@ -117,4 +119,4 @@ def plan(config: Config, round_number: int) -> Plan:
 
 def _switch_round(config: Config) -> int:
     """Half of the rounds by default."""
-    return config.algorithm.switch_round or config.rounds // 2 + 1
+    return config.algorithm.switch_round or max(2, config.rounds // 2 + 1)

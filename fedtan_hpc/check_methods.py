@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from .algorithms import ALGORITHMS, Normaliser
+from .algorithms import ALGORITHMS, Normaliser, Part
 from .choices import AlgorithmName, CohortMode, NormName, ServerOptimizerName
 from .config import Config
 from .errors import mistake
@@ -50,8 +50,9 @@ def _steps(config: Config) -> Iterator[str]:
         remedy = "set algorithm.synchronise_every=1"
         yield mistake("algorithm.synchronise_every", every, "a whole number >= 1", remedy)
     switch = algorithm.switch_round
-    if switch is not None and switch < 1:
-        allowed, remedy = "a whole number >= 1", f"try algorithm.switch_round={config.rounds // 2}"
+    if switch is not None and not 1 <= switch <= max(config.rounds, 1):
+        allowed = f"1 to rounds, {config.rounds}"
+        remedy = f"try algorithm.switch_round={max(1, config.rounds // 2)}"
         yield mistake("algorithm.switch_round", switch, allowed, remedy)
 
 
@@ -78,6 +79,10 @@ def _server(config: Config) -> Iterator[str]:
     if not (math.isfinite(mu) and mu >= 0):
         remedy = "try client.proximal_mu=0.01"
         yield mistake("client.proximal_mu", mu, "a finite number >= 0", remedy)
+    alone = ALGORITHMS[config.algorithm.name].private == frozenset(Part)
+    if alone and server.optimizer is not ServerOptimizerName.none:
+        allowed = f"none with algorithm={config.algorithm.name}, which averages nothing"
+        yield mistake("server.optimizer", server.optimizer, allowed, "leave it out")
     if server.lr is not None:
         if server.optimizer is ServerOptimizerName.none:
             remedy = "leave it out or choose server.optimizer=momentum"

@@ -45,6 +45,8 @@ def _counts(config: Config) -> Iterator[str]:
     }
     if config.clients_per_round is not None:
         bounds["clients_per_round"] = (config.clients_per_round, 1)
+    if config.eval_clients is not None:
+        bounds["eval_clients"] = (config.eval_clients, 1)
     if config.check_every is not None:
         bounds["check_every"] = (config.check_every, 1)
     if config.seed >= 2**32:

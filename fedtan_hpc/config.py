@@ -38,7 +38,7 @@ class AlgorithmConfig:
     synchronise_every: int | None = None
     """Rounds from one with synchronised steps to the next; fedtan only (there 1)."""
     switch_round: int | None = None
-    """First round with frozen statistics; fixbn only (there half of the rounds, plus 1)."""
+    """First round with frozen statistics; fixbn only (there after half of the rounds)."""
     groups: int | None = None
     """Groups of channels in group normalization; fedavg_gn or model.norm=gn only (there 2)."""
 
@@ -236,6 +236,8 @@ class Config:
     """Rounds between evaluations on the test set; the last round is always evaluated."""
     eval_train_samples: int = 10_000
     """Most training samples of which the loss is taken when evaluating; 0: none."""
+    eval_clients: int | None = 100
+    """Most clients whose own models are judged, where they have such; null: all ever drawn."""
     check_every: int | None = None
     """Rounds between checks that all ranks hold the same model; null: when evaluating."""
     device: DeviceName = DeviceName.auto

@@ -53,6 +53,7 @@ def show_result(summary: Summary) -> None:
     rows = (
         ("algorithm", summary.algorithm),
         ("test accuracy", f"{100 * summary.test_accuracy:.2f} %"),
+        *_of_clients(summary),
         ("test loss", f"{summary.test_loss:.4f}"),
         ("rounds", f"{summary.rounds}"),
         ("seconds", f"{summary.total_seconds:.1f}"),
@@ -66,3 +67,15 @@ def show_result(summary: Summary) -> None:
     if not console.is_terminal:
         console.width = 100 + len(summary.run_dir)  # a log has room for the whole path
     console.print(table)
+
+
+def _of_clients(summary: Summary) -> list[tuple[str, str]]:
+    """What the figures are of, if not of one global model."""
+    if summary.clients_own_mix_accuracy_mean is None:
+        return []
+    spread = summary.clients_test_accuracy_spread or 0.0
+    own, of_own = summary.clients_own_mix_accuracy_mean, summary.clients_own_mix_accuracy_spread
+    return [
+        ("is the", f"{summary.judged} ({summary.clients_judged}), ± {100 * spread:.2f}"),
+        ("in own mix of labels", f"{100 * own:.2f} ± {100 * (of_own or 0.0):.2f} %"),
+    ]

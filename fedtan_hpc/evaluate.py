@@ -5,7 +5,7 @@ Shapes: C classes, K clients.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,11 @@ class Evaluation:
 @dataclass(frozen=True)
 class OverClients:
     """The clients' own models: mean and sample deviation of each client's figures."""
+
+    clients: int
+    """How many were judged."""
+    not_finite: Sequence[int]
+    """Those whose loss is not a finite number."""
 
     test: Evaluation
     """On the global test set, the mean over the clients."""
@@ -75,18 +80,22 @@ def in_mix(table_C3: Tensor, mix_C: Tensor) -> Tensor:
     return (table_C3[:, :2] / count_C.clamp_min(1).unsqueeze(1)).T @ (share_C / share_C.sum())
 
 
-def over_clients(rows: Iterable[tuple[int, Tensor]], clients: int, like: Tensor) -> OverClients:
-    """From this rank's rows (client, [loss, accuracy, loss in own mix, accuracy in own mix]).
+def over_clients(rows: Mapping[int, Tensor], clients: Sequence[int], like: Tensor) -> OverClients:
+    """From this rank's rows [loss, accuracy, loss in own mix, accuracy in own mix] by client.
 
-    Every client is judged by one rank; all ranks return the same.
+    Each of ``clients`` is judged by one rank; all ranks return the same.
     """
-    all_K4 = torch.zeros(clients, 4, dtype=torch.float64, device=like.device)
-    for client, row in rows:
-        all_K4[client] = row
+    all_K4 = torch.zeros(len(clients), 4, dtype=torch.float64, device=like.device)
+    for place, client in enumerate(clients):
+        if client in rows:
+            all_K4[place] = rows[client]
     comm.sum_over_ranks(all_K4)
     loss, accuracy, own_loss, own_accuracy = all_K4.mean(0).tolist()
-    spread = all_K4.std(0).tolist() if clients > 1 else [0.0] * 4
+    spread = all_K4.std(0).tolist() if len(clients) > 1 else [0.0] * 4
+    finite = all_K4.isfinite().all(1).tolist()
     return OverClients(
+        clients=len(clients),
+        not_finite=[c for c, good in zip(clients, finite, strict=True) if not good],
         test=Evaluation(loss, accuracy),
         test_spread=spread[1],
         own_mix=Evaluation(own_loss, own_accuracy),

@@ -148,14 +148,18 @@ def _train(
 
 
 def _save(trainer: Trainer, folder: Path) -> None:
-    """Rank 0 writes the global model, and what clients have for themselves."""
-    states = trainer.cohort.states
-    own = states.named(range(trainer.config.clients), trainer.model) if states.exist else {}
+    """Rank 0 writes the global model, and what the clients drawn so far have for themselves."""
     if comm.rank() == 0:
         state = {key: value.cpu() for key, value in trainer.model.state_dict().items()}
         files.replace(folder / "model.pt", lambda path: torch.save(state, path))
-        if states.exist:
-            files.replace(folder / "clients.pt", lambda path: torch.save(own, path))
+    states = trainer.cohort.states
+    kept = {}
+    for client in states.drawn() if states.exist else []:
+        named = states.named(client, trainer.model)
+        if comm.rank() == 0:
+            kept[client] = named
+    if kept:
+        files.replace(folder / "clients.pt", lambda path: torch.save(kept, path))
 
 
 def _peak_memory(device: torch.device) -> torch.Tensor:
@@ -190,6 +194,7 @@ def _summarise(
         judged="global model" if own is None else "mean over the clients' own models",
         test_loss=last.test_loss,
         pooled_train_loss=last.pooled_train_loss,
+        clients_judged=last.clients_judged,
         clients_test_accuracy_mean=own,
         clients_test_accuracy_spread=last.clients_test_accuracy_spread,
         clients_own_mix_accuracy_mean=last.clients_own_mix_accuracy_mean,

@@ -1,13 +1,13 @@
 """What is evaluated: the global model, or each client's own, on test and training samples.
 
 Where algorithms leave each client a model of its own there is no global one to judge: then the
-mean over all clients' models stands for it, and a client is judged on the rank that has its state.
+mean stands for it over the models of all clients that have ever been drawn (``eval_clients`` of
+them); the others' have not been trained.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import comm, streams
 from .average import model_tensors
 from .clients import ClientStore
+from .config import Config
 from .data import Dataset
 from .evaluate import Evaluation, OverClients, evaluate, in_mix, over_clients, table
 from .partition import Indices
@@ -32,8 +33,8 @@ class Judgement:
     over_clients: OverClients | None
     """If clients have models of their own."""
     pooled_train_loss: float | None
-    """sum_k p_k F_k over all training samples, or those drawn for it; of each client's own model
-    if it has one."""
+    """sum_k p_k F_k over all training samples, or those drawn for it; where clients have models of
+    their own, over those that are judged, each with its own model."""
 
 
 class Judge:
@@ -45,70 +46,57 @@ class Judge:
         dataset: Dataset,
         store: ClientStore,
         states: PrivateStates,
-        train_samples: int,
-        seed: int,
+        config: Config,
     ) -> None:
         self._model = model
         self._store = store
         self._states = states
         self._classes = dataset.classes
-        self._test_indices = dataset.test
-        self._chosen, self._owners = _chosen(store.parts, train_samples, seed)
-        if states.exist:
+        self._chosen, self._owners = _chosen(store.parts, config.eval_train_samples, config.seed)
+        self._most, self._order = config.eval_clients, _order(config.clients, config.seed)
+        everywhere = states.are_models  # else a rank has its share of the samples
+        mine = slice(None) if everywhere else slice(comm.rank(), None, comm.world_size())
+        places = np.arange(len(dataset.test))[mine]
+        self._test = store.test_samples(dataset.test[mine], places)
+        if everywhere:
             self._own = copy.deepcopy(model)
-            self._test = store.test_samples(dataset.test, np.arange(len(dataset.test)))
+            self._plain_test = store.unshifted(dataset.test) if store.shift else self._test
         else:
-            mine = slice(comm.rank(), None, comm.world_size())
-            places = np.arange(len(dataset.test))[mine]
-            self._test = store.test_samples(dataset.test[mine], places)
             self._train = store.of_clients(self._chosen[mine], self._owners[mine])
 
     def judge(self) -> Judgement:
         """One pass over the test set, for each client if it has a model of its own."""
-        if self._states.exist:
+        if self._states.are_models:
             return self._judge_clients()
         loss = evaluate(self._model, self._train).loss if len(self._chosen) else None
         return Judgement(evaluate(self._model, self._test), None, loss)
 
     def _judge_clients(self) -> Judgement:
-        clients = [
-            client
-            for client in range(len(self._store.sizes))
-            if self._states.owner(client) == comm.rank()
-        ]
-        rows = list(self._rows(clients))
-        found = over_clients(rows, len(self._store.sizes), self._test.labels)
-        loss = self._train_loss(clients) if len(self._chosen) else None
-        return Judgement(found.test, found, loss)
-
-    def _rows(self, clients: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """Loss and accuracy of each client on the test set, then in its own mix."""
-        untouched: Tensor | None = None
-        for client in clients:
-            model = self._model_of(client)
-            if self._states.is_first(client) and untouched is not None:
-                on_test_C3 = untouched
-            else:
-                on_test_C3 = table(model, self._test, self._classes)
-            if self._states.is_first(client):
-                untouched = on_test_C3
-            own_C3 = on_test_C3
-            if self._store.shift is not None:
-                own = self._store.shifted_test(self._test_indices, client)
-                own_C3 = table(model, own, self._classes)
-            summed = on_test_C3.sum(0)
-            mix = self._store.label_mix(client)
-            yield client, torch.cat([summed[:2] / summed[2], in_mix(own_C3, mix)])
-
-    def _train_loss(self, clients: list[int]) -> float:
-        """sum_k p_k F_k with each client's own model."""
+        """The clients are dealt out evenly, and their states move with them."""
+        drawn = set(self._states.drawn())
+        judged = [client for client in self._order if client in drawn][: self._most]
+        hosted = [judged[rank :: comm.world_size()] for rank in range(comm.world_size())]
+        self._states.move(hosted, training=False)
         totals = torch.zeros(3, dtype=torch.float64, device=self._test.labels.device)
-        for client in clients:
+        rows: dict[int, Tensor] = {}
+        for client in hosted[comm.rank()]:
+            model = self._model_of(client)
+            rows[client] = self._row(client, model)
             mine = self._chosen[self._owners == client]
-            samples = self._store.of_clients(mine, np.full(len(mine), client))
-            totals += table(self._model_of(client), samples, 1)[0]
+            if len(mine):
+                samples = self._store.of_clients(mine, np.full(len(mine), client))
+                totals += table(model, samples, 1)[0]
+        found = over_clients(rows, judged, self._test.labels)
         loss, _, count = comm.sum_over_ranks(totals).tolist()
-        return float(loss / count)
+        return Judgement(found.test, found, loss / count if count else None)
+
+    def _row(self, client: int, model: nn.Module) -> Tensor:
+        """Loss and accuracy of a client on the test set, then in its own mix, (4,)."""
+        on_test_C3 = own_C3 = table(model, self._test, self._classes)
+        if self._store.shift is not None:
+            own_C3 = table(model, self._store.shifted(self._plain_test, client), self._classes)
+        summed = on_test_C3.sum(0)
+        return torch.cat([summed[:2] / summed[2], in_mix(own_C3, self._store.label_mix(client))])
 
     @torch.no_grad()
     def _model_of(self, client: int) -> nn.Module:
@@ -117,6 +105,12 @@ class Judge:
             own.copy_(of_all)
         self._states.load(client, self._own)
         return self._own
+
+
+def _order(clients: int, seed: int) -> list[int]:
+    """In which clients come to be judged, if there are more than are asked for."""
+    rng = streams.generator(streams.JUDGED, seed)
+    return [int(client) for client in rng.permutation(clients)]
 
 
 def _chosen(parts: list[Indices], samples: int, seed: int) -> tuple[Indices, Indices]:

@@ -126,7 +126,13 @@ class LocalRun:
         return Samples(self.decisions.apply(step, batch.inputs), batch.labels)
 
     def step(self, loss: Tensor) -> None:
-        """Follow the gradients that the backward pass of ``loss`` has left."""
+        """Follow the gradients that the backward pass of ``loss`` has left.
+
+        Parameters that took no part in it have the gradient 0, as they do in a stack.
+        """
+        for value in self.model.parameters():
+            if value.grad is None and value.requires_grad:
+                value.grad = torch.zeros_like(value)
         self.pull.add_to_gradients()
         self.optimizer.step()
         self.losses.append(loss.detach())

@@ -20,10 +20,12 @@ class RoundRecord:
     test_accuracy: float | None
     """Share of right answers on the test set, 0 to 1; null if not evaluated.
 
-    Of the global model; where clients have models of their own, the mean over those of all clients.
+    Of the global model; where clients have models of their own, the mean over those judged.
     """
     pooled_train_loss: float | None
     """sum_k p_k F_k on the training samples (``eval_train_samples`` of them), after the round."""
+    clients_judged: int | None
+    """Clients whose own models were judged; null where there is one global model."""
     clients_test_accuracy_mean: float | None
     """Of the clients' own models on the global test set; null where there is one global model."""
     clients_test_accuracy_spread: float | None
@@ -52,17 +54,9 @@ class Summary:
 
     algorithm: str
     rounds: int
-    judged: str
-    """What the test figures are of: the global model, or the mean over the clients' own models."""
     test_accuracy: float
     """Share of right answers on the test set after the last round, 0 to 1."""
     test_loss: float
-    pooled_train_loss: float | None
-    clients_test_accuracy_mean: float | None
-    clients_test_accuracy_spread: float | None
-    clients_own_mix_accuracy_mean: float | None
-    clients_own_mix_accuracy_spread: float | None
-    """These five as in the last line of ``rounds.jsonl``."""
     total_seconds: float
     """From the start of ``run`` to the final model, start-up and evaluation included."""
     startup_seconds: float
@@ -78,6 +72,15 @@ class Summary:
     """Trainable values of the model."""
     versions: dict[str, str]
     run_dir: str
+    judged: str = "global model"
+    """What the test figures are of: the global model, or the mean over the clients' own models."""
+    pooled_train_loss: float | None = None
+    clients_judged: int | None = None
+    clients_test_accuracy_mean: float | None = None
+    clients_test_accuracy_spread: float | None = None
+    clients_own_mix_accuracy_mean: float | None = None
+    clients_own_mix_accuracy_spread: float | None = None
+    """These six as in the last line of ``rounds.jsonl``."""
 
 
 class NullLog:

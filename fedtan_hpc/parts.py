@@ -15,11 +15,14 @@ from .average import named_tensors
 class Selection:
     """The tensors of some parts of a module; called with the module or a copy of it.
 
-    Returns them by name, in the module's order.
+    Returns them by name, in the module's order.  Parameters that are not trained are never among
+    them: they stay as they are on all ranks.
     """
 
     def __init__(self, module: nn.Module, parts: Collection[Part]) -> None:
-        self.names = [name for name, part in parts_of(module).items() if part in parts]
+        frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+        named = parts_of(module).items()
+        self.names = [name for name, part in named if part in parts and name not in frozen]
 
     def __call__(self, module: nn.Module) -> dict[str, Tensor]:
         """The same tensors of ``module``."""
@@ -30,11 +33,13 @@ class Selection:
 def parts_of(module: nn.Module) -> dict[str, Part]:
     """The part of every tensor of ``module`` by name."""
     parts = dict.fromkeys(named_tensors(module), Part.weights)
-    parts |= dict.fromkeys((name for name, _ in module.named_buffers()), Part.statistics)
+    parts |= dict.fromkeys((name for name, _ in module.named_buffers()), Part.buffers)
     for prefix, layer in module.named_modules():
         if isinstance(layer, _BatchNorm):
             for name, _ in layer.named_parameters(prefix=prefix, recurse=False):
                 parts[name] = Part.mixing if name.endswith("mix") else Part.affine
+            for name, _ in layer.named_buffers(prefix=prefix, recurse=False):
+                parts[name] = Part.statistics
     return parts
 
 

@@ -24,15 +24,16 @@ def pool_gradients(models: Sequence[nn.Module], weights: Sequence[float]) -> Non
     One collective.  A client of weight 0 adds nothing, whatever its gradients.
     """
     own = []
-    for values in zip(*(model.parameters() for model in models), strict=True):
+    trained = [[v for v in model.parameters() if v.requires_grad] for model in models]
+    for values in zip(*trained, strict=True):
         mean = torch.zeros_like(values[0])
         for value, weight in zip(values, weights, strict=True):
             if weight and value.grad is not None:
                 mean.add_(value.grad, alpha=weight)
         own.append(mean)
     mean_over_ranks(own)
-    for model in models:
-        for value, mean in zip(model.parameters(), own, strict=True):
+    for parameters in trained:
+        for value, mean in zip(parameters, own, strict=True):
             value.grad = mean.clone()
 
 
@@ -50,12 +51,16 @@ class Momentum:
     def give_to(self, run: LocalRun, plan: Plan) -> None:
         """Let the optimizer of ``run`` go on from where the last round ended."""
         if plan.pooled_gradients:
-            for value, buffer in zip(run.model.parameters(), self._buffers, strict=False):
+            for value, buffer in zip(_trained(run), self._buffers, strict=False):
                 run.optimizer.state[value]["momentum_buffer"] = buffer.clone()
 
     def keep_of(self, run: LocalRun, plan: Plan) -> None:
         """Keep what the optimizer of ``run`` holds; it is the same for all clients."""
         if plan.pooled_gradients:
-            states = [run.optimizer.state[value] for value in run.model.parameters()]
+            states = [run.optimizer.state[value] for value in _trained(run)]
             buffers = [state.get("momentum_buffer") for state in states]
             self._buffers = [buffer.clone() for buffer in buffers if buffer is not None]
+
+
+def _trained(run: LocalRun) -> list[nn.Parameter]:
+    return [value for value in run.model.parameters() if value.requires_grad]

@@ -40,7 +40,7 @@ def prepare(config: Config, place: Place, ranks_here: int = 1) -> Trainer:
     model = _model(config, dataset).to(place.device, dtype)
     comm.broadcast_tensors(model_tensors(model))
     cohort = host(config, model, store.dummy(), ranks_here)
-    judge = Judge(model, dataset, store, cohort.states, config.eval_train_samples, config.seed)
+    judge = Judge(model, dataset, store, cohort.states, config)
     return Trainer(config=config, store=store, cohort=cohort, judge=judge)
 
 
@@ -59,7 +59,7 @@ def host(config: Config, model: nn.Module, dummy: data.Samples, ranks_here: int 
     private = ALGORITHMS[config.algorithm.name].private
     budget = Budget(model, dummy, training, ranks_here)
     states = PrivateStates(model, private, budget.leaves_room_for)
-    shared = Selection(model, set(Part) - {Part.statistics} - private)
+    shared = Selection(model, set(Part) - {Part.statistics, Part.buffers} - private)
     server = Server(config.server, shared)
     own = config.model.source is ModelSource.builtin
     return Cohort(model, training, dummy, config.cohort, budget, states, server, stacks_small=own)

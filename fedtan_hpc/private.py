@@ -15,6 +15,8 @@ from . import comm
 from .algorithms import Part
 from .parts import Selection, pack, unpack
 
+_MESSAGE_BYTES = 2**26
+
 
 class PrivateStates:
     """The states of the clients that this rank hosted last; all others have never been drawn.
@@ -32,8 +34,11 @@ class PrivateStates:
         """Every client's state before it is drawn."""
         self._states: dict[int, Tensor] = {}
         self._owners: dict[int, int] = {}
+        self.parts = frozenset(parts)
         self.exist = bool(parts)
         """Whether the algorithm has private parts at all."""
+        self.are_models = bool(self.parts - {Part.mixing})
+        """Whether a client's own model is another one in evaluation too."""
 
     def load(self, client: int, module: nn.Module) -> None:
         """Give ``module`` the private values of ``client``."""
@@ -50,33 +55,34 @@ class PrivateStates:
         if self.exist:
             unpack(self._first, self._select(module).values())
 
-    def owner(self, client: int) -> int:
-        """The rank that has the state of ``client``; of one never drawn, any."""
-        return self._owners.get(client, client % comm.world_size())
+    def owner(self, client: int) -> int | None:
+        """The rank that has the state of ``client``; None for one that has never been drawn."""
+        return self._owners.get(client)
 
-    def is_first(self, client: int) -> bool:
-        """Whether the client has never been drawn."""
-        return client not in self._owners
+    def drawn(self) -> list[int]:
+        """Clients that have taken part in a round, ascending; the same on all ranks."""
+        return sorted(self._owners)
 
-    def move(self, hosted: Sequence[Collection[int]]) -> None:
+    def move(self, hosted: Sequence[Collection[int]], training: bool = True) -> None:
         """Bring states to the ranks that host their clients now, ``hosted`` by rank.
 
-        One collective, and none if every state is where it is needed.
+        One collective, and none if every state is where it is needed; several for very many.
         """
         if not self.exist:
             return
+        per_message = max(1, _MESSAGE_BYTES // max(1, self._first.nbytes))
         new = {client: rank for rank, clients in enumerate(hosted) for client in clients}
         moving = [c for c in sorted(new) if self._owners.get(c, new[c]) != new[c]]
-        if moving:
-            self._exchange(moving, new)
+        for start in range(0, len(moving), per_message):
+            self._exchange(moving[start : start + per_message], new, training)
         self._owners.update(new)
 
-    def _exchange(self, moving: Sequence[int], new: Mapping[int, int]) -> None:
+    def _exchange(self, moving: Sequence[int], new: Mapping[int, int], training: bool) -> None:
         message = self._first.new_zeros(len(moving), len(self._first))
         for row, client in enumerate(moving):
             if client in self._states:
                 message[row] = self._states.pop(client)
-        comm.sum_for_training(message)
+        comm.sum_for_moving(message) if training else comm.sum_over_ranks(message)
         for row, client in enumerate(moving):
             if new[client] == comm.rank():
                 self._keep(client, message[row].clone())
@@ -85,20 +91,15 @@ class PrivateStates:
         on_host = state.is_cuda and not self._fits(state.nbytes)
         self._states[client] = state.cpu() if on_host else state
 
-    def named(self, clients: Collection[int], module: nn.Module) -> dict[int, dict[str, Tensor]]:
-        """The states of ``clients`` by tensor name, gathered on every rank; for saving them."""
-        found = {}
-        for client in clients:
-            state = self._states.get(client, self._first).to(self._first.device, copy=True)
-            if comm.rank() != self.owner(client):
+    def named(self, client: int, module: nn.Module) -> dict[str, Tensor]:
+        """The state of ``client`` by tensor name, on the CPU of every rank; for saving it."""
+        state = self._states.get(client, self._first).to(self._first.device, copy=True)
+        owner = self.owner(client)
+        if owner is not None:
+            if comm.rank() != owner:
                 state.zero_()
-            found[client] = self._as_tensors(comm.sum_over_ranks(state), module)
-        return found
-
-    def _as_tensors(self, state: Tensor, module: nn.Module) -> dict[str, Tensor]:
+            comm.sum_over_ranks(state)
         like = self._select(module)
-        values = {
-            name: torch.empty_like(value, requires_grad=False) for name, value in like.items()
-        }
-        unpack(state, values.values())
-        return values
+        values = {name: torch.empty_like(value, device="cpu") for name, value in like.items()}
+        unpack(state.cpu(), values.values())
+        return {name: value.detach() for name, value in values.items()}

@@ -4,6 +4,7 @@ config.yaml    the options, resolved
 rounds.jsonl   a line a round (``metrics.RoundRecord``)
 summary.json   the result (``metrics.Summary``); its presence means that the run is finished
 model.pt       state_dict of the final global model
+clients.pt     what each client keeps for itself, if the algorithm has such parts
 events.*       TensorBoard
 .lock          held while a run writes here
 interrupted-N/ what an unfinished run left in this folder before the present one
@@ -17,13 +18,14 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
 
 from . import files
+from .choices import ModelSource
 from .config import Config, to_dict
 from .errors import ConfigError, mistake
 from .metrics import Summary
@@ -38,7 +40,7 @@ def name(config: Config) -> Path:
     words = (
         config.algorithm.name,
         config.data.name,
-        config.model.name,
+        _network(config),
         config.partition.name,
         f"{config.clients}clients",
         f"{config.local_steps}steps",
@@ -46,6 +48,13 @@ def name(config: Config) -> Path:
         digest,
     )
     return Path("runs") / "-".join(words)
+
+
+def _network(config: Config) -> str:
+    """The name of the network, of one's own too."""
+    if config.model.source is not ModelSource.target:
+        return config.model.name
+    return str(config.model.target).rpartition(":")[2]
 
 
 @contextmanager
@@ -106,17 +115,26 @@ def _finished(folder: Path, config: Config) -> Summary | None:
         return None
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        summary = Summary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        found: Any = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        # Options and figures that a later version has brought have their defaults.
+        known = {field.name for field in fields(Summary)}
+        summary = Summary(**{key: value for key, value in found.items() if key in known})
     except (OSError, ValueError, TypeError) as error:
         allowed = "a new folder, or one with a whole run"
         remedy = f"its finished run cannot be read ({error}): choose another run_dir"
         raise ConfigError(mistake("run_dir", folder, allowed, " ".join(remedy.split()))) from error
-    differing = sorted(_differences(saved, to_dict(config)) - {"run_dir"})
+    differing = sorted(_differences(_completed(saved), to_dict(config)) - {"run_dir"})
     if differing:
         allowed = "a new folder, or that of the same configuration"
         remedy = f"it holds a finished run with another {', '.join(differing)}: choose another"
         raise ConfigError(mistake("run_dir", folder, allowed, f"{remedy} run_dir"))
     return summary
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """The options of an older version with the defaults of those that have come since."""
+    whole = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
+    return OmegaConf.to_container(whole)  # type: ignore[return-value]
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[str]:
@@ -133,7 +151,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
 
 def _set_aside(folder: Path) -> None:
     """Move what an unfinished run left into ``interrupted-N``."""
-    names = ("config.yaml", "rounds.jsonl", "model.pt")
+    names = ("config.yaml", "rounds.jsonl", "model.pt", "clients.pt")
     left = [folder / name for name in names] + list(folder.glob("events.*"))
     left = [path for path in left if path.exists()]
     if not left:

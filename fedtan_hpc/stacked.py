@@ -10,7 +10,7 @@ Shapes: K clients, N samples of the largest batch, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class Stack:
         clients = len(runs)
         self._values = {
             name: value.detach().expand(clients, *value.shape).clone()
-            for name, value in model.named_parameters()
+            for name, value in _trained(model)
         }
         self._optimizer = _optimizer_like(runs[0], self._values)
         self._pull: Pull | None = None
@@ -63,7 +63,7 @@ class Stack:
     @torch.no_grad()
     def enter(self, lane: int, module: nn.Module) -> None:
         """Let a client begin with the values of ``module`` in place of the common ones."""
-        for name, parameter in module.named_parameters():
+        for name, parameter in _trained(module):
             self._values[name][lane] = parameter
         layers = batchnorm_layers(module).values()
         for running, layer in zip(self._running, layers, strict=True):
@@ -103,7 +103,7 @@ class Stack:
     def leave(self, lane: int) -> LocalRun:
         """Give a run its client's parameters, running statistics and momentum; return the run."""
         run = self._runs[lane]
-        for name, parameter in run.model.named_parameters():
+        for name, parameter in _trained(run.model):
             stacked = self._values[name]
             parameter.copy_(stacked[lane])
             momentum = self._optimizer.state[stacked].get("momentum_buffer")
@@ -169,30 +169,34 @@ class RunningStatistics:
     def __init__(self, layer: FedTANBatchNorm, clients: int) -> None:
         self._momentum = layer.momentum
         self._buffers: list[Tensor] = []
-        self._batches = 0
+        self._counts = torch.zeros(clients, dtype=torch.int64)
+        """Batches that each client's statistics have seen."""
         if layer.running_mean is not None and layer.running_var is not None:
             assert layer.num_batches_tracked is not None
             both = (layer.running_mean, layer.running_var)
             self._buffers = [value.expand(clients, -1).clone() for value in both]
-            self._batches = int(layer.num_batches_tracked) if layer.momentum is None else 0
-        self._uses = torch.zeros(clients, dtype=torch.int64)
+            self._counts += layer.num_batches_tracked.cpu()
 
     def move(self, mean: Tensor, variance: Tensor, lanes: slice = slice(None)) -> None:
         """Towards the given moments, (C,) for all clients or (K, C) for those of ``lanes``."""
-        self._uses[lanes] += 1
-        share = self._momentum
-        if share is None:  # torch's cumulative average
-            share = 1.0 / (self._batches + int(self._uses[lanes][0]))
+        self._counts[lanes] += 1
         for buffer, now in zip(self._buffers, (mean, variance), strict=False):
-            buffer[lanes].mul_(1 - share).add_(now.to(buffer.dtype), alpha=share)
+            part, target = buffer[lanes], now.to(buffer.dtype).expand_as(buffer[lanes])
+            if self._momentum is not None:
+                part.lerp_(target, self._momentum)
+            else:  # torch's cumulative average
+                share_K1 = self._counts[lanes].to(part).reciprocal().unsqueeze(1)
+                part.lerp_(target, share_K1.expand_as(part))
 
     def copy_from(self, layer: FedTANBatchNorm, lane: int) -> None:
         """Let one client begin with the statistics of ``layer``."""
         if self._buffers:
             assert layer.running_mean is not None
             assert layer.running_var is not None
+            assert layer.num_batches_tracked is not None
             self._buffers[0][lane] = layer.running_mean
             self._buffers[1][lane] = layer.running_var
+            self._counts[lane] = layer.num_batches_tracked.cpu()
 
     def copy_to(self, layer: FedTANBatchNorm, lane: int) -> None:
         """The statistics of one client, and the batches that all have seen."""
@@ -202,7 +206,7 @@ class RunningStatistics:
             assert layer.num_batches_tracked is not None
             layer.running_mean.copy_(self._buffers[0][lane])
             layer.running_var.copy_(self._buffers[1][lane])
-            layer.num_batches_tracked += int(self._uses[lane])
+            layer.num_batches_tracked.fill_(int(self._counts[lane]))
 
 
 @dataclass(frozen=True)
@@ -243,6 +247,11 @@ class LocalCall:
         return sums_K2C.double()
 
 
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that training changes, by name; all clients share the others."""
+    return ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+
+
 def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD:
     """SGD with the settings and the momentum of ``run``, for a stack of such clients."""
     group = run.optimizer.param_groups[0]
@@ -252,7 +261,7 @@ def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD
         momentum=group["momentum"],
         weight_decay=group["weight_decay"],
     )
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in _trained(run.model):
         momentum = run.optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             stacked = momentum.expand_as(values[name]).clone()

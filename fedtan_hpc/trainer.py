@@ -136,13 +136,21 @@ class Trainer:
 
     def _evaluate(self, number: int) -> Judgement:
         judged = self.judge.judge()
-        if not math.isfinite(judged.test.loss):
-            raise RunError(
-                f"round {number}: the test loss of the averaged model is not finite "
-                f"({judged.test.loss}); a smaller optimizer.lr may help",
-                on_all_ranks=True,
-            )
-        return judged
+        of_train = 0.0 if judged.pooled_train_loss is None else judged.pooled_train_loss
+        own = judged.over_clients
+        if own and own.not_finite:
+            which, loss = f"the models of clients {own.not_finite[:10]}", judged.test.loss
+        elif not math.isfinite(judged.test.loss):
+            which, loss = "the averaged model on the test set", judged.test.loss
+        elif not math.isfinite(of_train):
+            which, loss = "the averaged model on the training set", of_train
+        else:
+            return judged
+        raise RunError(
+            f"round {number}: the loss of {which} is not finite ({loss}); "
+            "a smaller optimizer.lr may help",
+            on_all_ranks=True,
+        )
 
     def _is_due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.rounds
@@ -170,6 +178,7 @@ def _record(
         test_loss=judged.test.loss if judged else None,
         test_accuracy=judged.test.accuracy if judged else None,
         pooled_train_loss=judged.pooled_train_loss if judged else None,
+        clients_judged=own.clients if own else None,
         clients_test_accuracy_mean=own.test.accuracy if own else None,
         clients_test_accuracy_spread=own.test_spread if own else None,
         clients_own_mix_accuracy_mean=own.own_mix.accuracy if own else None,

@@ -69,9 +69,11 @@ def _check_batchnorm(config: Config, module: nn.Module) -> None:
         allowed = "null, for the network has no BN layers to convert"
         remedy = "leave it out, or use a network with BN layers"
         raise ConfigError(mistake("model.norm", norm, allowed, remedy))
-    if _uses_running(own) and any(layer.running_mean is None for layer in layers):
-        allowed = "one that needs no running statistics, for BN layers of the network keep none"
-        raise ConfigError(mistake("algorithm.name", name, allowed, _FEDAVG))
+    stays = (norm or own.norm) is NormName.bn
+    if stays and any(layer.running_mean is None for layer in layers):
+        allowed = "a network whose BN layers keep running statistics"
+        remedy = "else it would be judged by how the test set falls into batches"
+        raise ConfigError(_of_network(config, allowed, remedy))
 
 
 def _needs_batchnorm(algorithm: Algorithm) -> bool:

@@ -140,3 +140,51 @@ def with_dropout(shape: tuple[int, ...], classes: int) -> nn.Module:
     for layer in models.mlp(math.prod(shape), classes).children():
         layers += [layer, nn.Dropout(0.3)] if isinstance(layer, nn.ReLU) else [layer]
     return nn.Sequential(*layers)
+
+
+def frozen(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp whose first layer is not trained."""
+    network = models.mlp(math.prod(shape), classes)
+    network.get_submodule("1").requires_grad_(False)
+    return network
+
+
+def unused(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with a layer that takes no part."""
+    network = models.mlp(math.prod(shape), classes)
+    network.get_submodule("3").register_module("aside", nn.Linear(2, 2))
+    return network
+
+
+def cumulative(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp whose running statistics are plain means over all batches."""
+    return _without_momentum(models.mlp(math.prod(shape), classes))
+
+
+class Counting(nn.Module):
+    """The mlp with buffers of its own, of an integer and of a floating-point type."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.network = models.mlp(features, classes)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("largest", torch.zeros(()))
+        self.calls: Tensor
+        self.largest: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            self.largest.copy_(torch.maximum(self.largest, x.detach().amax()))
+        return self.network(x)  # type: ignore[no-any-return]
+
+
+def counting(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Counting(math.prod(shape), classes)
+
+
+def spectral(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with torch's spectral normalization of a layer, which keeps vectors as buffers."""
+    network = models.mlp(math.prod(shape), classes)
+    nn.utils.parametrizations.spectral_norm(network.get_submodule("4"))
+    return network

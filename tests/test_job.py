@@ -150,6 +150,7 @@ def test_run_writes_what_it_promises(tmp_path: Path) -> None:
         "test_loss",
         "test_accuracy",
         "pooled_train_loss",
+        "clients_judged",
         "clients_test_accuracy_mean",
         "clients_test_accuracy_spread",
         "clients_own_mix_accuracy_mean",
@@ -309,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_by_name(tmp_path: Path) -> N
 def test_a_last_step_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
     config = small(2, rounds=1, local_steps=1, optimizer=OptimizerConfig(lr=1e30))
     for message in on_ranks(2, failure_of, config, str(tmp_path)):
-        assert message.startswith("round 1: the test loss")
+        assert message.startswith("round 1: the loss of the averaged model on the test set is not")
     assert not (tmp_path / "summary.json").exists()
 
 

@@ -44,9 +44,11 @@ def config(method: str, kind: str, **options: object) -> Config:
 
 
 def reported(options: Config) -> tuple[RoundRecord, dict[str, Any], dict[int, Any]]:
+    """The last round, the global model, and what the clients that were drawn keep."""
     trainer = prepare(options, CPU)
     record = trainer.train([])[-1]
-    own = trainer.cohort.states.named(range(options.clients), trainer.model)
+    states = trainer.cohort.states
+    own = {client: states.named(client, trainer.model) for client in states.drawn()}
     return record, dict(trainer.model.state_dict()), own
 
 
@@ -70,8 +72,8 @@ def test_figures_are_those_of_plain_loops(method: str, kind: str, ranks: int) ->
     owners = clients_of_test(len(test), 4, options.seed)
     for record, state, own in on_ranks(ranks, reported, options):
         mixed = shift.apply_mixed(test.inputs, owners) if shift else test.inputs
-        on_test, in_own_mix, losses = [], [], 0.0
-        for client in range(4):
+        on_test, in_own_mix, losses, count = [], [], 0.0, 0
+        for client in own or range(4):
             mine = {**state, **own.get(client, {})}
             right = scores(options, mine, mixed).argmax(1) == test.labels
             on_test.append(float(right.double().mean()))
@@ -85,15 +87,18 @@ def test_figures_are_those_of_plain_loops(method: str, kind: str, ranks: int) ->
                 )
             )
             train = dataset.take(store.parts[client])
+            count += len(train)
             seen = shift.apply(train.inputs, client) if shift else train.inputs
             losses += float(
                 cross_entropy(scores(options, mine, seen), train.labels, reduction="sum")
             )
-        assert record.pooled_train_loss == pytest.approx(losses / len(dataset.train), rel=1e-6)
+        assert record.pooled_train_loss == pytest.approx(losses / count, rel=1e-6)
         assert record.test_accuracy == pytest.approx(np.mean(on_test), abs=1e-9)
         if method == "fedavg":
             assert record.clients_test_accuracy_mean is None
+            assert record.clients_judged is None
             continue
+        assert record.clients_judged == len(own) == 3  # of 4, in two rounds with two each
         assert record.clients_test_accuracy_mean == record.test_accuracy
         assert record.clients_test_accuracy_spread == pytest.approx(
             np.std(on_test, ddof=1), abs=1e-9
@@ -124,3 +129,24 @@ def test_training_samples_for_the_loss_may_be_fewer_or_none(method: str) -> None
     assert everything is not None
     assert some != everything
     assert some == pytest.approx(everything, rel=0.3)
+
+
+def judged(options: Config) -> tuple[int | None, float | None]:
+    record = prepare(options, CPU).train([])[-1]
+    return record.clients_judged, record.test_accuracy
+
+
+def test_not_more_clients_are_judged_than_asked_for() -> None:
+    options = config("silobn", "dirichlet", clients=9, clients_per_round=6, eval_clients=2)
+    assert judged(options)[0] == 2
+    assert len(set(on_ranks(3, judged, options))) == 1
+    options.eval_clients = None
+    assert (judged(options)[0] or 0) > 6
+
+
+def test_mixing_alone_makes_no_models_of_their_own() -> None:
+    """HBN's d has no part in evaluation: the global model is judged."""
+    record, _, own = reported(config("hbn", "dirichlet"))
+    assert own
+    assert record.clients_judged is None
+    assert record.clients_own_mix_accuracy_mean is None

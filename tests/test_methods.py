@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ from fedtan_hpc.algorithms import ALGORITHMS, Part
 from fedtan_hpc.choices import (
     AlgorithmName,
     CohortMode,
+    ModelSource,
     NormName,
     PartitionName,
     PrecisionName,
@@ -26,6 +28,7 @@ from fedtan_hpc.config import (
     AlgorithmConfig,
     CohortConfig,
     Config,
+    ModelConfig,
     OptimizerConfig,
     PartitionConfig,
     ServerConfig,
@@ -34,6 +37,7 @@ from fedtan_hpc.device import Place
 from fedtan_hpc.parts import parts_of
 from fedtan_hpc.prepare import prepare
 from fedtan_hpc.private import PrivateStates
+from fedtan_hpc.trainer import Trainer
 
 CPU = Place(torch.device("cpu"), "gloo")
 AFFINE = ("2.weight", "2.bias", "5.weight", "5.bias")
@@ -175,17 +179,24 @@ def initial(options: Config, dataset: data.Dataset) -> State:
     return state
 
 
+def all_states(trainer: Trainer) -> dict[int, State]:
+    """What each client keeps, those that were never drawn too."""
+    states, model = trainer.cohort.states, trainer.model
+    clients = range(trainer.config.clients) if states.exist else ()
+    return {client: states.named(client, model) for client in clients}
+
+
 def trained(options: Config) -> tuple[State, dict[int, State], list[float]]:
     """The same from the product."""
     trainer = prepare(options, CPU)
     records = trainer.train([])
-    states = trainer.cohort.states
-    own = states.named(range(options.clients), trainer.model)
+    own = all_states(trainer)
     return dict(trainer.model.state_dict()), own, [record.train_loss for record in records]
 
 
 def compare(options: Config, ranks: int) -> None:
     expected, own, losses = simulated(options)
+    times = times_drawn(options)
     for state, kept, train_losses in on_ranks(ranks, trained, options):
         for name, value in expected.items():
             assert close(state[name], value), name
@@ -194,6 +205,17 @@ def compare(options: Config, ranks: int) -> None:
             for name, value in values.items():
                 if name in own[client]:
                     assert close(value, own[client][name]), (client, name)
+                else:
+                    assert name.endswith("num_batches_tracked")
+                    assert int(value) == options.local_steps * times[client]
+
+
+def times_drawn(options: Config) -> Counter[int]:
+    """Rounds in which each client takes part."""
+    shares = prepare(options, CPU).store.shares
+    config = (options.clients_per_round, options.participation, options.seed)
+    rounds = range(1, options.rounds + 1)
+    return Counter(k for n in rounds for k in participation.draw(shares, *config, n))
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -290,7 +312,9 @@ def test_centralised_is_sgd_on_the_pooled_batches(momentum: float) -> None:
             assert close(state[name].double(), value.double()), name
 
 
-def states_by_round(options: Config) -> list[tuple[list[int], dict[int, State], State, list[int]]]:
+def states_by_round(
+    options: Config,
+) -> list[tuple[list[int], dict[int, State], State, list[int | None]]]:
     """After each round: who was drawn, all private states, the global model, and the owners."""
     trainer = prepare(options, CPU)
     states = trainer.cohort.states
@@ -298,7 +322,7 @@ def states_by_round(options: Config) -> list[tuple[list[int], dict[int, State], 
     for number in range(1, options.rounds + 1):
         trainer._round(number)
         drawn = list(trainer._participants(number))
-        own = states.named(range(options.clients), trainer.model)
+        own = all_states(trainer)
         owners = [states.owner(client) for client in range(options.clients)]
         found.append((drawn, own, copy.deepcopy(trainer.model.state_dict()), owners))
     return found
@@ -327,7 +351,7 @@ def test_what_is_private_stays_private_and_what_is_shared_is_equal(method: str) 
     moved = [
         client
         for client in range(5)
-        if len({rounds[3][client] for rounds in ranks[0] if client in rounds[0]}) > 1
+        if len({rounds[3][client] for rounds in ranks[0]} - {None}) > 1
     ]
     assert moved, "no client's state went to another rank"
 
@@ -438,3 +462,54 @@ def test_messages_of_the_methods() -> None:
     [centralised, *_] = on_ranks(2, messages, config("centralised", rounds=1))
     assert centralised[0][0] == 3 * (4 + 1) + 1
     assert comm.world_size() == 1
+
+
+ODD = {
+    "frozen": ["fedtan", "fedavg", "fedbn", "centralised"],
+    "unused": ["fedtan", "fedavg", "centralised"],
+    "cumulative": ["fedtan", "silobn", "fedbn", "singleset"],
+    "counting": ["fedtan", "fixbn", "silobn"],
+    "spectral": ["fedtan", "fixbn"],
+}
+"""Networks that are not like others, and the methods that they could trouble."""
+
+
+@pytest.mark.parametrize(("network", "method"), [(n, m) for n in ODD for m in ODD[n]])
+def test_odd_networks_train_alike_in_every_way(network: str, method: str) -> None:
+    """In lock-step, stacked, and on two ranks; a frozen parameter stays what it was."""
+    options = config(
+        method,
+        model=ModelConfig(source=ModelSource.target, target=f"networks:{network}"),
+        optimizer=OptimizerConfig(lr=0.05, momentum=0.9, weight_decay=0.01),
+        cohort=CohortConfig(mode=CohortMode.sequential),
+        rounds=4,
+    )
+    state, own, losses = trained(options)
+    others = on_ranks(2, trained, options)
+    if network not in ("counting", "spectral"):  # which update buffers in place
+        options.cohort.mode = CohortMode.stacked
+        others.append(trained(options))
+    for other, of_clients, other_losses in others:
+        assert other_losses == pytest.approx(losses, rel=1e-9)
+        for name, value in state.items():
+            assert close(other[name].double(), value.double()), name
+        for client, values in own.items():
+            for name, value in values.items():
+                assert close(of_clients[client][name].double(), value.double()), (client, name)
+    if network == "frozen":
+        before = prepare(options, CPU).model.state_dict()
+        assert torch.equal(state["1.weight"], before["1.weight"])
+
+
+def test_moving_states_are_no_payload() -> None:
+    """fedbn sends the same on one rank and on two, but for states that go with their clients."""
+    options = config("fedbn", rounds=5, clients=6)
+    alone = messages(options)
+    records = on_ranks(2, payloads, options)
+    assert [payload for payload, _ in records[0]] == [payload for _, payload in alone]
+    assert any(sent > payload for payload, sent in records[0])
+
+
+def payloads(options: Config) -> list[tuple[int, int]]:
+    records = prepare(options, CPU).train([])
+    return [(record.payload_bytes, record.comm_bytes) for record in records]

@@ -108,7 +108,7 @@ FITTING = [
     job(here("own_without_names"), "fedtan"),
     job(here("own_in_half"), "fedavg_gn"),
     job(here("OwnClass"), "hbn"),
-    job(here("own_without_statistics"), "fedtan"),
+    job(here("own_without_statistics"), "fedavg_gn"),
     job(ModelConfig(name="cnn", norm=NormName.none), "singleset"),
     job(ModelConfig(source=ModelSource.torchvision, name="resnet18"), "fedtan", (1, 28, 28)),
     job(ModelConfig(source=ModelSource.torchvision, name="regnet_y_400mf"), "fedbn"),
@@ -141,8 +141,8 @@ def test_there_must_be_something_to_convert(algorithm: str) -> None:
     assert tells(job(options)).startswith("model.norm=gn: allowed is null, ")
 
 
-@pytest.mark.parametrize("algorithm", ["fixbn", "fbn", "hbn"])
-def test_running_statistics_must_exist_to_be_normalised_by(algorithm: str) -> None:
+@pytest.mark.parametrize("algorithm", ["fedtan", "silobn", "hbn"])
+def test_running_statistics_must_exist_to_judge_the_network_by(algorithm: str) -> None:
     assert "running statistics" in tells(job(here("own_without_statistics"), algorithm))
 
 
