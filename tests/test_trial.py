@@ -108,7 +108,7 @@ FITTING = [
     job(here("own_without_names"), "fedtan"),
     job(here("own_in_half"), "fedavg_gn"),
     job(here("OwnClass"), "hbn"),
-    job(here("own_without_statistics"), "fedavg_gn"),
+    job(here("own_without_statistics"), "fedavg_ln"),
     job(ModelConfig(name="cnn", norm=NormName.none), "singleset"),
     job(ModelConfig(source=ModelSource.torchvision, name="resnet18"), "fedtan", (1, 28, 28)),
     job(ModelConfig(source=ModelSource.torchvision, name="regnet_y_400mf"), "fedbn"),
