@@ -7,10 +7,18 @@ from math import gcd
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .algorithms import ALGORITHMS
 from .choices import NormName
+from .config import Config
 from .errors import ConfigError, mistake
 
 _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def with_norm_of(config: Config, module: nn.Module) -> nn.Module:
+    """``module`` with the normalization layers that the options ask for, or else the algorithm."""
+    norm = config.model.norm or ALGORITHMS[config.algorithm.name].norm
+    return convert_norm(module, norm, config.algorithm.groups or 2)
 
 
 def convert_norm(module: nn.Module, norm: NormName, groups: int) -> nn.Module:

@@ -18,7 +18,7 @@ from .device import Place
 from .judge import Judge
 from .local_training import LocalTraining
 from .memory import Budget
-from .norms import convert_norm
+from .norms import with_norm_of
 from .parts import Selection
 from .private import PrivateStates
 from .running import normalise_by_running
@@ -79,8 +79,7 @@ def _model(config: Config, dataset: data.Dataset) -> nn.Module:
     """The network with the normalization layers of the algorithm."""
     algorithm = ALGORITHMS[config.algorithm.name]
     model = models.build(config.model, dataset.shape, dataset.classes, config.seed)
-    model = convert_norm(model, config.model.norm or algorithm.norm, config.algorithm.groups or 2)
-    model = convert_batchnorm(model)
+    model = convert_batchnorm(with_norm_of(config, model))
     if algorithm.normaliser is Normaliser.running:
         model = normalise_by_running(model, algorithm.mixes)
     return model

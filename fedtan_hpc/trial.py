@@ -13,7 +13,7 @@ from .batchnorm import convert_batchnorm
 from .choices import ModelSource, NormName
 from .config import Config
 from .errors import ConfigError, mistake
-from .norms import convert_norm
+from .norms import with_norm_of
 from .target import in_one_line
 
 _SAMPLES = 2
@@ -94,10 +94,8 @@ def _uses_running(algorithm: Algorithm) -> bool:
 
 def _converted(config: Config, module: nn.Module) -> nn.Module:
     """The network with the normalization layers of the algorithm."""
-    norm = config.model.norm or ALGORITHMS[config.algorithm.name].norm
-    module = convert_norm(module, norm, config.algorithm.groups or 2)
     try:
-        return convert_batchnorm(module)
+        return convert_batchnorm(with_norm_of(config, module))
     except ValueError as error:
         allowed = "a network whose BN layers can be converted"
         raise ConfigError(_of_network(config, allowed, in_one_line(error))) from error
