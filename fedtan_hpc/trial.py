@@ -94,8 +94,9 @@ def _uses_running(algorithm: Algorithm) -> bool:
 
 def _converted(config: Config, module: nn.Module) -> nn.Module:
     """The network with the normalization layers of the algorithm."""
+    module = with_norm_of(config, module)
     try:
-        return convert_batchnorm(with_norm_of(config, module))
+        return convert_batchnorm(module)
     except ValueError as error:
         allowed = "a network whose BN layers can be converted"
         raise ConfigError(_of_network(config, allowed, in_one_line(error))) from error
