@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from .algorithms import ALGORITHMS, Normaliser, Part
-from .choices import AlgorithmName, CohortMode, NormName, ServerOptimizerName
-from .config import Config
+from .choices import AlgorithmName, CohortMode, GammaName, NormName, ServerOptimizerName
+from .config import Config, ServerConfig
 from .errors import mistake
 
 
@@ -50,9 +50,9 @@ def _steps(config: Config) -> Iterator[str]:
         remedy = "set algorithm.synchronise_every=1"
         yield mistake("algorithm.synchronise_every", every, "a whole number >= 1", remedy)
     switch = algorithm.switch_round
-    if switch is not None and not 1 <= switch <= max(config.rounds, 1):
-        allowed = f"1 to rounds, {config.rounds}"
-        remedy = f"try algorithm.switch_round={max(1, config.rounds // 2)}"
+    if switch is not None and not 2 <= switch <= max(config.rounds, 2):
+        allowed = f"2 to rounds, {config.rounds}, for statistics must have moved before they freeze"
+        remedy = f"try algorithm.switch_round={max(2, config.rounds // 2)}"
         yield mistake("algorithm.switch_round", switch, allowed, remedy)
 
 
@@ -64,6 +64,9 @@ def _norm(config: Config) -> Iterator[str]:
         allowed = f"{own.norm} or null with algorithm={config.algorithm.name}"
         remedy = "leave it out or use algorithm=fedavg, centralised or singleset"
         yield mistake("model.norm", norm, allowed, remedy)
+    if norm is NormName.none and config.model.gamma is not GammaName.ones:
+        remedy = "leave it out, for no layer has a gamma"
+        yield mistake("model.gamma", config.model.gamma, "ones with model.norm=none", remedy)
     groups = config.algorithm.groups
     if groups is not None and norm is not NormName.gn:
         allowed = f"null with model.norm={norm}"
@@ -83,16 +86,23 @@ def _server(config: Config) -> Iterator[str]:
     if alone and server.optimizer is not ServerOptimizerName.none:
         allowed = f"none with algorithm={config.algorithm.name}, which averages nothing"
         yield mistake("server.optimizer", server.optimizer, allowed, "leave it out")
-    if server.lr is not None:
-        if server.optimizer is ServerOptimizerName.none:
-            remedy = "leave it out or choose server.optimizer=momentum"
-            yield mistake("server.lr", server.lr, "null with server.optimizer=none", remedy)
-        elif not (math.isfinite(server.lr) and server.lr > 0):
-            yield mistake("server.lr", server.lr, "a finite number > 0", "try server.lr=0.1")
-    for option in ("momentum", "beta2"):
+    yield from _of_optimizer(server)
+
+
+def _of_optimizer(server: ServerConfig) -> Iterator[str]:
+    """Options that the server's optimizer does not use, or of a wrong size."""
+    kinds = set(ServerOptimizerName) - {ServerOptimizerName.none}
+    squares = kinds - {ServerOptimizerName.momentum}
+    users = {"lr": kinds, "momentum": kinds, "beta2": squares, "tau": squares}
+    for option, those in users.items():
         value = getattr(server, option)
-        if not 0 <= value < 1:
-            remedy = f"try server.{option}=0.9"
-            yield mistake(f"server.{option}", value, f"0 <= {option} < 1", remedy)
-    if not (math.isfinite(server.tau) and server.tau > 0):
-        yield mistake("server.tau", server.tau, "a finite number > 0", "try server.tau=1e-3")
+        if value is None:
+            continue
+        if server.optimizer not in those:
+            allowed = f"null with server.optimizer={server.optimizer}"
+            remedy = f"leave it out or choose server.optimizer={sorted(those)[0]}"
+            yield mistake(f"server.{option}", value, allowed, remedy)
+        elif option in ("lr", "tau") and not (math.isfinite(value) and value > 0):
+            yield mistake(f"server.{option}", value, "a finite number > 0", "leave it out")
+        elif option in ("momentum", "beta2") and not 0 <= value < 1:
+            yield mistake(f"server.{option}", value, f"0 <= {option} < 1", "leave it out")

@@ -40,8 +40,10 @@ def main() -> None:
         for config in configs:
             check(config)
         _check_folders(configs)
-        from .job import run  # torch loads here, after all that can go wrong without it
+        from .job import check_all, run  # torch loads here, after all that can go wrong without it
 
+        if len(configs) > 1:
+            check_all(configs)
         for config in configs:
             run(config)
 

@@ -59,12 +59,12 @@ class ServerConfig:
     """FedOpt: none (take the average), momentum, adam or yogi on the round's mean change."""
     lr: float | None = None
     """Server learning rate; null: 1 with momentum, 0.01 with adam and yogi."""
-    momentum: float = 0.9
-    """Share of the past in the mean change (beta_1); not with none."""
-    beta2: float = 0.99
-    """Share of the past in the mean squared change; adam and yogi."""
-    tau: float = 1e-3
-    """Added to the root of the mean squared change; adam and yogi."""
+    momentum: float | None = None
+    """Share of the past in the mean change (beta_1); null: 0.9."""
+    beta2: float | None = None
+    """Share of the past in the mean squared change; adam and yogi only (there 0.99)."""
+    tau: float | None = None
+    """Added to the root of the mean squared change; adam and yogi only (there 1e-3)."""
 
 
 class Facts(NamedTuple):

@@ -77,10 +77,11 @@ def _structured(options: Any, prefix: str) -> Any:
 def unknown(option: str, value: object) -> str:
     """One line for an option that does not exist."""
     names = [*option_names(), "experiment"]
-    near = get_close_matches(option, names, n=1) or [
-        name for name in names if name.rpartition(".")[2] == option.rpartition(".")[2]
-    ]
-    remedy = f"did you mean {near[0]}?" if near else "--help lists all options"
+    last = option.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    near = sorted(same, key=lambda name: not name.startswith("optimizer."))
+    near = near or get_close_matches(option, names, n=1)
+    remedy = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
     return mistake(option, value, "no such option", remedy).replace("allowed is ", "", 1)
 
 

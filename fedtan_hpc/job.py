@@ -6,7 +6,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,22 @@ from .fetch import fetch
 from .metrics import NullLog, RoundRecord, RunLog, Summary
 from .prepare import prepare
 from .trainer import Trainer
+
+
+def check_all(configs: Sequence[Config]) -> None:
+    """Find the mistakes of all runs of a sweep before the first begins: networks and files.
+
+    The first rank of each node looks for files; raises ``ConfigError``.
+    """
+    tried: set[str] = set()
+    for config in configs:
+        of_network = repr((config.model, config.data, config.algorithm))
+        if of_network not in tried:
+            trial.try_out(config)
+            tried.add(of_network)
+    if environment.detect().local_rank == 0:
+        for data in {repr(config.data): config.data for config in configs}.values():
+            fetch(data)
 
 
 def run(config: Config, log: NullLog | None = None) -> Summary:

@@ -119,4 +119,4 @@ def _draw_scales(module: nn.Module) -> None:
 
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable values."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -16,12 +16,14 @@ import fcntl
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from . import files
@@ -111,7 +113,7 @@ def _identity(config: Config) -> dict[str, Any]:
 
 def _finished(folder: Path, config: Config) -> Summary | None:
     """The summary that the folder holds, if it is of ``config``."""
-    if not (folder / "summary.json").exists():
+    if not os.path.exists(folder / "summary.json"):  # False also where it may not be looked for
         return None
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
@@ -119,7 +121,7 @@ def _finished(folder: Path, config: Config) -> Summary | None:
         # Options and figures that a later version has brought have their defaults.
         known = {field.name for field in fields(Summary)}
         summary = Summary(**{key: value for key, value in found.items() if key in known})
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         allowed = "a new folder, or one with a whole run"
         remedy = f"its finished run cannot be read ({error}): choose another run_dir"
         raise ConfigError(mistake("run_dir", folder, allowed, " ".join(remedy.split()))) from error
@@ -154,7 +156,7 @@ def _set_aside(folder: Path) -> None:
     names = ("config.yaml", "rounds.jsonl", "model.pt", "clients.pt")
     left = [folder / name for name in names] + list(folder.glob("events.*"))
     left = [path for path in left if path.exists()]
-    if not left:
+    if not left or left == [folder / "config.yaml"]:  # nothing had begun
         return
     numbers = itertools.count(1)
     aside = next(a for a in (folder / f"interrupted-{n}" for n in numbers) if not a.exists())

@@ -32,14 +32,18 @@ class Server:
     """Holds the mean change and the mean squared change from round to round."""
 
     def __init__(self, config: ServerConfig, select: Select) -> None:
-        self._config = config
+        self._kind = config.optimizer
+        self._rate = _either(config.lr, _LEARNING_RATES.get(config.optimizer, 1.0))
+        self._beta = _either(config.momentum, 0.9)
+        self._beta2 = _either(config.beta2, 0.99)
+        self._tau = _either(config.tau, 1e-3)
         self._select = select
         """The tensors that take part: averaged and trainable."""
         self._before = self._mean = self._squared = torch.empty(0)
 
     @property
     def _is_idle(self) -> bool:
-        return self._config.optimizer is ServerOptimizerName.none
+        return self._kind is ServerOptimizerName.none
 
     def begin(self, model: nn.Module) -> None:
         """Take note of the global model before a round."""
@@ -52,22 +56,25 @@ class Server:
         if self._is_idle or self._before.numel() == 0:
             return
         tensors = list(self._select(model).values())
-        rate = self._config.lr or _LEARNING_RATES[self._config.optimizer]
         change = self._direction(pack(tensors) - self._before)
-        unpack(self._before.add(change, alpha=rate), tensors)
+        unpack(self._before.add(change, alpha=self._rate), tensors)
 
     def _direction(self, delta: Tensor) -> Tensor:
-        beta = self._config.momentum
+        beta = self._beta
         if self._mean.numel() == 0:
             self._mean = torch.zeros_like(delta)
-            self._squared = torch.full_like(delta, self._config.tau**2)
-        if self._config.optimizer is ServerOptimizerName.momentum:
+            self._squared = torch.full_like(delta, self._tau**2)
+        if self._kind is ServerOptimizerName.momentum:
             self._mean.mul_(beta).add_(delta)
             return self._mean
         self._mean.lerp_(delta, 1 - beta)
-        square, share = delta.square(), 1 - self._config.beta2
-        if self._config.optimizer is ServerOptimizerName.adam:
+        square, share = delta.square(), 1 - self._beta2
+        if self._kind is ServerOptimizerName.adam:
             self._squared.lerp_(square, share)
         else:
             self._squared.addcmul_(square, torch.sign(self._squared - square), value=-share)
-        return self._mean / (self._squared.sqrt() + self._config.tau)
+        return self._mean / (self._squared.sqrt() + self._tau)
+
+
+def _either(given: float | None, otherwise: float) -> float:
+    return otherwise if given is None else given

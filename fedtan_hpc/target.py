@@ -22,7 +22,7 @@ def build(target: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     make = _resolve(target)
     try:
         module = make(**_named_by(make, {"shape": shape, "classes": classes}))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         allowed = f"a callable that makes a network for shape={shape}, classes={classes}"
         line = mistake("model.target", target, allowed, f"it raised {in_one_line(error)}")
         raise ConfigError(line) from error
@@ -33,7 +33,7 @@ def build(target: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     return module
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """Kind and first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
@@ -41,7 +41,7 @@ def in_one_line(error: Exception) -> str:
 def _resolve(target: str) -> Callable[..., Any]:
     try:
         found = pkgutil.resolve_name(target)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         allowed = "package.module:callable, found on PYTHONPATH"
         line = mistake("model.target", target, allowed, in_one_line(error))
         raise ConfigError(line) from error

@@ -107,9 +107,14 @@ def _run(config: Config, module: nn.Module) -> None:
     shape, classes = config.data.facts().shape, config.data.facts().classes
     device = next(module.parameters()).device
     samples = torch.zeros(_SAMPLES, *shape, device=device)
+    for layer in module.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.register_forward_pre_hook(_check_group)
     try:
         scores = module.to(samples).train()(samples)
-    except Exception as error:
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
         allowed = f"a network that takes samples of shape {shape}"
         stem = "model.small_input=true, " if _has_large_stem(config) else ""
         remedy = f"use {stem}other samples or another network: {in_one_line(error)}"
@@ -119,6 +124,18 @@ def _run(config: Config, module: nn.Module) -> None:
         allowed = f"a network whose output for {_SAMPLES} samples is ({_SAMPLES}, {classes})"
         remedy = f"use another, for the output of this one is {found}"
         raise ConfigError(_of_network(config, allowed, remedy))
+
+
+def _check_group(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A group of one value becomes 0 whatever the value is."""
+    assert isinstance(layer, nn.GroupNorm)
+    values = inputs[0][0].numel() // layer.num_groups
+    if values < 2:
+        allowed = (
+            f"fewer groups, for one of {layer.num_channels} channels would have one value"
+        )
+        remedy = f"try algorithm.groups={max(1, layer.num_groups // 2)}"
+        raise ConfigError(mistake("algorithm.groups", layer.num_groups, allowed, remedy))
 
 
 def _has_large_stem(config: Config) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from difflib import get_close_matches
 
 import torch
@@ -31,7 +32,9 @@ def build(name: str, small_input: bool, channels: int, classes: int) -> nn.Modul
         remedy = f"did you mean {' or '.join(near)}?" if near else "try model.name=resnet18"
         allowed = f"one of torchvision's {len(names)} classifiers"
         raise ConfigError(mistake("model.name", name, allowed, remedy))
-    module: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of changes to defaults that are not used
+        module: nn.Module = models.get_model(name, weights=None, num_classes=classes)
     if small_input:
         _keep_size(module, name)
     _take_channels(module, channels)

@@ -133,3 +133,13 @@ def test_two_agents_as_on_two_machines_make_one_job(tmp_path: Path) -> None:
     assert [agent.returncode for agent in done] == [0, 0], done[0].stderr + done[1].stderr
     assert sum(agent.stdout.count("Result") for agent in done) == 1
     assert json.loads((tmp_path / "here" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_a_mistake_in_any_point_of_a_sweep_stops_it_before_the_first(tmp_path: Path) -> None:
+    """Also one that shows only when the network is made: 128 channels are no 3 groups."""
+    words = ("-m", "algorithm=fedavg_gn", "algorithm.groups=2,3", *SHORT)
+    done = commands.job(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("fedtan_hpc: algorithm.groups=3: ")
+    assert not list(tmp_path.glob("runs/*/rounds.jsonl"))

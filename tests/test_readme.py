@@ -73,6 +73,10 @@ def test_training_loops_of_ones_own_run(number: int, tmp_path: Path) -> None:
     assert loss < 0.6
 
 
+def test_nothing_waits_to_be_filled_in() -> None:
+    assert "@@" not in README
+
+
 def test_version_stands_in_one_place() -> None:
     import fedtan_hpc
 

@@ -200,3 +200,12 @@ def test_groups_are_tried_too() -> None:
     line = tells(job(ModelConfig(name="cnn"), "fedavg_gn", groups=3))
     assert line.startswith("algorithm.groups=3: ")
     assert line.endswith("layer 1 has 16; try algorithm.groups=2")
+
+
+def test_a_group_needs_two_values() -> None:
+    """64 groups of 64 channels without pixels leave one each, which normalises to 0."""
+    config = job(ModelConfig(), "fedavg_gn")
+    config.algorithm.groups = 64
+    assert tells(config).startswith("algorithm.groups=64: allowed is fewer groups")
+    config.algorithm.groups = 32
+    try_out(config)

@@ -25,6 +25,7 @@ from pathlib import Path
 import comparison
 import comparison_files
 import comparison_picture
+import overrides
 import reports
 from comparison import Comparison
 from progress import Following, Progress
@@ -47,6 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
             return
         asked = comparison.plan(words)
         environment.detect()
+        _check(asked, first)
         failed = run_all(asked, first)
         if first:
             write(asked, f"python tools/compare.py {shlex.join(words)}")
@@ -56,8 +58,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def run_all(asked: Comparison, first: bool) -> int:
     """Run what is not finished; how many failed.  All ranks run, the ``first`` shows."""
-    if first:
-        comparison.keep_settings(asked)
     ahead = [config for config in asked.configs if not _finished(config)]
     progress = Progress(len(asked.configs), sum(config.rounds for config in ahead), first)
     failed = 0
@@ -86,6 +86,16 @@ def write(asked: Comparison, command: str) -> None:
     comparison_files.write_markdown(table, lines, asked, command)
     comparison_picture.draw(lines, comparison_files.title(asked.settings), asked.out)
     print("\n".join(["", *table, "", f"files: {asked.out}/compare.md, compare.png, compare.csv"]))
+
+
+def _check(asked: Comparison, first: bool) -> None:
+    """All that can be wrong with any of the runs, before the first of them."""
+    overrides.check_plotting()
+    from fedtan_hpc import job  # torch loads here
+
+    job.check_all([config for config in asked.configs if not _finished(config)])
+    if first:
+        comparison.keep_settings(asked)
 
 
 def _run(config: Config, log: Following) -> str:

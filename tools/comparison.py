@@ -9,13 +9,16 @@ compare.png    the curves
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import overrides
 import reports
+import yaml
 from omegaconf import OmegaConf
 
 from fedtan_hpc import files
@@ -97,10 +100,21 @@ def finished_lines(out: Path) -> dict[str, list[reports.Run]]:
 
 def _by_label(out: Path, settings: Mapping[str, str]) -> dict[str, list[reports.Run]]:
     found: dict[str, list[reports.Run]] = {}
-    runs = [reports.read(path.parent) for path in out.glob("runs/*/summary.json")]
-    for run in sorted(runs, key=lambda run: int(run.options["seed"])):
+    for run in sorted(_readable(out), key=lambda run: int(run.options["seed"])):
         found.setdefault(label(run.options, settings), []).append(run)
     return reports.best_first(found)
+
+
+def _readable(out: Path) -> Iterator[reports.Run]:
+    """The finished runs; one that is damaged is left out, and said to be."""
+    for path in out.glob("runs/*/summary.json"):
+        try:
+            run = reports.read(path.parent)
+            if run.evaluated and run.messages and run.payloads:
+                yield run
+        except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            print(f"left out, for it cannot be read: {path.parent} ({reason})", file=sys.stderr)
 
 
 def missing(comparison: Comparison) -> list[str]:
@@ -173,11 +187,11 @@ def _check(configs: Sequence[Config]) -> None:
 def _same_settings(asked: Comparison) -> None:
     """A folder is for one comparison."""
     path = asked.out / "settings.yaml"
-    if not path.exists():
+    if not os.path.exists(path) or not list(asked.out.glob("runs/*/summary.json")):
         return
     try:
         saved = reports.read_options(path)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         allowed = "a new folder, or one with a whole settings.yaml"
         raise ConfigError(mistake("out", asked.out, allowed, "choose another")) from error
     now = asked.settings

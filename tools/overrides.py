@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,14 @@ from hydra.errors import HydraException
 from fedtan_hpc import cli
 from fedtan_hpc.config import Config
 from fedtan_hpc.errors import ConfigError, mistake
+
+sys.path.insert(1, os.getcwd())  # for networks of one's own, as in python -m fedtan_hpc
+
+
+def check_plotting() -> None:
+    """Raise ``ConfigError`` where there is nothing to draw with, before any work is done."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("matplotlib is not installed: pip install 'fedtan_hpc[plot]'")
 
 
 def split(words: Sequence[str], own: Sequence[str]) -> tuple[dict[str, str], list[str]]:

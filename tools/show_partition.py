@@ -44,6 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
         config = overrides.composed(job)
         environment.detect()
         check(config)
+        overrides.check_plotting()
         counts = count(config)
         print("\n".join(table(counts)))
         with overrides.written(path):
