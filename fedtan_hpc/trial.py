@@ -131,9 +131,7 @@ def _check_group(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     assert isinstance(layer, nn.GroupNorm)
     values = inputs[0][0].numel() // layer.num_groups
     if values < 2:
-        allowed = (
-            f"fewer groups, for one of {layer.num_channels} channels would have one value"
-        )
+        allowed = f"fewer groups, for one of {layer.num_channels} channels would have one value"
         remedy = f"try algorithm.groups={max(1, layer.num_groups // 2)}"
         raise ConfigError(mistake("algorithm.groups", layer.num_groups, allowed, remedy))
 
