@@ -66,6 +66,7 @@ class Cohort:
         """Whether the model is known to run stacked, so that ``auto`` may choose it on a CPU."""
         self._stand_in = Client(0, 0.0, dummy)
         self._momentum = Momentum()
+        self._parts = parts_of(model)
         self._replicas: list[nn.Module] = [model]
 
     def train(self, clients: Sequence[Client], now: Round) -> list[Tensor]:
@@ -89,17 +90,17 @@ class Cohort:
 
     def _neither_averaged_nor_private(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
         """Buffers of the global model, and copies, that its first client may not change for all."""
-        names = Selection(self.model, {Part.statistics, Part.buffers} - self.states.parts).names
         return [
             (value, value.clone())
             for name, value in self.model.named_buffers()
-            if name in names and not self._is_averaged(name, value, plan)
+            if self._parts[name] not in self.states.parts
+            and not self._is_averaged(name, value, plan)
         ]
 
     def _is_averaged(self, name: str, value: Tensor, plan: Plan) -> bool:
         if name.endswith("num_batches_tracked"):
             return Part.statistics in plan.averaged
-        part = parts_of(self.model)[name]
+        part = self._parts[name]
         return part in plan.averaged and (value.is_floating_point() or value.is_complex())
 
     def _way(self, clients: int, plan: Plan) -> Way:
