@@ -1,13 +1,14 @@
 """The command line: hydra's options to a checked ``Config``, a run, and an exit code.
 
-Exit codes: 0 done; 1 the run failed; 2 a mistake in the options; 130 interrupted.  (torchrun
-itself exits with 1 whatever its workers return.)
+Exit codes: 0 done; 1 a run failed; 2 a mistake in the options; 130 interrupted; 141 nobody reads.
+(torchrun itself exits with 1 whatever its workers return.)
 """
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,30 +23,36 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from . import environment
+from . import __version__, environment
 from .checks import check
 from .config import Config
 from .errors import ConfigError, RunError, mistake
-from .explain import explain, unknown
+from .explain import explain, unknown, unreadable
 
 _GRACE_SECONDS = 15.0
+_NOBODY_READS = 128 + signal.SIGPIPE
+"""As of a program whose output goes to ``head`` and that is ended by the signal."""
 
 
 def main() -> None:
     """Run the job that the command line describes, or each of a sweep's (-m) in turn."""
     with exit_codes("fedtan_hpc"):
+        if "--version" in sys.argv[1:]:
+            print(f"fedtan_hpc {__version__}" if environment.rank_hint() == 0 else "")
+            return
         configs = compose()
         environment.detect()
         for config in configs:
             check(config)
         _check_folders(configs)
-        from .job import check_all, run  # torch loads here, after all that can go wrong without it
+        from . import job  # torch loads here, after all that can go wrong without it
 
-        if len(configs) > 1:
-            check_all(configs)
-        for config in configs:
-            run(config)
+        if len(configs) == 1:
+            job.run(configs[0])
+        else:
+            job.run_all(configs)
 
 
 @contextmanager
@@ -53,13 +60,18 @@ def exit_codes(program: str) -> Iterator[None]:
     """Failures become lines of ``program`` on standard error and the process's exit code."""
     try:
         yield
+        sys.stdout.flush()
     except ConfigError as error:
         _leave(2, [f"{program}: {line}" for line in error.mistakes])
     except KeyboardInterrupt:
         if environment.rank_hint() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
+    except BrokenPipeError:
+        os._exit(_NOBODY_READS)
     except RunError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            os._exit(_NOBODY_READS)
         if error.on_all_ranks:
             _leave(1, [f"{program}: {error}"])
         _fail(error.__cause__ or error, f"{program}: {error}")
@@ -74,6 +86,7 @@ def compose(words: Sequence[str] | None = None) -> list[Config]:
     Raises ``ConfigError`` for options that do not exist or have the wrong type.
     """
     words = sys.argv[1:] if words is None else list(words)
+    _refuse_deletions(words)
     # hydra's own report is several lines and exits with 1; this makes it raise instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="schema", node=Config)
@@ -93,6 +106,8 @@ def compose(words: Sequence[str] | None = None) -> list[Config]:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra raises all three
         raise ConfigError(explain(error, words)) from error
+    except YAMLError as error:
+        raise ConfigError(unreadable(error)) from error
     except SystemExit as error:
         if not error.code:
             raise
@@ -108,6 +123,14 @@ def _command_line(words: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = own
+
+
+def _refuse_deletions(words: Sequence[str]) -> None:
+    """An option that ``~name`` took away would quietly have its default."""
+    how = "options are not taken away; leave it out for its default, or give it a value"
+    taken = [word for word in words if word.startswith("~") and not word.startswith("~hydra")]
+    if taken:
+        raise ConfigError(*(f"{word}: {how}" for word in taken))
 
 
 def _flag_mistake(usage: str) -> str:

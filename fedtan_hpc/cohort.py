@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from functools import partial
 
 import torch
@@ -38,6 +39,16 @@ ran 1.1 to 2.6 times faster stacked than in lock-step (2 cores); from 9 MB on th
 Way = Callable[[Sequence[Client], Round, ModelSum], list[Tensor]]
 
 
+class Stacking(Enum):
+    """What is known of a model's clients as a stack."""
+
+    fails = auto()
+    works = auto()
+    """On a GPU that is reason enough."""
+    pays = auto()
+    """Also on a CPU, while batches are small."""
+
+
 class Cohort:
     """Trains a rank's clients from the global model and makes the next global model."""
 
@@ -50,7 +61,7 @@ class Cohort:
         budget: Budget,
         states: PrivateStates,
         server: Server,
-        stacks_small: bool = False,
+        stacking: Stacking = Stacking.works,
     ) -> None:
         self.model = model
         """The global model between rounds; also the first client's in a round.
@@ -62,8 +73,7 @@ class Cohort:
         self._budget = budget
         self._training = training
         self._server = server
-        self._stacks_small = stacks_small
-        """Whether the model is known to run stacked, so that ``auto`` may choose it on a CPU."""
+        self._stacking = stacking
         self._stand_in = Client(0, 0.0, dummy)
         self._momentum = Momentum()
         self._parts = parts_of(model)
@@ -120,15 +130,17 @@ class Cohort:
     @property
     def _stacks_all(self) -> bool:
         """Whether all steps are stacked."""
-        auto = self._config.mode is CohortMode.auto
-        return self._config.mode is CohortMode.stacked or (auto and self._on_gpu)
+        chosen = self._config.mode is CohortMode.auto
+        on_gpu = self._on_gpu and self._stacking is not Stacking.fails
+        return self._config.mode is CohortMode.stacked or (chosen and on_gpu)
 
     @property
     def _stacks_synchronised(self) -> bool:
         """Whether at least those with global statistics are."""
-        auto = self._config.mode is CohortMode.auto
-        small = self._budget.bytes_at_once < _SMALL
-        return self._on_gpu or (auto and self._stacks_small and small)
+        if self._on_gpu:
+            return self._stacking is not Stacking.fails
+        pays = self._stacking is Stacking.pays and self._budget.bytes_at_once < _SMALL
+        return self._config.mode is CohortMode.auto and pays
 
     def _needs(self, way: Way, clients: int, plan: Plan) -> tuple[int, int]:
         """Clients whose parameters, and whose activations, are in memory together."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from .config import Config
 from .errors import ConfigError, mistake
@@ -27,10 +29,14 @@ _PLAIN = {
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line for an error of composing the options from ``overrides``."""
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    cause = error
+    if not isinstance(error, OmegaConfBaseException):
+        cause = error.__cause__ or error.__context__ or error
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return mistake(group, choice, " | ".join(sorted(error.options)), "choose one of these")
+    if place := re.match(r"In '(.+?)': ", str(error)):
+        return f"{place[1]}.yaml: {_in_file(error, cause)}"
     if isinstance(error, OverrideParseException):
         text = f"{error.override}: not understood; write option=value, for example rounds=20, "
         return text + "and quote values with spaces or brackets for the shell"
@@ -48,6 +54,28 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
             return mistake(group, value, "a name that --help lists", "leave it out for none")
     first = str(error).partition("\n")[0]
     return f"{first}; values apart by commas are a sweep, with -m first" if "," in first else first
+
+
+def unreadable(error: YAMLError) -> str:
+    """One line for a file that is not YAML."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
+    return f"{where}: no YAML: {problem or ' '.join(str(error).split())}"
+
+
+def _in_file(error: Exception, cause: BaseException) -> str:
+    """What is wrong in a YAML file of one's own."""
+    option = str(getattr(cause, "full_key", None) or "")
+    package = "to set options of all groups, begin the file with the line # @package _global_"
+    if option == "experiment" or "@experiment." in str(error):
+        return f"its options would be those of experiment, which has none; {package}"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and option:
+        return unknown(option)
+    if isinstance(cause, OmegaConfBaseException) and option:
+        value = re.search(r"Value '(.*)' of type", str(cause))
+        remedy = "see the options table of the README, or --help"
+        return mistake(option, value[1] if value else "(its value)", allowed(option), remedy)
+    return str(error).partition(": ")[2].partition("\n")[0]
 
 
 def typed(config: Config) -> Config:
@@ -74,15 +102,17 @@ def _structured(options: Any, prefix: str) -> Any:
         raise ConfigError(line) from error
 
 
-def unknown(option: str, value: object) -> str:
+def unknown(option: str, value: object = None) -> str:
     """One line for an option that does not exist."""
-    names = [*option_names(), "experiment"]
+    groups = [field.name for field in fields(Config)]
+    names = [*option_names(), *groups, "experiment"]
     last = option.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last]
     near = sorted(same, key=lambda name: not name.startswith("optimizer."))
     near = near or get_close_matches(option, names, n=1)
     remedy = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
-    return mistake(option, value, "no such option", remedy).replace("allowed is ", "", 1)
+    given = option if value is None else f"{option}={value}"
+    return f"{given}: no such option; {remedy}"
 
 
 def allowed(option: str) -> str:

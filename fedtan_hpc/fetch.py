@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .config import DataConfig
+from .errors import ConfigError, mistake
 from .image_files import SOURCES, damaged, find, missing, read, root_of
 from .vision import import_torchvision, one_line
 
@@ -39,6 +40,10 @@ def fetch(config: DataConfig) -> None:
     """
     if config.name not in SOURCES:
         return
+    root = root_of(config)
+    if root.exists() and not root.is_dir():
+        remedy = "name another, or leave it out for ./data"
+        raise ConfigError(mistake("data.root", root, "a folder, and this is a file", remedy))
     if find(config) is None:
         _download(config)
     read(config)

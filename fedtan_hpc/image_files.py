@@ -67,7 +67,8 @@ SOURCES = {
         "CIFAR100", "cifar-100-python", ("cifar-100-python.tar.gz",), "", _TORONTO
     ),
 }
-_WITH_IDX = (DataName.mnist, DataName.fashion_mnist)
+_FIRST_LABELS = {DataName.mnist: [5, 0, 4, 1, 9], DataName.fashion_mnist: [9, 0, 0, 3, 0]}
+"""Of the training samples; the names of the files, and all sizes in them, are the same."""
 
 
 def root_of(config: DataConfig) -> Path:
@@ -81,7 +82,7 @@ def find(config: DataConfig) -> Path | None:
     It is torchvision's; for IDX files also ``data.root`` itself, and Debian's.
     """
     folder = root_of(config) / SOURCES[config.name].folder
-    if config.name not in _WITH_IDX:
+    if config.name not in _FIRST_LABELS:
         return folder if os.path.isdir(folder) else None
     folders = [folder]
     if config.root is not None:
@@ -100,7 +101,8 @@ def read(config: DataConfig) -> tuple[Bytes, Labels]:
     if folder is None:
         raise missing(config, "have not been fetched")
     try:
-        halves = _read_idx(folder) if config.name in _WITH_IDX else _read_cifar(config, folder)
+        halves = _read_idx(folder) if config.name in _FIRST_LABELS else _read_cifar(config, folder)
+        _check_not_another(halves, config, folder)
         return _joined(halves, config.name)
     except ConfigError:
         raise
@@ -153,8 +155,21 @@ def _read_idx_file(folder: Path, name: str) -> Bytes:
 def _read_cifar(config: DataConfig, folder: Path) -> _Halves:
     """By torchvision, which compares checksums before it opens the pickled files."""
     kind = getattr(import_torchvision().datasets, SOURCES[config.name].kind)
-    halves = [kind(folder.parent, train=train) for train in (True, False)]
+    try:
+        halves = [kind(folder.parent, train=train) for train in (True, False)]
+    except RuntimeError:
+        raise ValueError("a file in it is missing, or its checksum is wrong") from None
     return [(half.data.transpose(0, 3, 1, 2), np.array(half.targets)) for half in halves]
+
+
+def _check_not_another(halves: _Halves, config: DataConfig, folder: Path) -> None:
+    """MNIST's files are not taken for Fashion-MNIST's, nor these for those."""
+    first = [int(label) for label in halves[0][1][:5]]
+    for other, labels in _FIRST_LABELS.items():
+        if labels == first and other is not config.name:
+            allowed = f"a folder with files of {config.name}, and those in {folder} are {other}'s"
+            remedy = f"name another folder, or use data={other}"
+            raise ConfigError(mistake("data.root", config.root or "null", allowed, remedy))
 
 
 def _joined(halves: _Halves, name: DataName) -> tuple[Bytes, Labels]:

@@ -19,7 +19,7 @@ from .config import Config
 from .device import Place
 from .display import Display, show_result
 from .environment import RankInfo
-from .errors import ConfigError
+from .errors import ConfigError, RunError
 from .explain import typed
 from .fetch import fetch
 from .metrics import NullLog, RoundRecord, RunLog, Summary
@@ -41,6 +41,28 @@ def check_all(configs: Sequence[Config]) -> None:
     if environment.detect().local_rank == 0:
         for data in {repr(config.data): config.data for config in configs}.values():
             fetch(data)
+
+
+def run_all(configs: Sequence[Config]) -> None:
+    """Run every point of a sweep; one whose training fails does not keep the others from theirs.
+
+    Raises ``ConfigError`` before the first begins, and ``RunError`` at the end, naming the points
+    that failed on all ranks alike (a loss that is not finite), and at once for any other failure.
+    """
+    check_all(configs)
+    failed = []
+    for config in configs:
+        try:
+            run(config)
+        except RunError as error:
+            if not error.on_all_ranks:
+                raise
+            if comm.is_started():
+                comm.stop()  # so that the next run starts anew
+            failed.append(f"{run_folder.name(config)}: {error}")
+    if failed:
+        points = f"{len(failed)} of {len(configs)} points failed: " + "; ".join(failed)
+        raise RunError(points, on_all_ranks=True)
 
 
 def run(config: Config, log: NullLog | None = None) -> Summary:

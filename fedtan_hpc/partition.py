@@ -6,6 +6,7 @@ and every client holds at least ``MINIMUM_SAMPLES``.  N samples.
 
 from __future__ import annotations
 
+import heapq
 from typing import TypeAlias
 
 import numpy as np
@@ -81,10 +82,15 @@ def quantity(samples: int, clients: int, alpha: float, seed: int) -> list[Indice
 
 
 def _with_minimum(parts: list[Indices]) -> list[Indices]:
-    """Give clients with too few samples some of whoever then has most."""
-    for client in range(len(parts)):
-        while len(parts[client]) < MINIMUM_SAMPLES:
-            richest = max(range(len(parts)), key=lambda k: len(parts[k]))
-            parts[client] = np.append(parts[client], parts[richest][-1])
-            parts[richest] = parts[richest][:-1]
+    """Give clients with too few samples some of whoever then has most, the first of equals."""
+    richest = [(-len(part), client) for client, part in enumerate(parts)]
+    heapq.heapify(richest)
+    for client, part in enumerate(parts):
+        for _ in range(len(part), MINIMUM_SAMPLES):
+            while len(parts[richest[0][1]]) != -richest[0][0]:  # has been given some
+                heapq.heappop(richest)
+            size, giver = richest[0]
+            parts[client] = np.append(parts[client], parts[giver][-1])
+            parts[giver] = parts[giver][:-1]
+            heapq.heapreplace(richest, (size + 1, giver))
     return [np.sort(part) for part in parts]

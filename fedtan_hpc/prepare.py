@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import comm, data, models, partition
+from . import comm, data, models, partition, stacked
 from .algorithms import ALGORITHMS, Normaliser, Part
 from .augment import augmentation_of
 from .average import model_tensors
 from .batchnorm import convert_batchnorm
 from .choices import ModelSource, PrecisionName
 from .clients import ClientStore
-from .cohort import Cohort
+from .cohort import Cohort, Stacking
 from .config import Config
 from .device import Place
 from .judge import Judge
@@ -61,8 +61,17 @@ def host(config: Config, model: nn.Module, dummy: data.Samples, ranks_here: int 
     states = PrivateStates(model, private, budget.leaves_room_for)
     shared = Selection(model, set(Part) - {Part.statistics, Part.buffers} - private)
     server = Server(config.server, shared)
-    own = config.model.source is ModelSource.builtin
-    return Cohort(model, training, dummy, config.cohort, budget, states, server, stacks_small=own)
+    stacking = _stacking(config, model, dummy)
+    return Cohort(model, training, dummy, config.cohort, budget, states, server, stacking)
+
+
+def _stacking(config: Config, model: nn.Module, dummy: data.Samples) -> Stacking:
+    """How much is known of the model; to try it out takes a pass, which only a GPU repays."""
+    if config.model.source is ModelSource.builtin:
+        return Stacking.pays
+    if not dummy.inputs.is_cuda or stacked.why_not(model, dummy.inputs) is None:
+        return Stacking.works
+    return Stacking.fails
 
 
 def _store(

@@ -10,8 +10,10 @@ Shapes: K clients, N samples of the largest batch, C channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +209,28 @@ class RunningStatistics:
             layer.running_mean.copy_(self._buffers[0][lane])
             layer.running_var.copy_(self._buffers[1][lane])
             layer.num_batches_tracked.fill_(int(self._counts[lane]))
+
+
+def why_not(model: nn.Module, sample: Tensor) -> Exception | None:
+    """What goes wrong when two clients of ``model`` are stacked, on copies of ``sample`` (1, ...).
+
+    Networks that change buffers of their own in forward cannot be, nor such as branch on values.
+    """
+    copied = copy.deepcopy(model).train()
+    running = [RunningStatistics(layer, 2) for layer in batchnorm_layers(copied).values()]
+    values = {name: value.detach().expand(2, *value.shape) for name, value in _trained(copied)}
+    inputs = sample.expand(2, 2, *sample.shape[1:])
+    scores = vmap(partial(functional_call, copied), randomness="different")
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([sample.device] if sample.is_cuda else []),
+            normalised_by(copied, Apart(running, slice(None), None, (2, 2))),
+        ):
+            scores(values, (inputs,))
+    except Exception as error:  # whatever a network of the user's may raise
+        return error
+    return None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from torch.nn.parameter import is_lazy
 from . import models
 from .algorithms import ALGORITHMS, Algorithm, Normaliser, Part
 from .batchnorm import convert_batchnorm
-from .choices import ModelSource, NormName
+from .choices import CohortMode, ModelSource, NormName
 from .config import Config
 from .errors import ConfigError, mistake
 from .norms import with_norm_of
+from .stacked import why_not
 from .target import in_one_line
 
 _SAMPLES = 2
@@ -33,7 +34,9 @@ def try_out(config: Config) -> None:
         module = _make(config)
         _check_complete(config, module)
         _check_batchnorm(config, module)
-        _run(config, _converted(config, module))
+        module = _converted(config, module)
+        _run(config, module)
+        _stack(config, module)
 
 
 def _make(config: Config) -> nn.Module:
@@ -124,6 +127,17 @@ def _run(config: Config, module: nn.Module) -> None:
         allowed = f"a network whose output for {_SAMPLES} samples is ({_SAMPLES}, {classes})"
         remedy = f"use another, for the output of this one is {found}"
         raise ConfigError(_of_network(config, allowed, remedy))
+
+
+def _stack(config: Config, module: nn.Module) -> None:
+    """Two clients at once, if that is asked for and the network is one of the user's own."""
+    stacked = config.cohort.mode is CohortMode.stacked
+    if not stacked or config.model.source is not ModelSource.target:
+        return
+    if error := why_not(module, torch.zeros(1, *config.data.facts().shape)):
+        allowed = "auto or sequential, for clients of the network cannot be stacked"
+        remedy = f"leave it out: {in_one_line(error)}"
+        raise ConfigError(mistake("cohort.mode", "stacked", allowed, remedy))
 
 
 def _check_group(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

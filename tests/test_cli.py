@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import commands
 import pytest
+
+from fedtan_hpc import __version__
 
 SHORT = ("rounds=2", "local_steps=2", "eval_every=1")
 
@@ -50,6 +55,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(overrides: tuple[str, ...], tmp_p
     [line] = done.stderr.splitlines()
     assert line.startswith("fedtan_hpc: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_point_of_a_sweep_that_diverges_does_not_stop_the_others(tmp_path: Path) -> None:
+    swept = ("-m", "clients=2", *SHORT, "optimizer.lr=1e38,0.1", "run_dir=lr${optimizer.lr}")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    for done in (
+        commands.job(*swept, cwd=tmp_path / "one"),
+        commands.ranks(2, *swept, cwd=tmp_path / "two"),
+    ):
+        assert done.returncode == 1
+        assert "fedtan_hpc: 1 of 2 points failed: lr1e+38: round" in done.stderr
+        assert done.stderr.count("points failed") == 1
+        assert "Traceback" not in done.stderr
+    for folder in ("one", "two"):
+        assert (tmp_path / folder / "lr0.1" / "summary.json").exists()
+        assert not (tmp_path / folder / "lr1e+38" / "summary.json").exists()
+
+
+def test_the_version_is_ours(tmp_path: Path) -> None:
+    done = commands.job("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"fedtan_hpc {__version__}\n")
+
+
+def test_a_reader_that_leaves_is_no_failure(tmp_path: Path) -> None:
+    """As with ``| head -1``."""
+    command = (
+        f"'{sys.executable}' -m fedtan_hpc {' '.join(SHORT)} | head -1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(commands.ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] in ("0", "141")
 
 
 @pytest.mark.parametrize("overrides", [("rounds=0", "clients=2"), ("foo=1",)])

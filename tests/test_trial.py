@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtan_hpc.choices import AlgorithmName, DataName, GammaName, ModelName, ModelSource, NormName
-from fedtan_hpc.config import AlgorithmConfig, Config, DataConfig, ModelConfig
+from fedtan_hpc import models
+from fedtan_hpc.batchnorm import convert_batchnorm
+from fedtan_hpc.choices import (
+    AlgorithmName,
+    CohortMode,
+    DataName,
+    GammaName,
+    ModelName,
+    ModelSource,
+    NormName,
+)
+from fedtan_hpc.config import AlgorithmConfig, CohortConfig, Config, DataConfig, ModelConfig
 from fedtan_hpc.errors import ConfigError
+from fedtan_hpc.stacked import why_not
 from fedtan_hpc.trial import try_out
 
 SHAPE = (3, 32, 32)
@@ -209,3 +222,40 @@ def test_a_group_needs_two_values() -> None:
     assert tells(config).startswith("algorithm.groups=64: allowed is fewer groups")
     config.algorithm.groups = 32
     try_out(config)
+
+
+class Counting(nn.Module):
+    """Changes a buffer of its own in forward, which a stack of clients has but once."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.head = nn.Linear(8, classes)
+        self.register_buffer("moved", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layers(x)
+        self.moved.lerp_(hidden.detach().mean(0), 0.1)
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["auto", "sequential", "stacked"])
+def test_clients_that_cannot_be_stacked_are_told_only_if_they_are_to_be(mode: str) -> None:
+    config = replace(
+        job(here("Counting"), "fedtan", shape=(3, 4, 4)),
+        cohort=CohortConfig(mode=CohortMode(mode)),
+    )
+    if mode != "stacked":
+        try_out(config)
+        return
+    line = tells(config)
+    assert line.startswith("cohort.mode=stacked: allowed is auto or sequential, for clients of")
+
+
+def test_what_can_be_stacked_is_not_told() -> None:
+    config = job(here("own_network"), "fedavg", shape=(3, 4, 4))
+    try_out(replace(config, cohort=CohortConfig(mode=CohortMode.stacked)))
+    model = convert_batchnorm(models.build(ModelConfig(), (3, 4, 4), 5, seed=0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert why_not(model, torch.zeros(1, 3, 4, 4)) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

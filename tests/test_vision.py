@@ -275,6 +275,20 @@ def test_images_of_another_size_are_a_mistake(tmp_path: Path) -> None:
     assert "is damaged" in mistake(of("mnist", tmp_path / "files"))
 
 
+def test_the_other_mnist_is_a_mistake(tmp_path: Path) -> None:
+    write_idx(tmp_path / "files")
+    others = labels()[:TRAIN]
+    others[:5] = 9, 0, 0, 3, 0
+    (tmp_path / "files" / NAMES[1]).write_bytes(idx(others))
+    assert "fashion_mnist's; name another folder" in mistake(of("mnist", tmp_path / "files"))
+    fetch_files(of("fashion_mnist", tmp_path / "files"))
+
+
+def test_a_root_that_is_a_file_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "this is a file" in mistake(of("cifar10", tmp_path / "file"))
+
+
 @pytest.mark.parametrize("harm", [cut, Path.unlink])
 def test_damaged_cifar_files_are_a_mistake(
     harm: Callable[[Path], None], tmp_path: Path, monkeypatch: Patch
