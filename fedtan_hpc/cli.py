@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from . import __version__, environment
+from . import __version__, environment, manual
 from .checks import check
 from .config import Config
 from .errors import ConfigError, RunError, mistake
@@ -90,6 +90,7 @@ def compose(words: Sequence[str] | None = None) -> list[Config]:
     # hydra's own report is several lines and exits with 1; this makes it raise instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("manual", manual.text, replace=True)  # for --help
     composed: list[DictConfig] = []
     entry = hydra.main(version_base="1.3", config_path=str(_conf()), config_name="config")
     usage = io.StringIO()

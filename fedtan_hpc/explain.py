@@ -29,7 +29,7 @@ _PLAIN = {
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line for an error of composing the options from ``overrides``."""
-    cause = error
+    cause: BaseException = error
     if not isinstance(error, OmegaConfBaseException):
         cause = error.__cause__ or error.__context__ or error
     if isinstance(error, MissingConfigException) and error.options is not None:

@@ -148,7 +148,7 @@ def test_help_lists_options_and_choices(tmp_path: Path) -> None:
     assert done.returncode == 0
     for text in (
         "algorithm: centralised, fbn, fedavg, fedavg_gn",
-        "classes_per_client",
+        "partition.classes_per_client=null\n      [a whole number or null] Classes",
         "torchrun",
     ):
         assert text in done.stdout

@@ -239,7 +239,7 @@ WRONG = [
     (["methods=['fedavg seed=1']"], "seed=1: "),
     (["methods=['fedbn algorithm.synchronised_steps=2']"], "algorithm.synchronised_steps=2: "),
     (["seeds=[0,x]"], "seeds=[0,x]: "),
-    (["seeds=[-1]", "methods=fedtan"], "seed=-1: "),
+    (["seeds=[-1]", "methods=fedtan"], "seeds=[-1]: "),
     (["seed=1"], "seed=1: "),
     (["algorithm=fedavg"], "algorithm=fedavg: "),
     (["run_dir=here"], "run_dir=here: "),

@@ -22,6 +22,7 @@ ROOMS = [
     "check_model",
     "checks",
     "explain",
+    "manual",
     "device",
     "comm",
     "messages",

@@ -227,6 +227,8 @@ def test_a_group_needs_two_values() -> None:
 class Counting(nn.Module):
     """Changes a buffer of its own in forward, which a stack of clients has but once."""
 
+    moved: Tensor
+
     def __init__(self, shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU())

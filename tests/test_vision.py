@@ -181,9 +181,10 @@ def test_ranks_that_load_before_anyone_has_fetched_are_told_so() -> None:
     assert "have not been fetched" in mistake(of("cifar10"), lambda c: data.load(c, 0))
 
 
-def test_a_root_that_cannot_be_written_is_a_mistake(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_a_folder_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "could not be downloaded" in mistake(of("mnist", tmp_path / "file"))
+    assert "this is a file" in mistake(of("mnist", tmp_path / "file"))
+    assert "could not be downloaded" in mistake(of("mnist", tmp_path / "file" / "below"))
 
 
 def test_a_download_is_seen_whole_or_not_at_all(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -282,11 +283,6 @@ def test_the_other_mnist_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "files" / NAMES[1]).write_bytes(idx(others))
     assert "fashion_mnist's; name another folder" in mistake(of("mnist", tmp_path / "files"))
     fetch_files(of("fashion_mnist", tmp_path / "files"))
-
-
-def test_a_root_that_is_a_file_is_a_mistake(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert "this is a file" in mistake(of("cifar10", tmp_path / "file"))
 
 
 @pytest.mark.parametrize("harm", [cut, Path.unlink])

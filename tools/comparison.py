@@ -9,6 +9,7 @@ compare.png    the curves
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import overrides
 import reports
-import yaml
 from omegaconf import OmegaConf
 
 from fedtan_hpc import files
@@ -30,6 +30,8 @@ OWN = ("methods", "seeds", "out")
 _METHODS = ["fedtan", "fedavg", "centralised"]
 _EXAMPLE = """'[fedtan,"fedtan algorithm.synchronised_steps=5",fedavg]'"""
 _SET_HERE = {"algorithm": "methods=[...]", "seed": "seeds=[...]", "run_dir": "out=..."}
+_LONGEST_NAME = 100
+"""Letters of a run's folder; file systems take 255."""
 _APART = (*reports.APART, "algorithm.name")
 
 
@@ -57,7 +59,7 @@ def plan(words: Sequence[str]) -> Comparison:
     default = "comparisons/" + (overrides.choice(job, "experiment") or "options")
     out = Path(overrides.folder(own.get("out", f"out={default}")))
     base = overrides.composed(job)
-    methods = overrides.values(own["methods"], _EXAMPLE) if "methods" in own else _METHODS
+    methods = _methods(own["methods"]) if "methods" in own else _METHODS
     seeds = _seeds(own.get("seeds", "seeds=[0,1,2]"))
     each = list(_composed(methods, job))
     configs = [replace(config, seed=seed) for seed in seeds for config in each]
@@ -112,7 +114,7 @@ def _readable(out: Path) -> Iterator[reports.Run]:
             run = reports.read(path.parent)
             if run.evaluated and run.messages and run.payloads:
                 yield run
-        except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as error:
+        except reports.DAMAGED as error:
             reason = " ".join(str(error).split())
             print(f"left out, for it cannot be read: {path.parent} ({reason})", file=sys.stderr)
 
@@ -153,22 +155,34 @@ def _not_set_here(job: Sequence[str]) -> None:
 
 def _seeds(word: str) -> list[int]:
     seeds = overrides.values(word, "[0,1,2]")
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
-        text = word.partition("=")[2]
-        raise ConfigError(mistake("seeds", text, "a list of whole numbers", "try seeds=[0,1,2]"))
+    if not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
+        text, allowed = word.partition("=")[2], "a list of whole numbers from 0 to 2^32 - 1"
+        raise ConfigError(mistake("seeds", text, allowed, "try seeds=[0,1,2]"))
     return seeds
 
 
-def _composed(methods: Sequence[object], job: Sequence[str]) -> Iterator[Config]:
+def _methods(word: str) -> list[str]:
+    methods = overrides.values(word, _EXAMPLE)
+    if not all(isinstance(method, str) for method in methods):
+        allowed = "a list of algorithms, each with options of its own after it if it has any"
+        remedy = f"for example methods={_EXAMPLE}"
+        raise ConfigError(mistake("methods", word.partition("=")[2], allowed, remedy))
+    return methods
+
+
+def _composed(methods: Sequence[str], job: Sequence[str]) -> Iterator[Config]:
     """A method is an algorithm's name, and overrides after it if there are any."""
     for method in methods:
-        name, *more = str(method).split() or [""]
+        name, *more = method.split() or [""]
         _not_set_here(more)
         yield overrides.composed([*job, f"algorithm={name}", *more])
 
 
 def _placed(config: Config, settings: Mapping[str, str], out: Path) -> Config:
-    name = re.sub(r"[^A-Za-z0-9._=-]+", "_", name_of(config, settings).replace(", ", "-"))
+    label = name_of(config, settings)
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "_", label.replace(", ", "-"))
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
     return replace(config, run_dir=str(out / "runs" / f"{name}-seed{config.seed}"))
 
 
@@ -191,7 +205,7 @@ def _same_settings(asked: Comparison) -> None:
         return
     try:
         saved = reports.read_options(path)
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except reports.DAMAGED as error:
         allowed = "a new folder, or one with a whole settings.yaml"
         raise ConfigError(mistake("out", asked.out, allowed, "choose another")) from error
     now = asked.settings

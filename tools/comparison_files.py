@@ -15,6 +15,7 @@ from comparison import Comparison
 from reports import Run, mean_and_deviation
 
 from fedtan_hpc import files
+from fedtan_hpc.choices import ModelSource
 from fedtan_hpc.config import Config
 
 _FIGURES = (
@@ -73,21 +74,19 @@ def write_markdown(
 ) -> None:
     """The table, how it came about and what its columns mean."""
     waiting, others = comparison.missing(asked), comparison.others(asked, lines)
-    machine = next(iter(lines.values()))[0].summary
-    rounds = statistics.median(len(run.records) for runs in lines.values() for run in runs)
+    runs = [run for runs in lines.values() for run in runs]
+    rounds = sorted({len(run.records) for run in runs})
     text = [
         f"# {title(asked.settings)}",
         f"    {command}",
         f"Settings: {_unusual(asked.settings)}.  All of them are in `settings.yaml`.",
         "\n".join(rows),
-        f"After {rounds:.0f} rounds: mean ± sample deviation over the seeds.  Messages and kB: "
-        "collectives of a round and what one rank puts into them.",
+        f"After {_from_to(rounds)} rounds: mean ± sample deviation over the seeds.  Messages and "
+        "kB: collectives of a round and what one rank puts into them.",
         *([_about_own(lines)] if _about_own(lines) else []),
         *([f"Not finished: {', '.join(waiting)}."] if waiting else []),
         *([f"Run by other commands: {', '.join(others)}."] if others else []),
-        f"Ranks {machine['world_size']}, device {machine['device']}, "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + ".",
+        *dict.fromkeys(_machine(run) for run in runs),
         "![Accuracy and loss against rounds and megabytes](compare.png)",
     ]
     files.replace_text(asked.out / "compare.md", "\n\n".join(text) + "\n")
@@ -95,9 +94,27 @@ def write_markdown(
 
 def title(settings: Mapping[str, str]) -> str:
     """The setting in a line."""
-    options = ("data.name", "model.name", "partition.name")
-    names = ", ".join(settings[option] for option in options)
+    names = ", ".join([settings["data.name"], _network(settings), settings["partition.name"]])
     return f"{names}, {settings['clients']} clients, {settings['local_steps']} local steps"
+
+
+def _network(settings: Mapping[str, str]) -> str:
+    """The network's name, of one's own too."""
+    if settings["model.source"] != ModelSource.target:
+        return settings["model.name"]
+    return settings["model.target"].rpartition(":")[2]
+
+
+def _from_to(numbers: Sequence[int]) -> str:
+    low, high = numbers[0], numbers[-1]
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _machine(run: Run) -> str:
+    """Where a run ran."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.summary["versions"].items())
+    ranks, device = run.summary["world_size"], run.summary["device"]
+    return f"Ranks {ranks}, device {device}, {versions}."
 
 
 def _unusual(settings: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,10 @@ _LOOKS = {
     "singleset": ("#7F7F7F", "h"),
 }
 """Colour (told apart by colour-blind readers with the marker's help) and marker of an algorithm."""
-_DASHES = ("-", "--", ":", "-.")
-"""Of an algorithm's variants."""
+_DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
+"""Of an algorithm's variants; dotted is who sends nothing."""
+_LONGEST_LABEL = 50
+"""Letters of a line in the legend."""
 _WIDE_BYTES, _WIDE_LOSS = 3.0, 8.0
 """Ratios of largest to smallest from which the axis is logarithmic."""
 
@@ -50,8 +53,9 @@ def draw(lines: Mapping[str, Sequence[Run]], title: str, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = sum(1 + len(label) // _LONGEST_LABEL for label in lines)
     figure, panels = pyplot.subplots(
-        2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained"
+        2, 2, figsize=(11, 7.5 + 0.1 * rows), sharex="col", sharey="row", layout="constrained"
     )
     curves = _curves(lines)
     for row, (name, text) in enumerate((("accuracy", "test accuracy, %"), ("loss", "test loss"))):
@@ -60,6 +64,7 @@ def draw(lines: Mapping[str, Sequence[Run]], title: str, out: Path) -> None:
         panels[row][0].set_ylabel(text)
     _axes(panels, curves)
     handles, labels = panels[0][0].get_legend_handles_labels()
+    labels = [textwrap.fill(label, _LONGEST_LABEL) for label in labels]
     most = max(len(runs) for runs in lines.values())
     note = "mean; band from worst to best seed" if most > 1 else None
     figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels), title=note)
@@ -118,6 +123,8 @@ def _draw(panels: Sequence[Any], curve: Curve, name: str) -> None:
 
 
 def _axes(panels: Any, curves: Sequence[Curve]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     sent = [curve.megabytes[-1] for curve in curves if curve.megabytes[-1] > 0]
     losses = [v for curve in curves for values in curve.values["loss"] for v in values if v > 0]
     if sent and max(sent) > _WIDE_BYTES * min(sent):
@@ -129,6 +136,7 @@ def _axes(panels: Any, curves: Sequence[Curve]) -> None:
     silent = "; dotted: nothing is sent" if len(sent) < len(curves) else ""
     panels[1][0].set_xlabel("round")
     panels[1][1].set_xlabel(f"megabytes that a rank has put in{silent}")
+    panels[1][0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels.flat:
         panel.grid(alpha=0.3)
 
@@ -144,4 +152,5 @@ def _numbers(axis: Any) -> None:
 
 def _columns(labels: Sequence[str]) -> int:
     """As many as fit side by side."""
-    return max(1, min(len(labels), 110 // (max(map(len, labels)) + 8)))
+    widest = max(len(line) for label in labels for line in label.split("\n"))
+    return max(1, min(len(labels), 110 // (widest + 8)))

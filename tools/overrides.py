@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,14 @@ def folder(word: str) -> str:
     return path
 
 
+def check_writable(path: Path) -> None:
+    """Raise ``ConfigError`` where no file can be made at ``path``, before any work is done."""
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "a folder" if path.is_dir() else "not writable")
+
+
 @contextmanager
 def written(path: Path) -> Iterator[None]:
     """Trouble with writing there is a mistake in ``out``."""
@@ -85,10 +94,21 @@ def composed(words: Sequence[str]) -> Config:
     for flag in ("-m", "--multirun"):
         if flag in words:
             raise ConfigError(f"{flag}: not understood; this tool takes lists in place of sweeps")
+    for word in words:
+        if _is_sweep(word):
+            raise ConfigError(f"{word}: not understood; this tool takes one value of each option")
     configs = cli.compose(words)
     if len(configs) != 1:  # a flag by which hydra shows something
         raise SystemExit(0)
     return configs[0]
+
+
+def _is_sweep(word: str) -> bool:
+    """Whether hydra would take the values apart by commas."""
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:  # told better when all is composed
+        return False
 
 
 def _is_plain(value: object) -> bool:

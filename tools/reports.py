@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
+DAMAGED = (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError)
+"""What reading a damaged run ends in."""
 APART = ("seed", "run_dir")
 """Options that do not set two lines of a table apart."""
 

@@ -36,6 +36,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Draw and print; exit codes as those of the job."""
     words = sys.argv[1:] if words is None else list(words)
     with cli.exit_codes("show_partition"):
+        if environment.rank_hint() != 0:
+            return
         if {"--help", "-h"} & set(words):
             print(__doc__.strip())
             return
@@ -45,10 +47,10 @@ def main(words: Sequence[str] | None = None) -> None:
         environment.detect()
         check(config)
         overrides.check_plotting()
+        overrides.check_writable(path)
         counts = count(config)
         print("\n".join(table(counts)))
         with overrides.written(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             draw(counts, title(config), path)
         print(f"picture: {path}")
 
@@ -93,6 +95,7 @@ def draw(counts: Counts, title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     clients, classes = counts.shape
     height = min(12.0, max(2.8, 1.6 + 0.3 * clients))
@@ -107,7 +110,8 @@ def draw(counts: Counts, title: str, path: Path) -> None:
     )
     image = _field(field, counts)
     _sizes(bars, counts)
-    figure.colorbar(image, ax=bars, label="samples of the class", fraction=0.12, pad=0.08)
+    bar = figure.colorbar(image, ax=bars, label="samples of the class", fraction=0.12, pad=0.08)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     files.replace(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     pyplot.close(figure)
@@ -136,7 +140,9 @@ def _field(axes: Any, counts: Counts) -> Any:
 def _sizes(axes: Any, counts: Counts) -> None:
     """Bars along the rows of the field."""
     sizes = counts.sum(1)
-    axes.barh(np.arange(len(sizes)), sizes, color="#7F7F7F", height=0.8)
+    axes.barh(
+        np.arange(len(sizes)), sizes, color="#7F7F7F", height=0.8 if len(sizes) <= 40 else 1.0
+    )
     axes.set(xlabel="samples", xlim=(0, 1.45 * sizes.max() if len(sizes) <= 40 else None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="x", nbins=2)

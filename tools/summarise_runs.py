@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import overrides
 import reports
 from reports import Run
+
+from fedtan_hpc import cli, files
+from fedtan_hpc.errors import ConfigError
+
+_LONGEST_LABEL = 90
+"""Letters of a line in the legend."""
 
 
 def main() -> None:
@@ -23,13 +32,31 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="run folders")
     parser.add_argument("--picture", type=Path, help="PNG to write")
     arguments = parser.parse_args()
-    runs = [reports.read(folder) for folder in arguments.folders if reports.finished(folder)]
+    with cli.exit_codes("summarise_runs"):
+        if arguments.picture:
+            overrides.check_plotting()
+            overrides.check_writable(arguments.picture)
+        lines = grouped(_runs(arguments.folders))
+        print("\n".join(table(lines)))
+        if arguments.picture:
+            draw(lines, arguments.picture)
+
+
+def _runs(folders: Sequence[Path]) -> list[Run]:
+    """Those that are finished; what is left out is said."""
+    runs = []
+    for folder in folders:
+        if not reports.finished(folder):
+            print(f"left out, for it is no finished run: {folder}", file=sys.stderr)
+            continue
+        try:
+            runs.append(reports.read(folder))
+        except reports.DAMAGED as error:
+            reason = " ".join(str(error).split())
+            print(f"left out, for it cannot be read: {folder} ({reason})", file=sys.stderr)
     if not runs:
-        parser.error("none of the folders holds a finished run")
-    lines = grouped(runs)
-    print("\n".join(table(lines)))
-    if arguments.picture:
-        draw(lines, arguments.picture)
+        raise ConfigError("none of the folders holds a finished run")
+    return runs
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -72,16 +99,21 @@ def draw(lines: Mapping[str, Sequence[Run]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    labels = {label: textwrap.fill(label, _LONGEST_LABEL) for label in lines}
+    rows = sum(1 + label.count("\n") for label in labels.values())
+    figure, axes = pyplot.subplots(figsize=(7, 4 + 0.2 * rows), layout="constrained")
     for label, runs in lines.items():
         rounds = [record["round"] for record in runs[0].evaluated]
         curves = [[100 * record["test_accuracy"] for record in run.evaluated] for run in runs]
-        reports.band(axes, rounds, curves, label=label, marker=".")
+        reports.band(axes, rounds, curves, label=labels[label], marker=".")
     axes.set(xlabel="round", ylabel="test accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(title="mean, band from worst to best seed")
-    figure.savefig(path, dpi=150)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", title="mean, band from worst to best seed")
+    files.replace(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    pyplot.close(figure)
 
 
 def _median(runs: Sequence[Run], key: str) -> float:
