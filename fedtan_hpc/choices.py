@@ -127,6 +127,7 @@ class BackendName(Choice):
     auto = "auto"
     gloo = "gloo"
     nccl = "nccl"
+    mpi = "mpi"
 
 
 class ParticipationName(Choice):

@@ -28,7 +28,7 @@ from yaml import YAMLError
 from . import __version__, environment, manual
 from .checks import check
 from .config import Config
-from .errors import ConfigError, RunError, mistake
+from .errors import ConfigError, LauncherError, RunError, mistake
 from .explain import explain, unknown, unreadable
 
 _GRACE_SECONDS = 15.0
@@ -62,16 +62,17 @@ def exit_codes(program: str) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except ConfigError as error:
-        _leave(2, [f"{program}: {line}" for line in error.mistakes])
+        everyones = "torch" not in sys.modules or isinstance(error, LauncherError)
+        _leave(2, [f"{program}: {line}" for line in error.mistakes], everyones)
     except KeyboardInterrupt:
         if environment.rank_hint() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+        _exit(130)
     except BrokenPipeError:
-        os._exit(_NOBODY_READS)
+        _exit(_NOBODY_READS)
     except RunError as error:
         if isinstance(error.__cause__, BrokenPipeError):
-            os._exit(_NOBODY_READS)
+            _exit(_NOBODY_READS)
         if error.on_all_ranks:
             _leave(1, [f"{program}: {error}"])
         _fail(error.__cause__ or error, f"{program}: {error}")
@@ -181,17 +182,29 @@ def _fail(cause: BaseException, line: str) -> NoReturn:
     traceback.print_exception(cause)
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)
+    _exit(1)
 
 
-def _leave(code: int, lines: list[str]) -> NoReturn:
+def _leave(code: int, lines: list[str], everyones: bool = False) -> NoReturn:
     """Rank 0 speaks for all; the others give it time before they leave.
 
     Launchers end the other ranks as soon as one has failed, so a rank that left first could
-    silence rank 0.  A rank that is still alive after the wait has a trouble of its own to tell.
+    silence rank 0.  A rank that is still alive after the wait may have a trouble of its own to
+    tell, unless it is ``everyones``, as is what is wrong with the options before torch loads.
     """
     if environment.rank_hint() != 0:
-        time.sleep(_GRACE_SECONDS)
+        if not (everyones and environment.lets_others_live()):
+            time.sleep(_GRACE_SECONDS)
+        if everyones:
+            _exit(code)
     print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Out at once; under MPI with all other ranks, which would wait for this one for ever."""
+    comm = sys.modules.get(f"{__package__}.comm")  # not loaded before the options are checked
+    if comm is not None:
+        comm.end_job(code)
     os._exit(code)

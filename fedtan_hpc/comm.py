@@ -7,6 +7,9 @@ process group there is one client, and every sum over ranks is the value itself.
 from __future__ import annotations
 
 import itertools
+import os
+import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -54,9 +57,16 @@ _starts = itertools.count(1)
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> None:
     """Join the process group that the launcher's MASTER_ADDR and MASTER_PORT describe.
 
-    A process may start and stop several times, as a sweep does: each start has keys of its own in
-    the launcher's store, where the addresses of the last one still stand.
+    mpirun sets neither: over MPI (backend mpi) none is needed, and for the others rank 0 names a
+    place by MPI.  A process may start and stop several times, as a sweep does: each start has keys
+    of its own in the launcher's store, where the addresses of the last one still stand.
     """
+    if backend == "mpi":
+        _mpi().init_process_group()
+        return
+    if "MASTER_ADDR" not in os.environ:
+        place = _mpi().share(_free_place() if rank == 0 else None)
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place
     timeout = timedelta(seconds=timeout_seconds)
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     store = dist.PrefixStore(  # type: ignore[attr-defined]
@@ -65,10 +75,31 @@ def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> N
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
+def _mpi() -> Any:
+    """The module that loads MPI, which only jobs that need it do."""
+    from . import mpi
+
+    return mpi
+
+
+def _free_place() -> tuple[str, str]:
+    """An address of this host that others reach, and a port that is free."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    return socket.gethostbyname(socket.gethostname()), port
+
+
 def stop() -> None:
     """Leave the process group once all ranks are here."""
     barrier()
     dist.destroy_process_group()
+
+
+def end_job(code: int) -> None:
+    """End all processes of a job under MPI, which would hang on one that is gone."""
+    if mpi := sys.modules.get(f"{__package__}.mpi"):
+        mpi.abort(code)
 
 
 def is_started() -> bool:

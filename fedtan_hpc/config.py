@@ -187,7 +187,7 @@ class CommConfig:
     """Group ``comm``."""
 
     backend: BackendName = BackendName.auto
-    """Carrier of the collectives: auto is nccl with a GPU for each rank, else gloo."""
+    """Carrier of the collectives: auto is nccl with a GPU for each rank, mpi by mpirun, or gloo."""
     timeout_seconds: float = 300.0
     """Seconds after which a collective that a rank does not join fails."""
 

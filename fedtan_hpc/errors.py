@@ -9,6 +9,10 @@ class ConfigError(ValueError):
         self.mistakes = mistakes
 
 
+class LauncherError(ConfigError):
+    """A mistake in how the ranks were started, which each of them meets by itself."""
+
+
 class RunError(RuntimeError):
     """A failure in the middle of a run; the message names the round and the rank or client.
 

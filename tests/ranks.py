@@ -1,5 +1,8 @@
 """Run a function on several ranks: forked from a server that has torch loaded, over gloo.
 
+With the variable TEST_BACKEND=mpi mpiexec starts them, over MPI: so everything that is tested under
+the one is tested under the other.
+
 ``on_ranks(2, function, argument)`` calls ``function(argument)`` on 2 ranks that have a process
 group and returns the results by rank.  The ranks live on for the next call.  A rank that fails
 fails the test with its traceback; then its world is ended, and the next call starts a new one.
@@ -9,20 +12,25 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Connection, Listener, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from fedtan_hpc import comm, environment
 
 Result = TypeVar("Result")
 
@@ -40,7 +48,7 @@ def on_ranks(
     world_size: int, function: Callable[..., Result], *arguments: Any, seconds: float = 60
 ) -> list[Result]:
     """Results of ``function(*arguments)`` on each rank; ``function`` must be importable."""
-    world = _WORLDS.get(world_size) or World(world_size)
+    world = _WORLDS.get(world_size) or _world_of(world_size)
     _WORLDS[world_size] = world
     try:
         return world.call(function, arguments, seconds)
@@ -53,29 +61,71 @@ def on_ranks(
 class World:
     """Processes with a process group, each waiting for the next function."""
 
-    def __init__(self, size: int) -> None:
-        self._folder = tempfile.mkdtemp()
-        self._ranks = [
-            _start(rank, size, Path(self._folder) / "rendezvous") for rank in range(size)
-        ]
+    _connections: list[Connection]
 
     def call(self, function: Callable[..., Any], arguments: Any, seconds: float) -> list[Any]:
         """Send the function to all ranks and wait for all answers."""
-        return _collect(self._send(function, arguments), seconds)
-
-    def _send(self, function: Callable[..., Any], arguments: Any) -> list[Connection]:
         task = pickle.dumps((function, arguments))
-        for _, connection in self._ranks:
+        for connection in self._connections:
             connection.send_bytes(task)
-        return [connection for _, connection in self._ranks]
+        return _collect(self._connections, seconds)
 
     def end(self) -> None:
         """Kill the processes."""
-        for process, connection in self._ranks:
+        raise NotImplementedError
+
+
+class GlooWorld(World):
+    """Forked processes."""
+
+    def __init__(self, size: int) -> None:
+        self._folder = tempfile.mkdtemp()
+        store = Path(self._folder) / "rendezvous"
+        started = [_start(rank, size, store) for rank in range(size)]
+        self._processes = [process for process, _ in started]
+        self._connections = [connection for _, connection in started]
+
+    def end(self) -> None:
+        for process, connection in zip(self._processes, self._connections, strict=True):
             connection.close()
             process.kill()
             process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class MPIWorld(World):
+    """Processes of mpiexec, which call back and say who they are."""
+
+    def __init__(self, size: int) -> None:
+        with Listener(family="AF_UNIX") as listener:
+            words = [sys.executable, __file__, str(listener.address)]
+            self._launcher = subprocess.Popen(
+                [MPIEXEC, "-n", str(size), *words], env={**os.environ, **MPI_VARIABLES}
+            )
+            callers = [listener.accept() for _ in range(size)]
+        by_rank = sorted(((caller.recv(), caller) for caller in callers), key=lambda pair: pair[0])
+        self._connections = [caller for _, caller in by_rank]
+
+    def end(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        self._launcher.kill()
+        self._launcher.wait()
+
+
+MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
+MPI_VARIABLES = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+"""For Open MPI, which else minds root, and more ranks than cores."""
+
+
+def _world_of(size: int) -> World:
+    return MPIWorld(size) if os.environ.get("TEST_BACKEND") == "mpi" else GlooWorld(size)
 
 
 _WORLDS: dict[int, World] = {}
@@ -96,7 +146,6 @@ def _start(rank: int, size: int, store: Path) -> tuple[ForkServerProcess, Connec
 
 
 def _serve(rank: int, size: int, store: Path, caller: Connection) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
@@ -104,6 +153,20 @@ def _serve(rank: int, size: int, store: Path, caller: Connection) -> None:
         world_size=size,
         timeout=timedelta(seconds=30),
     )
+    _answer_calls(caller)
+
+
+def _serve_over_mpi(address: str) -> None:
+    place = environment.detect()
+    with Client(address, family="AF_UNIX") as caller:
+        caller.send(place.rank)
+        comm.start(place.rank, place.world_size, "mpi", 30)
+        _answer_calls(caller)
+    os._exit(0)  # MPI would wait for the others
+
+
+def _answer_calls(caller: Connection) -> None:
+    torch.set_num_threads(1)
     while True:
         try:
             function, arguments = pickle.loads(caller.recv_bytes())
@@ -139,3 +202,9 @@ def _answer(connection: Connection, rank: int) -> Any:
     if not good:
         raise RankFailed(f"rank {rank}:\n{value}")
     return value
+
+
+if __name__ == "__main__":
+    import ranks  # under its own name, for what is pickled
+
+    ranks._serve_over_mpi(sys.argv[1])
