@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import comm
-from .federation import BatchNormContext, Federation
+from . import comm, operator
+from .federation import BatchNormContext, Federation, LayerCall
 from .lockstep import Lockstep
 from .messages import merge
-from .normalise import Normalise
+from .normalise import Normalise, StackedNormalise
 
 _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -30,30 +30,42 @@ class FedTANBatchNorm(_BatchNorm):
     _kind: type[_BatchNorm] = nn.SyncBatchNorm
     """What the layer was before conversion: it says which inputs it takes."""
     _context: BatchNormContext | None = None
+    _has_context = False
+    """The same as a truth value: compiled code is made anew for every type that it looks at."""
     _index = 0
+    _number = -1
+    """By which the operator finds the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise per channel; returns the shape, dtype and memory format of ``x``."""
-        if self._context is None or not self.training:
+        if not self._has_context or not self.training:
             return super().forward(x)
-        return self._forward_in_context(x)  # type: ignore[no-any-return]
+        return self._forward_in_context(x)
 
-    # Not compiled: the collectives must run in eager order on every rank.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_in_context(self, x: Tensor) -> Tensor:
-        assert self._context is not None
         self._check_input_dim(x)
-        call = self._context.call(self._index, self._update_running_statistics)
-        y, _, _ = Normalise.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, self.eps, call
-        )
-        return y  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            y: Tensor
+            y, *_ = operator.apply(x, self.weight, self.bias, self.eps, self._number)
+            return y
+        assert self._context is not None
+        arguments = x, self.weight, self.bias, self.eps, self.next_call()
+        if self._context.is_stacked:
+            y, *_ = StackedNormalise.apply(*arguments)  # type: ignore[no-untyped-call]
+            return y
+        return Normalise.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+
+    def next_call(self) -> LayerCall:
+        """Begin the next use of the layer in its context."""
+        assert self._context is not None
+        return self._context.call(self._index, self._update_running_statistics)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made inside a context do not belong to it."""
         state = self.__dict__.copy()
-        state.pop("_context", None)
-        return state
+        for name in ("_context", "_number"):
+            state.pop(name, None)
+        return {**state, "_has_context": False}
 
     @torch.no_grad()
     def _update_running_statistics(self, mean_C: Tensor, variance_C: Tensor) -> None:
@@ -100,6 +112,7 @@ def convert_batchnorm(module: nn.Module) -> nn.Module:
             found.append(layer)
     for layer in found:
         layer.__dict__["_kind"] = type(layer)
+        layer.__dict__["_has_context"] = False
         layer.__class__ = FedTANBatchNorm
     return module
 
@@ -182,14 +195,18 @@ def _global_statistics(
 def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None]:
     """Let ``context`` provide the statistics of ``module``'s BN layers."""
     layers = list(batchnorm_layers(module).values())
-    before = [(layer._context, layer._index) for layer in layers]
+    before = []
     for index, layer in enumerate(layers):
-        layer._context, layer._index = context, index
+        if layer._number < 0:
+            layer._number = operator.register(layer)
+        before.append((layer._context, layer._index, operator.exchange_uses(layer._number, [])))
+        layer._context, layer._has_context, layer._index = context, True, index
     try:
         yield
     finally:
-        for layer, (outer, index) in zip(layers, before, strict=True):
-            layer._context, layer._index = outer, index
+        for layer, (outer, index, uses) in zip(layers, before, strict=True):
+            layer._context, layer._has_context, layer._index = outer, outer is not None, index
+            operator.exchange_uses(layer._number, uses)
 
 
 def batchnorm_layers(module: nn.Module) -> dict[str, FedTANBatchNorm]:

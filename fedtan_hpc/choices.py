@@ -138,9 +138,10 @@ class ParticipationName(Choice):
 
 
 class PrecisionName(Choice):
-    """Floating-point type of model and data."""
+    """Floating-point type of model and data, or of the large operations."""
 
     float32 = "float32"
+    bfloat16 = "bfloat16"
     float64 = "float64"
 
 

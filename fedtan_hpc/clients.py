@@ -65,6 +65,11 @@ class ClientStore:
         inputs = torch.zeros(1, *self._dataset.shape, dtype=self._dtype)
         return Samples(inputs, torch.zeros(1, dtype=torch.int64)).to(self._device)
 
+    def example(self, size: int) -> Samples:
+        """A batch of ``size`` as those of clients lie in memory; one sample over and over."""
+        few = self._take(self.parts[0][:2]).to(self._device)
+        return few[torch.zeros(size, dtype=torch.int64, device=self._device)]
+
     def label_mix(self, client: int) -> Tensor:
         """Share of each class in the client's training samples, (C,) in float64; they sum to 1."""
         labels = self._dataset.labels_N[self.parts[client]]

@@ -24,7 +24,7 @@ from .choices import CohortMode
 from .clients import Client
 from .config import CohortConfig
 from .data import Samples
-from .local_training import LocalRun, LocalTraining, Round, loss_of, set_training_mode
+from .local_training import LocalRun, LocalTraining, Round, set_training_mode
 from .memory import Budget
 from .parts import Selection, parts_of
 from .pooled_gradients import Momentum, pool_gradients
@@ -62,6 +62,7 @@ class Cohort:
         states: PrivateStates,
         server: Server,
         stacking: Stacking = Stacking.works,
+        compiles_synchronised: bool = False,
     ) -> None:
         self.model = model
         """The global model between rounds; also the first client's in a round.
@@ -71,9 +72,11 @@ class Cohort:
         self.states = states
         self._config = config
         self._budget = budget
-        self._training = training
+        self.training = training
         self._server = server
         self._stacking = stacking
+        self._compiles_synchronised = compiles_synchronised
+        """Whether every rank has one client in every round, with a whole batch."""
         self._stand_in = Client(0, 0.0, dummy)
         self._momentum = Momentum()
         self._parts = parts_of(model)
@@ -162,7 +165,7 @@ class Cohort:
         for _ in range(now.plan.synchronised_steps):
             stack.synchronised_step(now.plan.pooled_gradients)
         if self._stacks_all:
-            for _ in range(self._training.local_steps - now.plan.synchronised_steps):
+            for _ in range(self.training.local_steps - now.plan.synchronised_steps):
                 stack.local_step(self._config.max_stacked)
         losses = []
         for lane in range(len(clients)):
@@ -189,10 +192,10 @@ class Cohort:
     def _synchronised_step(self, runs: Sequence[LocalRun], pooled: bool) -> None:
         """Of all clients together; a stand-in's steps count for nothing unless all are the same."""
         models, weights = [run.model for run in runs], [run.client.weight for run in runs]
-        losses = [run.loss for run in runs]
+        losses = [partial(run.loss, eager=not self._compiles_synchronised) for run in runs]
         if runs[0].client is self._stand_in:
             models[0].zero_grad()
-            losses = [partial(loss_of, models[0], self._stand_in.samples)]
+            losses = [partial(self.training.loss, models[0], self._stand_in.samples, eager=True)]
         values = federated_backward(models, losses, weights)
         if pooled:
             pool_gradients(models, weights)
@@ -215,7 +218,7 @@ class Cohort:
         return losses
 
     def _start(self, model: nn.Module, client: Client, now: Round) -> LocalRun:
-        run = self._training.start(model, client, now)
+        run = self.training.start(model, client, now)
         self._momentum.give_to(run, now.plan)
         return run
 

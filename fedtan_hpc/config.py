@@ -243,7 +243,11 @@ class Config:
     device: DeviceName = DeviceName.auto
     """Where ranks compute: auto is cuda where there is one, else cpu."""
     precision: PrecisionName = PrecisionName.float32
-    """Floating-point type of model and data; float64 is for exact comparisons."""
+    """float64: exact comparisons; bfloat16: training's large operations alone, by autocast."""
+    compile: bool = False
+    """Compile training steps (torch.compile); if a rank cannot, all go on eagerly, and say so."""
+    channels_last: bool = True
+    """Keep images channels last in convolutions, which is faster; not in float64."""
     threads: int = 1
     """CPU threads of a rank."""
     run_dir: str | None = None

@@ -49,6 +49,10 @@ class LayerCall(Protocol):
 class BatchNormContext(Protocol):
     """What a layer finds in itself while it is not ordinary local BN."""
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether layers run under ``torch.func.vmap``, with all clients of a stack at once."""
+
     def call(self, index: int, update: Update) -> LayerCall:
         """The next use of layer ``index``, whose own statistics ``update`` moves."""
 
@@ -72,7 +76,7 @@ class GlobalCall:
         Moves the running statistics too: this is the one place that all ways of running a layer
         pass exactly once, outside of any tracing.
         """
-        tag, shares = 2 * self.number, Shares(self.federation.weights, counts)
+        tag, shares = 2 * self.number, self.federation.shares(counts)
         message = messages.pack_moments(tag, shares, mean_KC, variance_KC)
         moments = messages.unpack_moments(self._send(message, tag, messages.check_moments))
         self._move_running_statistics(moments)
@@ -80,7 +84,7 @@ class GlobalCall:
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
         """One collective: the clients' two sums per channel in, sum_k p_k sums_k out; float64."""
-        tag, shares = 2 * self.number + 1, Shares(self.federation.weights, counts)
+        tag, shares = 2 * self.number + 1, self.federation.shares(counts)
         message = messages.pack_derivatives(tag, shares, sums_K2C)
         return messages.unpack_derivatives(self._send(message, tag, messages.check_derivatives))
 
@@ -117,9 +121,11 @@ class Federation:
     """Real samples of each client of a padded stack."""
     updates: Sequence[Update] | None = None
     """By layer, in place of the layers' own: a stack keeps running statistics for each client."""
+    is_stacked: bool = False
     is_open: bool = True
     _calls: list[int] = field(default_factory=list)
     _unverified: list[Callable[[], None]] = field(default_factory=list)
+    _shares: dict[tuple[int, ...], Shares] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._calls = [0] * len(self.layers)
@@ -129,6 +135,13 @@ class Federation:
         if self.lockstep is None:
             return comm.sum_for_training(message, self.group)
         return self.lockstep.meet(message)
+
+    def shares(self, counts: Sequence[int]) -> Shares:
+        """What the clients contribute with so many values per channel each."""
+        key = tuple(counts)
+        if key not in self._shares:
+            self._shares[key] = Shares(self.weights, key)
+        return self._shares[key]
 
     def call(self, index: int, update: Update) -> LayerCall:
         """The next call of layer ``index``.

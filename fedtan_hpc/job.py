@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ def _train(
     parameters = models.parameter_count(trainer.model)
     seconds = startup, time.perf_counter() - started
     summary = _summarise(config, info, place, records, folder, parameters, seconds)
+    compiling = trainer.cohort.training.loss.compile_seconds
+    summary = replace(summary, compile_seconds=compiling)
     _save(trainer, folder)
     if info.rank == 0:
         run_folder.finish(folder, summary)

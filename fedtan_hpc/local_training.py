@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from . import streams
+from . import sgd, streams
 from .algorithms import Normaliser, Plan
 from .augment import Augmentation, Decisions
 from .batchnorm import batchnorm_layers
 from .choices import SamplingName
 from .clients import Client
 from .data import Samples, batch_indices
+from .loss import Loss
 from .running import held
 
 
@@ -41,16 +41,12 @@ class LocalTraining:
     proximal_mu: float = 0.0
     sampling: SamplingName = SamplingName.shuffled
     augmentation: Augmentation | None = None
+    loss: Loss = field(default_factory=Loss)
 
     def start(self, model: nn.Module, client: Client, now: Round) -> LocalRun:
         """Make ready to train ``model`` in place on the client's batches of this round."""
         set_training_mode(model, now.plan)
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=now.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
+        optimizer = sgd.sgd(model.parameters(), now.learning_rate, self.momentum, self.weight_decay)
         running = now.plan.normaliser is Normaliser.running
         batches_EB = self._batches(client, now.number)
         rng = streams.generator(streams.LAYERS, self.seed, client.number, now.number)
@@ -63,6 +59,7 @@ class LocalTraining:
             batches_EB=batches_EB,
             decisions=self._decisions(client, now.number, batches_EB),
             seeds=rng.integers(2**63, size=self.local_steps).tolist(),
+            loss_function=self.loss,
         )
 
     def _batches(self, client: Client, round_number: int) -> Tensor:
@@ -100,15 +97,16 @@ class LocalRun:
     decisions: Decisions | None
     seeds: Sequence[int]
     """For layers that draw at random, such as dropout, by step."""
+    loss_function: Loss
     losses: list[Tensor] = field(default_factory=list)
     """Of the steps taken."""
 
-    def loss(self) -> Tensor:
+    def loss(self, eager: bool = False) -> Tensor:
         """The loss F_k of the next step's batch, 0-d; clears the gradients first."""
         self.optimizer.zero_grad()
         batch = self.next_batch()
         self.seed_layers()
-        return loss_of(self.model, batch)
+        return self.loss_function(self.model, batch, eager)
 
     def seed_layers(self) -> None:
         """What layers draw at random in the next step depends on (seed, client, round, step)."""
@@ -134,7 +132,7 @@ class LocalRun:
             if value.grad is None and value.requires_grad:
                 value.grad = torch.zeros_like(value)
         self.pull.add_to_gradients()
-        self.optimizer.step()
+        sgd.step(self.optimizer)
         self.losses.append(loss.detach())
 
     def finish(self) -> Tensor:
@@ -172,8 +170,3 @@ def set_training_mode(model: nn.Module, plan: Plan) -> None:
     if plan.normaliser is Normaliser.frozen:
         for layer in batchnorm_layers(model).values():
             layer.eval()
-
-
-def loss_of(model: nn.Module, batch: Samples) -> Tensor:
-    """Mean cross-entropy of ``model`` on ``batch``."""
-    return cross_entropy(model(batch.inputs), batch.labels)

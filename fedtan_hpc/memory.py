@@ -13,7 +13,8 @@ from . import comm
 from .average import model_tensors
 from .data import Samples
 from .errors import RunError
-from .local_training import LocalTraining, loss_of
+from .local_training import LocalTraining
+from .loss import loss_of
 
 _PASSING = 1.6
 """What a pass takes in all over what it keeps: stacked ResNet-20 on a CPU, measured."""

@@ -16,8 +16,10 @@ Shapes: K clients of one message, C channels.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -43,12 +45,12 @@ class Shares:
     weights: Sequence[float]
     counts: Sequence[int]
 
-    @property
+    @cached_property
     def bad_weights(self) -> int:
         """How many are negative or not finite."""
         return sum(not _is_valid(weight) for weight in self.weights)
 
-    @property
+    @cached_property
     def empty_batches(self) -> int:
         """How many clients count, and yet bring nothing."""
         return sum(
@@ -56,13 +58,23 @@ class Shares:
             for weight, count in zip(self.weights, self.counts, strict=True)
         )
 
-    @property
+    @cached_property
     def taking_part(self) -> list[bool]:
         """A valid weight above 0 and a batch that is not empty."""
         return [
             _is_valid(weight) and weight > 0 and count > 0
             for weight, count in zip(self.weights, self.counts, strict=True)
         ]
+
+    @cached_property
+    def counted_weights(self) -> list[float]:
+        """p_k, or 0 for a client that does not take part."""
+        return [p if part else 0.0 for p, part in zip(self.weights, self.taking_part, strict=True)]
+
+    @cached_property
+    def values(self) -> int:
+        """Values per channel of the clients that take part."""
+        return sum(n for n, part in zip(self.counts, self.taking_part, strict=True) if part)
 
 
 def _is_valid(weight: float) -> bool:
@@ -86,41 +98,31 @@ def pack_moments(tag: int, shares: Shares, mean_KC: Tensor, variance_KC: Tensor)
     adds zeros whatever they are.
     """
     clients = len(shares.weights)
-    part_K1, p_K1 = _weights(shares, mean_KC.device)
-    p = _split(p_K1)
     mean = _split(mean_KC.reshape(clients, -1).double())
-    square_high, square_low = _multiply(mean, mean)
+    highs, lows = zip(*map(_split_number, shares.counted_weights), strict=True)
+    p = _factors(highs, mean[0]), _factors(lows, mean[0])
+    square_high, square_low = _square(mean)
     first = _multiply(p, mean)
     second = _multiply(p, (square_high, square_low + variance_KC.reshape(clients, -1)))
-    counts = [n for n, part in zip(shares.counts, shares.taking_part, strict=True) if part]
-    numbers = [tag, tag * tag, shares.bad_weights, shares.empty_batches, sum(counts)]
-    header = p_K1.new_tensor(numbers)
-    halves = torch.stack([p[0].sum(), p[1].sum()])
-    bodies = [value.masked_fill(~part_K1, 0.0).sum(0) for value in (*first, *second)]
-    return torch.cat([header, halves, *bodies])
-
-
-def _weights(shares: Shares, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Who takes part, bool, and p_k or 0, float64; both (K, 1)."""
-    part = shares.taking_part
-    weights = [p if takes else 0.0 for p, takes in zip(shares.weights, part, strict=True)]
-    part_K1 = torch.tensor(part, device=device).unsqueeze(1)
-    return part_K1, torch.tensor(weights, dtype=torch.float64, device=device).unsqueeze(1)
+    numbers = [tag, tag * tag, shares.bad_weights, shares.empty_batches, shares.values]
+    header = mean[0].new_tensor([*numbers, sum(highs), sum(lows)])
+    bodies = _over_clients(torch.stack([*first, *second]), shares)
+    return torch.cat([header, bodies.flatten()])
 
 
 def unpack_moments(message: Tensor) -> GlobalMoments:
     """Global mean sum p m and variance sum p (v + (m - mean)^2) from the summed message."""
     header, body = message[:_HEADER], message[_HEADER:]
     total = _split(header[5], header[6])
-    first_high, first_low, second_high, second_low = body.view(4, -1)
-    first = _split(first_high, first_low)
-    second = _split(second_high, second_low)
-    a_high, a_low = _multiply(second, total)
-    b_high, b_low = _multiply(first, first)
+    halves_22C = body.view(2, 2, -1)
+    high_2C, low_2C = _split(halves_22C[:, 0], halves_22C[:, 1])
+    first, second = (high_2C[0], low_2C[0]), (high_2C[1], low_2C[1])
+    a_high, a_low = _multiply(total, second)
+    b_high, b_low = _square(first)
     weights = header[5] + header[6]
     difference = (a_high - b_high) + (a_low - b_low)
     return GlobalMoments(
-        mean_C=(first_high + first_low) / weights,
+        mean_C=(first[0] + first[1]) / weights,
         variance_C=(difference / weights.square()).clamp_min(0.0),
         count=header[4],
     )
@@ -128,10 +130,22 @@ def unpack_moments(message: Tensor) -> GlobalMoments:
 
 def pack_derivatives(tag: int, shares: Shares, sums_K2C: Tensor) -> Tensor:
     """The backward message: tag, then p times the two sums per channel; (2 + 2C,) float64."""
-    part_K1, p_K1 = _weights(shares, sums_K2C.device)
-    weighted = sums_K2C.reshape(len(shares.weights), -1).double() * p_K1
-    header = p_K1.new_tensor([tag, tag * tag])
-    return torch.cat([header, weighted.masked_fill(~part_K1, 0.0).sum(0)])
+    sums = sums_K2C.reshape(len(shares.weights), -1).double()
+    weighted = sums * _factors(shares.counted_weights, sums)
+    return torch.cat([sums.new_tensor([tag, tag * tag]), _over_clients(weighted, shares)])
+
+
+def _factors(numbers: Sequence[float], like: Tensor) -> Tensor | float:
+    """One for each client: (K, 1), or a number, which is quicker to multiply by."""
+    return numbers[0] if len(numbers) == 1 else like.new_tensor(numbers).unsqueeze(1)
+
+
+def _over_clients(values: Tensor, shares: Shares) -> Tensor:
+    """Sums (..., C) of (..., K, C) over the clients that take part."""
+    if not all(shares.taking_part):  # zeros, whatever they are
+        out = [not part for part in shares.taking_part]
+        values = values.masked_fill(torch.tensor(out, device=values.device).unsqueeze(1), 0.0)
+    return values.squeeze(-2) if len(shares.weights) == 1 else values.sum(-2)
 
 
 def unpack_derivatives(message: Tensor) -> Tensor:
@@ -177,13 +191,26 @@ def _check_tags(tags: float, squares: float, tag: int, ranks: int) -> None:
         raise RuntimeError(_MIXED)
 
 
-def _split(value: Tensor, low: Tensor | float = 0.0) -> Halves:
+def _split_number(value: float) -> tuple[float, float]:
+    """``_split`` of a number."""
+    [high] = struct.unpack("f", struct.pack("f", value))
+    return high, value - high
+
+
+def _split(value: Tensor, low: Tensor | None = None) -> Halves:
     """``value + low`` as a high half of float32's width and the rest."""
     high = value.float().double()
-    return high, (value - high) + low
+    rest = value - high
+    return high, rest if low is None else rest + low
 
 
-def _multiply(a: Halves, b: Halves) -> Halves:
-    """The product in halves; only the product of the two low halves is rounded at their scale."""
-    high, rest = _split(a[0] * b[0])
-    return high, rest + (a[0] * b[1] + a[1] * b[0] + a[1] * b[1])
+def _multiply(a: tuple[Tensor | float, Tensor | float], b: Halves) -> Halves:
+    """The product in halves; only the products with low halves are rounded, at their scale."""
+    high, rest = _split(b[0] * a[0])
+    return high, rest + (b[1] * a[0] + (b[0] + b[1]) * a[1])
+
+
+def _square(a: Halves) -> Halves:
+    """The same of ``a`` with itself."""
+    high, rest = _split(a[0].square())
+    return high, torch.addcmul(rest, a[1], torch.add(a[1], a[0], alpha=2))

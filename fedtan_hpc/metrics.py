@@ -81,6 +81,8 @@ class Summary:
     clients_own_mix_accuracy_mean: float | None = None
     clients_own_mix_accuracy_spread: float | None = None
     """These six as in the last line of ``rounds.jsonl``."""
+    compile_seconds: float = 0.0
+    """Of ``startup_seconds``, those for compiling the training step; 0 if it runs eagerly."""
 
 
 class NullLog:

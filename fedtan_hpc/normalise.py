@@ -25,21 +25,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .federation import LayerCall
 from .moments import local_moments, local_sums, statistics_dtype
 
 
 class Normalise(torch.autograd.Function):
-    """y = gamma (x - mean) / sqrt(variance + eps) + beta; also returns the moments."""
+    """y = gamma (x - mean) / sqrt(variance + eps) + beta of one client."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        call: LayerCall,
+    ) -> Tensor:
+        """Return y; the input and the moments are kept, and nothing else of the input's size."""
+        y, mean_C, variance_C = normalise(x, gamma, beta, eps, call)
+        ctx.save_for_backward(x, gamma, mean_C, variance_C)
+        ctx.eps, ctx.call = eps, call
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Derivatives of x, gamma and beta; always one collective, on every rank."""
+        x, gamma, *moments = ctx.saved_tensors
+        needs_dx = ctx.needs_input_grad[0]
+        dx, dgamma, dbeta = derivatives(g, x, gamma, moments, ctx.eps, ctx.call, needs_dx)
+        own = (None, None) if gamma is None else (dgamma, dbeta)
+        return dx if needs_dx else None, *own, None, None
+
+
+class StackedNormalise(torch.autograd.Function):
+    """The same of clients under ``torch.func.vmap``; also returns the moments."""
 
     @staticmethod
     def forward(
         x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, call: LayerCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return y, and in float64 the shared mean_C and variance_C (biased)."""
-        return _normalise(x, gamma, beta, eps, call, clients=1)
+        return normalise(x, gamma, beta, eps, call)
 
     @staticmethod
     def setup_context(
@@ -77,7 +106,7 @@ class Normalise(torch.autograd.Function):
         folded = _fold(x, in_dims[0], clients)
         gammas = _fold_parameter(gamma, in_dims[1], clients)
         betas = _fold_parameter(beta, in_dims[2], clients)
-        y, mean_C, variance_C = _normalise(folded, gammas, betas, eps, call, clients)
+        y, mean_C, variance_C = normalise(folded, gammas, betas, eps, call, clients)
         own = None if mean_C.dim() == 1 else 0
         return (y.unflatten(1, (clients, -1)), mean_C, variance_C), (1, own, own)
 
@@ -97,9 +126,7 @@ class NormaliseBackward(torch.autograd.Function):
         needs_dx: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dx (empty unless needed), dgamma and dbeta, both (C,)."""
-        moments = mean_C, variance_C
-        dx, dgamma_KC, dbeta_KC = _derivatives(g, x, gamma, moments, eps, call, needs_dx, 1)
-        return dx, dgamma_KC[0], dbeta_KC[0]
+        return derivatives(g, x, gamma, (mean_C, variance_C), eps, call, needs_dx)
 
     @staticmethod
     def setup_context(
@@ -137,14 +164,15 @@ class NormaliseBackward(torch.autograd.Function):
         return (dx, dgamma_KC, dbeta_KC), (1 if needs_dx else 0, 0, 0)
 
 
-def _normalise(
+def normalise(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
     call: LayerCall,
-    clients: int,
+    clients: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y like x, and in float64 the moments that ``call`` shares; one collective."""
     counts = _counts(x, call, clients)
     moments = local_moments(x, call.mask_KN, clients, counts)
     mean_C, variance_C = call.share_moments(counts, *moments)
@@ -163,11 +191,25 @@ def _normalise(
     return y, mean_C, variance_C
 
 
+def derivatives(
+    g: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    moments: Sequence[Tensor],
+    eps: float,
+    call: LayerCall,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx like x, or empty; dgamma and dbeta, (C,) in gamma's dtype; one collective."""
+    dx, dgamma_KC, dbeta_KC = _derivatives(g, x, gamma, moments, eps, call, needs_dx, 1)
+    return dx, dgamma_KC[0], dbeta_KC[0]
+
+
 def _derivatives(
     g: Tensor,
     x: Tensor,
     gamma: Tensor | None,
-    moments: tuple[Tensor, Tensor],
+    moments: Sequence[Tensor],
     eps: float,
     call: LayerCall,
     needs_dx: bool,
@@ -216,7 +258,7 @@ def _input_derivative(
 
 def _counts(x: Tensor, call: LayerCall, clients: int) -> Sequence[int]:
     """Values per channel of each client, padding apart."""
-    per_sample = x[:1, :1].numel() if len(x) else 0
+    per_sample = x.shape[2:].numel()
     if call.mask_KN is None:
         return [len(x) * per_sample] * clients
     return [size * per_sample for size in call.sizes]
@@ -238,6 +280,8 @@ def _fold_parameter(value: Tensor | None, dim: int | None, clients: int) -> Tens
 
 def _per_channel(moment: Tensor, clients: int) -> Tensor:
     """(K C,) from a global moment (C,), or from the clients' own (K, C)."""
+    if clients == 1:
+        return moment.view(-1)
     return moment.repeat(clients) if moment.dim() == 1 else moment.flatten()
 
 

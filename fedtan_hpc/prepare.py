@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import comm, data, models, partition, stacked
-from .algorithms import ALGORITHMS, Normaliser, Part
+from . import comm, compilation, data, models, partition, stacked
+from .algorithms import ALGORITHMS, Normaliser, Part, plan
 from .augment import augmentation_of
 from .average import model_tensors
 from .batchnorm import convert_batchnorm
@@ -17,6 +17,7 @@ from .config import Config
 from .device import Place
 from .judge import Judge
 from .local_training import LocalTraining
+from .loss import Loss
 from .memory import Budget
 from .norms import with_norm_of
 from .parts import Selection
@@ -26,7 +27,12 @@ from .server import Server
 from .shift import shift_of
 from .trainer import Trainer
 
-DTYPES = {PrecisionName.float32: torch.float32, PrecisionName.float64: torch.float64}
+DTYPES = {
+    PrecisionName.float32: torch.float32,
+    PrecisionName.bfloat16: torch.float32,
+    PrecisionName.float64: torch.float64,
+}
+"""Of model and data; with bfloat16 autocast has the rest."""
 
 
 def prepare(config: Config, place: Place, ranks_here: int = 1) -> Trainer:
@@ -37,15 +43,32 @@ def prepare(config: Config, place: Place, ranks_here: int = 1) -> Trainer:
     dtype = DTYPES[config.precision]
     dataset = data.load(config.data, config.seed)
     store = _store(config, dataset, place.device, dtype)
-    model = _model(config, dataset).to(place.device, dtype)
+    model = network(config, dataset.shape, dataset.classes).to(place.device, dtype)
     comm.broadcast_tensors(model_tensors(model))
-    cohort = host(config, model, store.dummy(), ranks_here)
+    example = store.example(config.batch_size)
+    cohort = host(config, model, store.dummy(), ranks_here, _one_each(config, store), example)
     judge = Judge(model, dataset, store, cohort.states, config)
     return Trainer(config=config, store=store, cohort=cohort, judge=judge)
 
 
-def host(config: Config, model: nn.Module, dummy: data.Samples, ranks_here: int = 1) -> Cohort:
-    """The part of a rank that trains ``model`` with its clients; ``dummy`` is a single sample."""
+def host(
+    config: Config,
+    model: nn.Module,
+    dummy: data.Samples,
+    ranks_here: int = 1,
+    one_each: bool = False,
+    example: data.Samples | None = None,
+) -> Cohort:
+    """The part of a rank that trains ``model`` with its clients; ``dummy`` is a single sample.
+
+    ``one_each``: every rank has one client in every round, and whole batches.  Steps are compiled
+    for batches like ``example``.
+    """
+    loss = Loss(mixed=config.precision is PrecisionName.bfloat16)
+    if config.compile:
+        assert example is not None, "steps are compiled for batches like an example"
+        synchronised = one_each and plan(config, 1).synchronised_steps > 0
+        loss = compilation.compiled(loss, model, example, synchronised)
     training = LocalTraining(
         local_steps=config.local_steps,
         batch_size=config.batch_size,
@@ -55,6 +78,7 @@ def host(config: Config, model: nn.Module, dummy: data.Samples, ranks_here: int 
         proximal_mu=config.client.proximal_mu,
         sampling=config.sampling,
         augmentation=augmentation_of(config.data),
+        loss=loss,
     )
     private = ALGORITHMS[config.algorithm.name].private
     budget = Budget(model, dummy, training, ranks_here)
@@ -62,7 +86,13 @@ def host(config: Config, model: nn.Module, dummy: data.Samples, ranks_here: int 
     shared = Selection(model, set(Part) - {Part.statistics, Part.buffers} - private)
     server = Server(config.server, shared)
     stacking = _stacking(config, model, dummy)
-    return Cohort(model, training, dummy, config.cohort, budget, states, server, stacking)
+    return Cohort(model, training, dummy, config.cohort, budget, states, server, stacking, one_each)
+
+
+def _one_each(config: Config, store: ClientStore) -> bool:
+    """Known to every rank alike: compiled and eager ranks must not meet in a step."""
+    drawn = config.clients_per_round or config.clients
+    return drawn == comm.world_size() and min(store.sizes) >= config.batch_size
 
 
 def _stacking(config: Config, model: nn.Module, dummy: data.Samples) -> Stacking:
@@ -84,11 +114,13 @@ def _store(
     return ClientStore(dataset, held, device, dtype, shift, config.seed)
 
 
-def _model(config: Config, dataset: data.Dataset) -> nn.Module:
-    """The network with the normalization layers of the algorithm."""
+def network(config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The network for samples of ``shape``, with the normalization layers of the algorithm."""
     algorithm = ALGORITHMS[config.algorithm.name]
-    model = models.build(config.model, dataset.shape, dataset.classes, config.seed)
+    model = models.build(config.model, shape, classes, config.seed)
     model = convert_batchnorm(with_norm_of(config, model))
     if algorithm.normaliser is Normaliser.running:
         model = normalise_by_running(model, algorithm.mixes)
+    if config.channels_last and config.precision is not PrecisionName.float64:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

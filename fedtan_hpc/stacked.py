@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
+from . import sgd
 from .batchnorm import FedTANBatchNorm, batchnorm_layers, normalised_by
 from .federation import Federation, LayerCall, Update
 from .local_training import LocalRun, Pull
 from .pooled_gradients import mean_over_ranks
+
+_PLAIN = torch.contiguous_format
+"""Of a stack's parameters: vmap has no quick way for images that are channels last."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Stack:
         self._runs = runs
         clients = len(runs)
         self._values = {
-            name: value.detach().expand(clients, *value.shape).clone()
+            name: value.detach().expand(clients, *value.shape).clone(memory_format=_PLAIN)
             for name, value in _trained(model)
         }
         self._optimizer = _optimizer_like(runs[0], self._values)
@@ -81,6 +85,7 @@ class Stack:
             mask_KN=batch.mask,
             sizes=batch.sizes,
             updates=[running.move for running in self._running],
+            is_stacked=True,
         )
         with normalised_by(self._model, federation):
             gradients, losses = self._gradients(self._values, batch)
@@ -139,7 +144,8 @@ class Stack:
             return (cross_entropy(scores, y, reduction="none") * real).sum() / real.sum()
 
         step = vmap(grad_and_value(loss), randomness="different")
-        gradients, losses = step(values, batch.inputs, batch.labels, mask)
+        with self._runs[0].loss_function.precision(batch.inputs.device):
+            gradients, losses = step(values, batch.inputs, batch.labels, mask)
         return gradients, losses
 
     def _pool(self, gradients: dict[str, Tensor]) -> None:
@@ -158,7 +164,7 @@ class Stack:
         if self._pull is None:  # nothing has moved yet
             self._pull = Pull(list(self._values.values()), self._runs[0].pull.mu)
         self._pull.add_to_gradients()
-        self._optimizer.step()
+        sgd.step(self._optimizer)
         self._optimizer.zero_grad()
         losses = torch.cat([losses for _, losses in found])
         for run, loss in zip(self._runs, losses.detach(), strict=True):
@@ -241,6 +247,7 @@ class Apart:
     lanes: slice
     mask_KN: Tensor | None
     sizes: Sequence[int]
+    is_stacked = True
 
     def call(self, index: int, update: Update) -> LayerCall:
         """A use of a layer; the stack's running statistics move, not the layer's own."""
@@ -279,12 +286,7 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD:
     """SGD with the settings and the momentum of ``run``, for a stack of such clients."""
     group = run.optimizer.param_groups[0]
-    optimizer = torch.optim.SGD(
-        values.values(),
-        lr=group["lr"],
-        momentum=group["momentum"],
-        weight_decay=group["weight_decay"],
-    )
+    optimizer = sgd.sgd(values.values(), group["lr"], group["momentum"], group["weight_decay"])
     for name, parameter in _trained(run.model):
         momentum = run.optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:

@@ -174,6 +174,7 @@ def mpirun(number: int, *words: str, cwd: Path) -> subprocess.CompletedProcess[s
 SHORT = ("clients=3", "rounds=2", "local_steps=1", "run_dir=here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mpi", "gloo"])
 def test_mpirun_starts_a_job(backend: str, tmp_path: Path) -> None:
     """With the result of a single process, but for rounding."""
@@ -189,6 +190,7 @@ def test_mpirun_starts_a_job(backend: str, tmp_path: Path) -> None:
     assert found["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_loop_of_ones_own_runs_over_it(tmp_path: Path) -> None:
     readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
     loop = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)[0]
@@ -216,6 +218,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_whole_job(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULT)
     done = mpirun(2, "faulty.py", *SHORT, cwd=tmp_path)

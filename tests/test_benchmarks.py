@@ -1,0 +1,54 @@
+"""The benchmarks print what they measured, for all variants that they are asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import commands
+import pytest
+
+TINY = ("model=mlp", "data.shape=[1,4,4]", "local_steps=2", "batch_size=4", "repeats=1")
+
+
+def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
+    tool = str(commands.ROOT / "tools" / "bench_round.py")
+    done = commands.forked("torchrun", "--nproc-per-node", "2", tool, *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["variant"] for row in found["results"]] == ["plain", "local", "fedavg", "fedtan"]
+    for row in found["results"]:
+        assert row["round_ms"] > 0
+        assert len(row["all_ms"]) == 1
+        assert row["backend"] == "gloo"
+    assert (found["setting"]["ranks"], found["setting"]["model"]) == (2, "mlp")
+    assert "| fedtan | gloo | false |" in done.stderr
+
+
+def test_sums_of_every_size_are_timed(tmp_path: Path) -> None:
+    tool = str(commands.ROOT / "tools" / "bench_allreduce.py")
+    words = ("torchrun", "--nproc-per-node", "2", tool, "values=[1,64]", "repeats=2")
+    done = commands.forked(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert [row["bytes"] for row in results] == [8, 512]
+    for row in results:
+        assert row["latency_us"] > 0
+        assert len(row["all_us"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("tool", "word"),
+    [
+        ("bench_round.py", "backends=[tcp]"),
+        ("bench_round.py", "repeats=0"),
+        ("bench_round.py", "rounds=0"),
+        ("bench_allreduce.py", "values=[0]"),
+        ("bench_allreduce.py", "repeats=many"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tool: str, word: str, tmp_path: Path) -> None:
+    done = commands.forked("python", str(commands.ROOT / "tools" / tool), word, cwd=tmp_path)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert word.partition("=")[0] in line

@@ -1,0 +1,125 @@
+"""Latency and bandwidth of the sum over ranks, by size and carrier.
+
+    mpirun -n 2 python tools/bench_allreduce.py backends=[mpi,gloo]
+    torchrun --nproc-per-node 2 tools/bench_allreduce.py
+    torchrun --nproc-per-node 1 tools/bench_allreduce.py device=cuda
+
+backends=[...]  carriers (default: that of the launcher)
+values=[...]    sizes of the messages, in float64 values (default [1,64,1024,16384,262144,1048576])
+repeats=N       blocks of each size that count, carriers alternating (default 5)
+
+All other words are options of the job (device, threads, comm.timeout_seconds).  A block is as many
+sums as take some 50 ms.  Prints JSON, and a table on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import benchmarks
+import overrides
+
+from fedtan_hpc import cli, environment
+from fedtan_hpc.checks import check
+from fedtan_hpc.config import Config
+from fedtan_hpc.errors import ConfigError, mistake
+
+OWN = ("backends", "values", "repeats")
+_BLOCK_SECONDS = 0.05
+
+
+def main() -> None:
+    """Time all carriers and sizes, and print."""
+    with cli.exit_codes("bench_allreduce"):
+        words = sys.argv[1:]
+        first = environment.rank_hint() == 0
+        if {"--help", "-h"} & set(words):
+            print(__doc__.strip() if first else "", end="\n" if first else "")
+            return
+        own, job = overrides.split(words, OWN)
+        config = overrides.composed(job)
+        check(config)
+        values = overrides.values(
+            own.get("values", "values=[1,64,1024,16384,262144,1048576]"), "[64,1024]"
+        )
+        if wrong := [size for size in values if not isinstance(size, int) or size < 1]:
+            allowed = "whole numbers >= 1"
+            raise ConfigError(mistake("values", wrong[0], allowed, "for example values=[64]"))
+        repeats = benchmarks.repeats(own, 5)
+        results = measure(config, benchmarks.backends(own), values, repeats)
+        if first:
+            show(results)
+            setting = benchmarks.setting(config, repeats=repeats)
+            print(json.dumps({"setting": setting, "results": results}))
+
+
+def measure(
+    config: Config, backends: Sequence[str], sizes: Sequence[int], repeats: int
+) -> list[dict[str, Any]]:
+    """Microseconds of a sum of each size over each carrier, the slowest rank's."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for repeat in range(repeats + 1):  # the first warms up
+        for carrier in benchmarks.carriers(config, backends):
+            with carrier.started(config):
+                for size in sizes:
+                    took = _block(size, carrier.device)
+                    if repeat:
+                        found.setdefault((carrier.backend, size), []).append(took)
+        benchmarks.tell(repeat, repeats)
+    return [_result(backend, size, times) for (backend, size), times in found.items()]
+
+
+def _block(size: int, device: Any) -> float:
+    """Seconds of one sum, from a block of several."""
+    import torch
+
+    message = torch.ones(size, dtype=torch.float64, device=device)
+    _sums(message, 3)
+    estimate = max(_sums(message, 3), 1e-6)
+    return _sums(message, max(3, int(_BLOCK_SECONDS / estimate)))
+
+
+def _sums(message: Any, number: int) -> float:
+    """Seconds of one of ``number`` sums, the slowest rank's."""
+    import torch
+
+    from fedtan_hpc import comm
+
+    comm.barrier()
+    start = time.perf_counter()
+    for _ in range(number):
+        comm.sum_over_ranks(message)
+        message.fill_(1.0)
+    if message.is_cuda:
+        torch.cuda.synchronize()
+    took = torch.tensor((time.perf_counter() - start) / number, dtype=torch.float64)
+    return float(comm.max_over_ranks(took.to(message.device)))
+
+
+def _result(backend: str, size: int, times: list[float]) -> dict[str, Any]:
+    median = statistics.median(times)
+    return {
+        "backend": backend,
+        "bytes": 8 * size,
+        "latency_us": 1e6 * median,
+        "bandwidth_MB_s": 8 * size / median / 1e6,
+        "all_us": [1e6 * t for t in times],
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """The table."""
+    rows = [["backend", "bytes", "us", "MB/s"], ["---"] * 4]
+    for row in results:
+        cells = [row["backend"], str(row["bytes"]), f"{row['latency_us']:.0f}"]
+        rows.append([*cells, f"{row['bandwidth_MB_s']:.3g}"])
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

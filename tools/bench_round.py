@@ -1,0 +1,238 @@
+"""What a round costs: FedAvg and FedTAN against local compute and a plain loop, in one run.
+
+    mpirun -n 2 python tools/bench_round.py backends=[mpi,gloo]
+    torchrun --nproc-per-node 2 tools/bench_round.py compile=[false,true]
+    python tools/bench_round.py device=cuda compile=[false,true]
+
+backends=[...]  carriers of the collectives (default: that of the launcher)
+compile=[...]   false, true or both (default [false])
+repeats=N       rounds of each variant that count, alternating (default 9)
+
+All other words are options of the job.  Every rank has one client with random samples of the data
+set's shape.  Variants: plain (a loop of one's own: contiguous, torch's BN and SGD, no collectives),
+local (ours without collectives), fedavg, fedtan; on several ranks plain and local also wait for
+each other, so that a round is the slowest rank's.  Prints JSON, and a table on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import benchmarks
+import overrides
+from benchmarks import Carrier
+
+from fedtan_hpc import cli, environment
+from fedtan_hpc.checks import check
+from fedtan_hpc.choices import AlgorithmName
+from fedtan_hpc.config import AlgorithmConfig, Config
+
+OWN = ("backends", "compile", "repeats")
+_DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is timed."""
+
+    name: str
+    """plain, local, fedavg or fedtan."""
+    backend: str
+    compiled: bool
+    round: Callable[[], object]
+
+
+def main() -> None:
+    """Time all variants and print."""
+    with cli.exit_codes("bench_round"):
+        words = sys.argv[1:]
+        first = environment.rank_hint() == 0
+        if {"--help", "-h"} & set(words):
+            print(__doc__.strip() if first else "", end="\n" if first else "")
+            return
+        own, job = overrides.split(words, OWN)
+        config = overrides.composed([*_DEFAULTS, *job])
+        compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
+        repeats = benchmarks.repeats(own, 9)
+        config.clients = environment.detect().world_size
+        check(config)
+        results = measure(config, benchmarks.backends(own), compiling, repeats)
+        if first:
+            show(results)
+            print(json.dumps({"setting": setting(config, repeats), "results": results}))
+
+
+def measure(
+    config: Config, backends: Sequence[str], compiling: Sequence[bool], repeats: int
+) -> list[dict[str, Any]]:
+    """Seconds of a round of each variant in each repeat, and ratios to plain, local and FedAvg."""
+    import torch
+
+    torch.set_num_threads(config.threads)
+    carriers = benchmarks.carriers(config, backends)
+    variants: list[Variant] = []
+    seconds: list[list[float]] = []
+    for repeat in range(repeats + 1):  # the first warms up
+        for carrier in carriers:
+            with carrier.started(config):
+                if repeat == 0:
+                    variants += _variants(config, carrier, compiling)
+                    seconds += [[] for _ in range(len(variants) - len(seconds))]
+                for variant, times in zip(variants, seconds, strict=True):
+                    if variant.backend == carrier.backend:
+                        times.append(_time(variant.round, carrier.device))
+        benchmarks.tell(repeat, repeats)
+    return list(_results(variants, [times[1:] for times in seconds]))
+
+
+def _variants(config: Config, carrier: Carrier, compiling: Sequence[bool]) -> Iterator[Variant]:
+    backend, where = carrier.backend, carrier.device
+    yield Variant("plain", backend, False, _plain_round(config, where))
+    for compiled in compiling:
+        for name in ("local", "fedavg", "fedtan"):
+            options = replace(config, compile=compiled, algorithm=_algorithm(config, name))
+            yield Variant(name, backend, compiled, _round(options, where))
+
+
+def _algorithm(config: Config, name: str) -> AlgorithmConfig:
+    if name == "local":
+        return AlgorithmConfig(name=AlgorithmName.singleset)
+    if name == "fedavg":
+        return AlgorithmConfig(name=AlgorithmName.fedavg)
+    own = config.algorithm
+    return own if own.name is AlgorithmName.fedtan else AlgorithmConfig()
+
+
+def _samples(config: Config, where: Any) -> Any:
+    """This rank's client's, random: enough for a round without a repetition."""
+    import torch
+
+    from fedtan_hpc import comm
+    from fedtan_hpc.data import Samples
+
+    facts, size = config.data.facts(), config.batch_size * config.local_steps
+    generator = torch.Generator().manual_seed(comm.rank())
+    inputs = torch.randn(size, *facts.shape, generator=generator)
+    labels = torch.randint(0, facts.classes, (size,), generator=generator)
+    return Samples(inputs, labels).to(where)
+
+
+def _round(config: Config, where: Any) -> Callable[[], object]:
+    """Ours: local steps and, unless it is local, statistics and average."""
+    from fedtan_hpc import comm
+    from fedtan_hpc.algorithms import plan
+    from fedtan_hpc.clients import Client
+    from fedtan_hpc.local_training import Round
+    from fedtan_hpc.prepare import DTYPES, host, network
+
+    facts = config.data.facts()
+    model = network(config, facts.shape, facts.classes).to(where, DTYPES[config.precision])
+    samples = _samples(config, where)
+    cohort = host(config, model, samples[:1], one_each=True, example=_example(samples, config))
+    client = Client(comm.rank(), 1 / comm.world_size(), samples)
+    now = Round(1, config.optimizer.lr, plan(config, 1))
+    return lambda: cohort.train([client], now)
+
+
+def _example(samples: Any, config: Config) -> Any:
+    """A batch as training takes it."""
+    import torch
+
+    return samples[torch.arange(config.batch_size, device=samples.labels.device)]
+
+
+def _plain_round(config: Config, where: Any) -> Callable[[], object]:
+    """A loop as one writes it: contiguous images, torch's own BN, an optimizer for the round."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from fedtan_hpc import models
+
+    facts = config.data.facts()
+    model = models.build(config.model, facts.shape, facts.classes, seed=0).to(where).train()
+    samples = _samples(config, where)
+    options = config.optimizer
+
+    def run() -> None:
+        order = torch.randperm(len(samples), device=where).split(config.batch_size)
+        optimizer = torch.optim.SGD(
+            model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
+        )
+        for batch in order:
+            optimizer.zero_grad()
+            cross_entropy(model(samples.inputs[batch]), samples.labels[batch]).backward()
+            optimizer.step()
+
+    return run
+
+
+def _time(run: Callable[[], object], where: Any) -> float:
+    """Seconds from a common start to the end of the slowest rank."""
+    import torch
+
+    from fedtan_hpc import comm
+
+    comm.barrier()
+    start = time.perf_counter()
+    run()
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+    took = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=where)
+    return float(comm.max_over_ranks(took))
+
+
+def _results(variants: list[Variant], seconds: list[list[float]]) -> Iterator[dict[str, Any]]:
+    """Medians, and medians of the ratios within a repeat."""
+    of = {(v.name, v.backend, v.compiled): t for v, t in zip(variants, seconds, strict=True)}
+
+    def ratio(times: list[float], name: str, backend: str, compiled: bool) -> float:
+        others = of[name, backend, compiled]
+        return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+    for (name, backend, compiled), times in of.items():
+        yield {
+            "variant": name,
+            "backend": backend,
+            "compile": compiled,
+            "round_ms": 1000 * statistics.median(times),
+            "to_plain": ratio(times, "plain", backend, False),
+            "to_local": None if name == "plain" else ratio(times, "local", backend, compiled),
+            "to_fedavg": None if name == "plain" else ratio(times, "fedavg", backend, compiled),
+            "all_ms": [1000 * t for t in times],
+        }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """The table."""
+    heads = ["variant", "backend", "compile", "ms a round", "to plain", "to local", "to fedavg"]
+    rows = [heads, ["---"] * len(heads)]
+    for row in results:
+        ratios = [row[name] for name in ("to_plain", "to_local", "to_fedavg")]
+        cells = [row["variant"], row["backend"], str(row["compile"]).lower()]
+        cells += [f"{row['round_ms']:.0f}", *("" if r is None else f"{r:.3f}" for r in ratios)]
+        rows.append(cells)
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows), file=sys.stderr)
+
+
+def setting(config: Config, repeats: int) -> dict[str, Any]:
+    """What was run, on what."""
+    return benchmarks.setting(
+        config,
+        model=config.model.name,
+        shape=list(config.data.facts().shape),
+        batch_size=config.batch_size,
+        local_steps=config.local_steps,
+        precision=str(config.precision),
+        channels_last=config.channels_last,
+        repeats=repeats,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the benchmarks share: their options, the carriers they alternate, and what they ran on."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import overrides
+
+from fedtan_hpc import environment
+from fedtan_hpc.choices import BackendName
+from fedtan_hpc.config import CommConfig, Config
+from fedtan_hpc.errors import ConfigError, mistake
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A backend of torch.distributed, and the device on which this rank's messages are."""
+
+    backend: str
+    device: Any
+
+    @contextmanager
+    def started(self, config: Config) -> Iterator[None]:
+        """All ranks as a process group; a single one has none."""
+        from fedtan_hpc import comm
+
+        info = environment.detect()
+        if info.world_size == 1:
+            yield
+            return
+        comm.start(info.rank, info.world_size, self.backend, config.comm.timeout_seconds)
+        yield
+        comm.stop()
+
+
+def carriers(config: Config, backends: Sequence[str]) -> list[Carrier]:
+    """Those that ``comm.backend=...`` means here, each once."""
+    from fedtan_hpc import device
+
+    info, found = environment.detect(), {}
+    for name in backends:
+        comm = CommConfig(backend=BackendName(name), timeout_seconds=config.comm.timeout_seconds)
+        place = device.choose(replace(config, comm=comm), info)
+        found[place.backend] = Carrier(place.backend, place.device)
+    return list(found.values())
+
+
+def backends(own: Mapping[str, str]) -> list[str]:
+    """``backends=[...]``."""
+    names = [str(name) for name in BackendName]
+    asked = overrides.values(own.get("backends", "backends=[auto]"), "[mpi,gloo]")
+    if wrong := [name for name in asked if name not in names]:
+        raise ConfigError(mistake("backends", wrong[0], " | ".join(names), "choose some of these"))
+    return asked
+
+
+def repeats(own: Mapping[str, str], usual: int) -> int:
+    """``repeats=N``."""
+    [number] = overrides.values(own.get("repeats", f"repeats={usual}"), str(usual))[:1]
+    if not isinstance(number, int) or number < 1:
+        remedy = f"set repeats={usual}"
+        raise ConfigError(mistake("repeats", number, "a whole number >= 1", remedy))
+    return number
+
+
+def tell(repeat: int, repeats: int) -> None:
+    """How far it is, on rank 0's terminal."""
+    if environment.rank_hint() == 0:
+        end = "\r" if repeat < repeats else "\n"
+        print(f"repeat {repeat} of {repeats}", end=end, file=sys.stderr, flush=True)
+
+
+def setting(config: Config, **own: Any) -> dict[str, Any]:
+    """What was run on what."""
+    import torch
+
+    info = environment.detect()
+    on_gpu = torch.cuda.is_available() and str(config.device) != "cpu"
+    return {
+        **own,
+        "ranks": info.world_size,
+        "launcher": info.launcher,
+        "threads": config.threads,
+        "machine": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name and number, as far as the system tells."""
+    import os
+
+    names = []
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} x {name}"
