@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from functools import cache, partial
 from pathlib import Path
@@ -12,7 +14,15 @@ import torch
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from fedtan_hpc import comm, compilation, convert_batchnorm, federated_statistics, sgd
+from fedtan_hpc import (
+    comm,
+    compilation,
+    convert_batchnorm,
+    federated_backward,
+    federated_statistics,
+    models,
+    sgd,
+)
 from fedtan_hpc.choices import AlgorithmName, ModelName, PartitionName, PrecisionName
 from fedtan_hpc.config import (
     AlgorithmConfig,
@@ -207,8 +217,6 @@ def test_bfloat16_trains_close_to_float32_with_statistics_in_full(clients: int) 
 
 def pooled_error(dtype: torch.dtype, ours: bool) -> float:
     """Of the gradient of ResNet-20 on two clients' batches, against float64; ours or torch's."""
-    from fedtan_hpc import federated_backward, models
-
     x, y = torch.randn(32, 3, 8, 8, dtype=torch.float64), torch.arange(32) % 10
     x[16:] += 1
     found = []
@@ -218,8 +226,6 @@ def pooled_error(dtype: torch.dtype, ours: bool) -> float:
             mean_loss(model, x.to(kind), y).backward()
             found.append([value.grad.double() for value in model.parameters()])  # type: ignore[union-attr]
             continue
-        import copy
-
         model = convert_batchnorm(model)
         clients = [model, copy.deepcopy(model)]
         losses = [
@@ -248,8 +254,6 @@ def test_float32_is_as_close_to_float64_as_torchs_own_batchnorm() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_a_job_compiles(tmp_path: Path) -> None:
     """By torch's own compiler, with its time apart in the summary."""
-    import json
-
     words = ["clients=2", "partition=iid", "rounds=3", "precision=float64", "local_steps=2"]
     accuracies = []
     for name, more in (("eager", []), ("compiled", ["compile=true"])):
