@@ -20,9 +20,8 @@ class Launcher:
     local_world_size: str
 
 
-TORCHRUN = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _LAUNCHERS = (
-    TORCHRUN,
+    Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     Launcher(
         "Open MPI",
         "OMPI_COMM_WORLD_RANK",
@@ -33,7 +32,8 @@ _LAUNCHERS = (
     Launcher("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 """In the order of asking: torchrun may run inside a job of any other."""
-MPI_LAUNCHERS = ("Open MPI", "MPICH")
+MPI_LAUNCHERS = {launcher.name: launcher.world_size for launcher in _LAUNCHERS[1:]}
+"""Those of MPIs, and how many processes they say that they started."""
 
 CUDA_AWARE = ("OMPI_MCA_opal_cuda_support", "MPIR_CVAR_ENABLE_GPU", "MPICH_GPU_SUPPORT_ENABLED")
 """Variables by which users say that their MPI takes memory of a GPU."""
@@ -108,7 +108,7 @@ def of_caller(rank: int, world_size: int, variables: Mapping[str, str] = os.envi
 
 def rank_hint(variables: Mapping[str, str] = os.environ) -> int:
     """The rank as far as any launcher tells it; for deciding who prints a mistake."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    names = (*(launcher.rank for launcher in _LAUNCHERS), "SLURM_PROCID")
     return next((int(variables[n]) for n in names if variables.get(n, "").isdecimal()), 0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import mpi4py
 
+from .environment import MPI_LAUNCHERS
 from .errors import LauncherError, mistake
 
 mpi4py.rc(initialize=False, finalize=True)  # a library may abort under another MPI's launcher
@@ -16,9 +17,6 @@ with warnings.catch_warnings():
     from mpi4py import MPI
 
 __all__ = ["MPI", "check_launcher", "initialise"]
-
-_LAUNCHERS = {"Open MPI": "OMPI_COMM_WORLD_SIZE", "MPICH": "PMI_SIZE"}
-"""Those that can be told apart, and how many processes they say that they started."""
 
 
 def initialise(variables: Mapping[str, str] = os.environ) -> None:
@@ -39,15 +37,15 @@ def initialise(variables: Mapping[str, str] = os.environ) -> None:
 
 def check_launcher(version: str, variables: Mapping[str, str]) -> None:
     """Raise ``LauncherError`` if the library of ``version`` is not the MPI that set variables."""
-    for launcher, variable in _LAUNCHERS.items():
-        others = [name for name in _LAUNCHERS if name != launcher and name in version]
+    for launcher, variable in MPI_LAUNCHERS.items():
+        others = [name for name in MPI_LAUNCHERS if name != launcher and name in version]
         if variable in variables and others:
             raise LauncherError(_mistake(variable, variables[variable], launcher, version))
 
 
 def _check_size(variables: Mapping[str, str]) -> None:
     """The same for libraries without a name that is known."""
-    for launcher, variable in _LAUNCHERS.items():
+    for launcher, variable in MPI_LAUNCHERS.items():
         if variables.get(variable, str(MPI.COMM_WORLD.size)) != str(MPI.COMM_WORLD.size):
             version = MPI.Get_library_version()
             raise LauncherError(_mistake(variable, variables[variable], launcher, version))
