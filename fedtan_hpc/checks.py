@@ -40,9 +40,13 @@ def _counts(config: Config) -> Iterator[str]:
         "seed": (config.seed, 0),
         "eval_every": (config.eval_every, 1),
         "eval_train_samples": (config.eval_train_samples, 0),
-        "threads": (config.threads, 1),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
         "cohort.max_stacked": (config.cohort.max_stacked, 1),
     }
+    if config.threads is not None:
+        bounds["threads"] = (config.threads, 1)
+    if config.checkpoint.every is not None:
+        bounds["checkpoint.every"] = (config.checkpoint.every, 1)
     if config.clients_per_round is not None:
         bounds["clients_per_round"] = (config.clients_per_round, 1)
     if config.eval_clients is not None:
@@ -99,6 +103,9 @@ def _places(config: Config) -> Iterator[str]:
     if config.run_dir is not None and not config.run_dir.strip():
         remedy = "name a folder or leave it out"
         yield mistake("run_dir", config.run_dir, "the name of a folder, or null", remedy)
+    if not config.resume.strip():
+        remedy = "name a file or leave it out"
+        yield mistake("resume", config.resume, "auto, never or a checkpoint's file", remedy)
     if config.comm.backend is BackendName.nccl and config.device is DeviceName.cpu:
         allowed = "auto or gloo with device=cpu"
         yield mistake("comm.backend", "nccl", allowed, "set comm.backend=gloo or device=cuda")

@@ -1,6 +1,7 @@
 """The command line: hydra's options to a checked ``Config``, a run, and an exit code.
 
-Exit codes: 0 done; 1 a run failed; 2 a mistake in the options; 130 interrupted; 141 nobody reads.
+Exit codes: 0 done; 1 a run failed; 2 a mistake in the options; 141 nobody reads; 128 and a signal's
+number (130 for Ctrl-C, 138 for USR1, 143 for TERM) if it asked the run to stop.
 (torchrun itself exits with 1 whatever its workers return.)
 """
 
@@ -28,7 +29,7 @@ from yaml import YAMLError
 from . import __version__, environment, manual
 from .checks import check
 from .config import Config
-from .errors import ConfigError, LauncherError, RunError, mistake
+from .errors import ConfigError, LauncherError, RunError, Stopped, mistake
 from .explain import explain, unknown, unreadable
 
 _GRACE_SECONDS = 15.0
@@ -70,12 +71,14 @@ def exit_codes(program: str) -> Iterator[None]:
         _exit(130)
     except BrokenPipeError:
         _exit(_NOBODY_READS)
+    except Stopped as error:
+        _leave(128 + error.signal, [f"{program}: {error}"])
     except RunError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             _exit(_NOBODY_READS)
         if error.on_all_ranks:
             _leave(1, [f"{program}: {error}"])
-        _fail(error.__cause__ or error, f"{program}: {error}")
+        _fail(error.__cause__, f"{program}: {error}")
     except Exception as error:
         rank = environment.rank_hint()
         _fail(error, f"{program}: rank {rank}: {type(error).__name__}: {error}")
@@ -177,9 +180,10 @@ def _added(composed: DictConfig, schema: Any, prefix: str = "") -> list[tuple[st
     return found
 
 
-def _fail(cause: BaseException, line: str) -> NoReturn:
-    """This rank's own failure: the traceback, the line, and out without waiting for the others."""
-    traceback.print_exception(cause)
+def _fail(cause: BaseException | None, line: str) -> NoReturn:
+    """This rank's own failure: the cause's traceback if there is one, the line, and out at once."""
+    if cause is not None:
+        traceback.print_exception(cause)
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     _exit(1)

@@ -13,12 +13,13 @@ import copy
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .algorithms import Normaliser, Part, Plan
-from .average import ModelSum, model_tensors
+from .average import ModelSum, model_tensors, named_tensors
 from .batchnorm import federated_backward
 from .choices import CohortMode
 from .clients import Client
@@ -81,6 +82,24 @@ class Cohort:
         self._momentum = Momentum()
         self._parts = parts_of(model)
         self._replicas: list[nn.Module] = [model]
+
+    def memory(self) -> dict[str, Any]:
+        """Copies on the CPU of all that outlives a round, the clients' own states apart."""
+        named = named_tensors(self.model)
+        return {
+            "model": dict(zip(named, _copies(list(named.values())), strict=True)),
+            "server": _copies(self._server.memory()),
+            "momentum": _copies(self._momentum.memory()),
+        }
+
+    @torch.no_grad()
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Go on from what ``memory`` gave in another run of the same configuration."""
+        device = next(self.model.parameters()).device
+        for name, value in named_tensors(self.model).items():
+            value.copy_(memory["model"][name])
+        self._server.recall([value.to(device) for value in memory["server"]])
+        self._momentum.recall([value.to(device) for value in memory["momentum"]])
 
     def train(self, clients: Sequence[Client], now: Round) -> list[Tensor]:
         """One round of ``clients`` (none to many); their mean losses, 0-d float64 each.
@@ -238,6 +257,10 @@ class Cohort:
         for replica in self._replicas[1:]:
             _copy(self.model, replica)
         return list(self._replicas)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 
 
 @torch.no_grad()

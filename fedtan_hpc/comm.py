@@ -10,6 +10,9 @@ import itertools
 import os
 import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -18,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+
+from . import environment, slurm
+from .channel import Channel
 
 Group: TypeAlias = dist.ProcessGroup | None
 
@@ -51,28 +57,74 @@ class Traffic:
 training_traffic = Traffic()
 
 
+@dataclass
+class Progress:
+    """How far this rank has come; for a watchdog that compares the ranks."""
+
+    round: int = 0
+    """In which it is; 0 before the first."""
+    joined: int = 0
+    """Collectives that it has begun: as many on every rank at the same place."""
+    waiting_since: float | None = None
+    """On ``time.monotonic``'s clock, if it is in a collective now."""
+
+
+progress = Progress()
+
+
+@contextmanager
+def _joining() -> Iterator[None]:
+    progress.joined += 1
+    progress.waiting_since = time.monotonic()
+    yield
+    progress.waiting_since = None
+
+
 _starts = itertools.count(1)
+_SLACK = 1.5
+"""A collective's own time-out over that of the watchdog, which names the rank that is missing."""
+
+_ANSWER_SECONDS = 10.0
 
 
-def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> None:
+def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> Channel:
     """Join the process group that the launcher's MASTER_ADDR and MASTER_PORT describe.
 
-    mpirun sets neither: over MPI (backend mpi) none is needed, and for the others rank 0 names a
-    place by MPI.  A process may start and stop several times, as a sweep does: each start has keys
-    of its own in the launcher's store, where the addresses of the last one still stand.
+    srun and mpirun set neither: SLURM knows the first node, and over MPI (backend mpi) none is
+    needed; for the others rank 0 names a place by MPI.  A process may start and stop several times,
+    as a sweep does, and torchrun may restart it: each start has keys of its own in the store, where
+    the addresses of the last one still stand.  Returns a channel beside the collectives.
     """
+    progress.round = progress.joined = 0
+    limit = timedelta(seconds=_SLACK * timeout_seconds)
     if backend == "mpi":
         _mpi().init_process_group()
-        return
-    if "MASTER_ADDR" not in os.environ:
-        place = _mpi().share(_free_place() if rank == 0 else None)
+        return _channel(_mpi().share(_free_place() if rank == 0 else None), serves=rank == 0)
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        place = _free_place() if _is_by_mpirun() and rank == 0 else None
+        place = _mpi().share(place) if _is_by_mpirun() else slurm.meeting_place()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place
-    timeout = timedelta(seconds=timeout_seconds)
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    store = dist.PrefixStore(  # type: ignore[attr-defined]
-        f"fedtan_hpc/start{next(_starts)}", store
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=limit))
+    prefix = f"fedtan_hpc/restart{environment.restarts()}/start{next(_starts)}"
+    own_keys = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend, store=own_keys, rank=rank, world_size=world_size, timeout=limit
     )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return _channel((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), prefix)
+
+
+def _channel(place: tuple[str, str], prefix: str = "fedtan_hpc", serves: bool = False) -> Channel:
+    """A connection to the store at ``place``, or, on the rank that ``serves``, the store itself."""
+    c10d: Any = dist
+    how = {"wait_for_workers": False, "timeout": timedelta(seconds=_ANSWER_SECONDS)}
+    host, port = place[0], int(place[1])
+    server = c10d.TCPStore(host, port, is_master=True, **how) if serves else None
+    own = c10d.TCPStore(host, port, is_master=False, **how)
+    return Channel(c10d.PrefixStore(f"{prefix}/channel", own), server)
+
+
+def _is_by_mpirun() -> bool:
+    return environment.detect().launcher in environment.MPI_LAUNCHERS
 
 
 def _mpi() -> Any:
@@ -87,7 +139,17 @@ def _free_place() -> tuple[str, str]:
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
-    return socket.gethostbyname(socket.gethostname()), port
+    return _own_address(), port
+
+
+def _own_address() -> str:
+    """By which other hosts reach this one: that of its way out, else its name's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way_out:
+        try:
+            way_out.connect(("192.0.2.1", 9))  # an address for documentation; nothing is sent
+            return str(way_out.getsockname()[0])
+        except OSError:
+            return socket.gethostbyname(socket.gethostname())
 
 
 def stop() -> None:
@@ -100,6 +162,12 @@ def end_job(code: int) -> None:
     """End all processes of a job under MPI, which would hang on one that is gone."""
     if mpi := sys.modules.get(f"{__package__}.mpi"):
         mpi.abort(code)
+
+
+def has_lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed with ``error`` because another rank's process is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def is_started() -> bool:
@@ -122,7 +190,8 @@ def sum_for_training(message: Tensor, group: Group = None) -> Tensor:
     training_traffic.sums += 1
     training_traffic.payload += message.nbytes
     if is_started():
-        dist.all_reduce(message, group=group)
+        with _joining():
+            dist.all_reduce(message, group=group)
         training_traffic.messages += 1
         training_traffic.bytes += message.nbytes
     return message
@@ -139,14 +208,16 @@ def sum_for_moving(message: Tensor) -> Tensor:
 def sum_over_ranks(message: Tensor) -> Tensor:
     """Sum ``message`` over all ranks in place: metrics, evaluation and checks; not counted."""
     if is_started():
-        dist.all_reduce(message)
+        with _joining():
+            dist.all_reduce(message)
     return message
 
 
 def max_over_ranks(message: Tensor) -> Tensor:
     """The largest of the ranks' ``message``, element by element, in place; not counted."""
     if is_started():
-        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        with _joining():
+            dist.all_reduce(message, op=dist.ReduceOp.MAX)
     return message
 
 
@@ -155,7 +226,8 @@ def all_gather(message: Tensor) -> list[Tensor]:
     if not is_started():
         return [message]
     gathered = [torch.empty_like(message) for _ in range(world_size())]
-    dist.all_gather(gathered, message)
+    with _joining():
+        dist.all_gather(gathered, message)
     return gathered
 
 
@@ -163,7 +235,18 @@ def all_gather_object(value: Any) -> list[Any]:
     """The ranks' ``value``, by rank, on every rank."""
     gathered = [value] * world_size()
     if is_started():
-        dist.all_gather_object(gathered, value)
+        with _joining():
+            dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def gather_to_first(message: Tensor) -> list[Tensor]:
+    """The ranks' ``message`` tensors (one shape), by rank, on rank 0; empty on the others."""
+    if not is_started():
+        return [message]
+    gathered = [torch.empty_like(message) for _ in range(world_size())] if rank() == 0 else []
+    with _joining():
+        dist.gather(message, gathered if rank() == 0 else None, dst=0)
     return gathered
 
 
@@ -171,7 +254,8 @@ def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` on every rank."""
     box = [value]
     if is_started():
-        dist.broadcast_object_list(box, src=0)
+        with _joining():
+            dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -179,10 +263,12 @@ def broadcast_tensors(tensors: list[Tensor]) -> None:
     """Overwrite every rank's ``tensors`` with rank 0's."""
     if is_started():
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+            with _joining():
+                dist.broadcast(tensor.detach(), src=0)
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     if is_started():
-        dist.barrier()
+        with _joining():
+            dist.barrier()

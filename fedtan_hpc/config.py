@@ -193,6 +193,16 @@ class CommConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Group ``checkpoint``."""
+
+    every: int | None = 20
+    """Rounds between checkpoints; null: only when a signal asks the run to stop."""
+    keep: int = 2
+    """Checkpoints to keep, the newest; more guard against damaged ones."""
+
+
+@dataclass(kw_only=True, slots=True)
 class CohortConfig:
     """Group ``cohort``: the clients that one rank hosts in a round."""
 
@@ -216,6 +226,7 @@ class Config:
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     clients: int = 5
     """Number of clients, on any number of ranks."""
     clients_per_round: int | None = None
@@ -248,8 +259,10 @@ class Config:
     """Compile training steps (torch.compile); if a rank cannot, all go on eagerly, and say so."""
     channels_last: bool = True
     """Keep images channels last in convolutions, which is faster; not in float64."""
-    threads: int = 1
-    """CPU threads of a rank."""
+    threads: int | None = None
+    """CPU threads of a rank; null: the CPUs that SLURM gives a task, else 1."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in run_dir; never; or a checkpoint's path."""
     run_dir: str | None = None
     """Folder of the results; null: runs/ and a name made from the other options."""
 

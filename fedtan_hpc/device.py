@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -9,16 +10,24 @@ import torch
 
 from .choices import BackendName, DeviceName
 from .config import Config
-from .environment import CUDA_AWARE, MPI_LAUNCHERS, RankInfo, mpi_takes_gpu_memory
+from .environment import (
+    CUDA_AWARE,
+    MPI_LAUNCHERS,
+    RankInfo,
+    cpus_of_a_task,
+    gpus_are_of_a_task,
+    mpi_takes_gpu_memory,
+)
 from .errors import ConfigError, mistake
 
 
 @dataclass(frozen=True)
 class Place:
-    """A device, and the backend for tensors on it."""
+    """A device, the backend for tensors on it, and how many CPU threads compute."""
 
     device: torch.device
     backend: str
+    threads: int = 1
 
 
 def choose(config: Config, info: RankInfo) -> Place:
@@ -27,6 +36,7 @@ def choose(config: Config, info: RankInfo) -> Place:
     Raises ``ConfigError`` if the machine lacks what is asked for.
     """
     _check_launcher(config, info)
+    threads = _threads(config)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device is DeviceName.cuda and gpus == 0:
         remedy = "set device=auto or start on a machine with a GPU"
@@ -36,8 +46,8 @@ def choose(config: Config, info: RankInfo) -> Place:
             remedy = "set comm.backend=gloo or auto"
             allowed = "auto or gloo, for the ranks have no GPU"
             raise ConfigError(mistake("comm.backend", "nccl", allowed, remedy))
-        return Place(torch.device("cpu"), _on_cpu(config, info))
-    shared = info.local_world_size > gpus
+        return Place(torch.device("cpu"), _on_cpu(config, info), threads)
+    shared = info.local_world_size > gpus and not gpus_are_of_a_task()
     if config.comm.backend is BackendName.nccl and shared:
         allowed = f"auto or gloo, for {info.local_world_size} ranks share {gpus} GPUs"
         remedy = "set comm.backend=gloo or start one rank per GPU"
@@ -45,26 +55,45 @@ def choose(config: Config, info: RankInfo) -> Place:
     device = torch.device("cuda", info.local_rank % gpus)
     if config.comm.backend is BackendName.mpi:
         _check_cuda_aware()
-        return Place(device, "mpi")
+        return Place(device, "mpi", threads)
     gloo = shared or config.comm.backend is BackendName.gloo
-    return Place(device, "gloo" if gloo else "nccl")
+    return Place(device, "gloo" if gloo else "nccl", threads)
+
+
+def _threads(config: Config) -> int:
+    """As many as asked for, else the CPUs of SLURM's task; never more than this rank may use.
+
+    Processes of some clusters may run on all CPUs, whatever was given to the job: then what SLURM
+    says counts.
+    """
+    given = cpus_of_a_task()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    most = min(usable or 1, given or usable or 1)
+    if config.threads is not None and config.threads > most:
+        allowed = f"1 to {most}, the CPUs that this rank may use"
+        remedy = "ask SLURM for more with --cpus-per-task" if given else f"set threads={most}"
+        raise ConfigError(mistake("threads", config.threads, allowed, remedy))
+    return config.threads or (most if given else 1)
 
 
 def _on_cpu(config: Config, info: RankInfo) -> str:
     """MPI where it is there anyway: small sums are many times faster over it than over gloo."""
     by_mpi = info.launcher in MPI_LAUNCHERS and config.comm.backend is not BackendName.gloo
+    by_mpi = by_mpi or (info.launcher == "srun" and config.comm.backend is BackendName.mpi)
     return "mpi" if by_mpi else "gloo"
 
 
 def _check_launcher(config: Config, info: RankInfo) -> None:
     """MPI works under its own launcher, and such ranks find each other by MPI alone."""
     by_mpirun = info.launcher in MPI_LAUNCHERS
-    if config.comm.backend is BackendName.mpi and not by_mpirun and info.world_size > 1:
+    asked = config.comm.backend is BackendName.mpi
+    by_srun = info.launcher == "srun" and asked
+    if asked and not (by_mpirun or by_srun) and info.world_size > 1:
         allowed = f"auto or gloo, or nccl with GPUs, for {info.launcher} started the ranks"
         remedy = "start with mpirun -n N python -m fedtan_hpc"
         raise ConfigError(mistake("comm.backend", "mpi", allowed, remedy))
-    if by_mpirun and find_spec("mpi4py") is None:
-        allowed = "a start by torchrun, for mpi4py is not installed"
+    if (by_mpirun or by_srun) and find_spec("mpi4py") is None:
+        allowed = "a start without MPI, for mpi4py is not installed"
         remedy = "pip install 'fedtan_hpc[mpi]', or start with torchrun"
         raise ConfigError(mistake("launcher", info.launcher, allowed, remedy))
 

@@ -12,7 +12,7 @@ from .metrics import NullLog, RoundRecord, Summary
 class Display(NullLog):
     """Follows the rounds of a run."""
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, behind: int = 0) -> None:
         self._rounds = rounds
         self._console = Console()
         self._bar: Progress | None = None
@@ -26,7 +26,7 @@ class Display(NullLog):
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("", total=rounds)
+            self._task = self._bar.add_task("", total=rounds, completed=behind)
             self._bar.start()
 
     def round(self, record: RoundRecord) -> None:

@@ -30,16 +30,20 @@ _LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     Launcher("MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher(
+        "srun",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
+    ),
 )
-"""In the order of asking: torchrun may run inside a job of any other."""
-MPI_LAUNCHERS = {launcher.name: launcher.world_size for launcher in _LAUNCHERS[1:]}
+"""In the order of asking: torchrun may run inside a job of any other, and mpirun inside SLURM's."""
+MPI_LAUNCHERS = {launcher.name: launcher.world_size for launcher in _LAUNCHERS[1:3]}
 """Those of MPIs, and how many processes they say that they started."""
 
 CUDA_AWARE = ("OMPI_MCA_opal_cuda_support", "MPIR_CVAR_ENABLE_GPU", "MPICH_GPU_SUPPORT_ENABLED")
 """Variables by which users say that their MPI takes memory of a GPU."""
-
-# Launchers that this module does not take ranks from yet: the variable with the world size.
-_UNREAD_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun"}
 
 
 @dataclass(frozen=True)
@@ -51,29 +55,26 @@ class RankInfo:
     local_rank: int
     local_world_size: int
     launcher: str
+    nodes: int = 1
 
 
 def detect(variables: Mapping[str, str] = os.environ) -> RankInfo:
-    """Read what torchrun, Open MPI or MPICH say; without them this is a single process.
+    """Read what torchrun, Open MPI, MPICH or srun say; without them this is a single process.
 
-    Raises ``ConfigError`` for variables that are no numbers, and under a launcher whose ranks would
-    all take themselves for rank 0.
+    Raises ``ConfigError`` for variables that are no numbers.
     """
     for launcher in _LAUNCHERS:
         if launcher.rank in variables and launcher.world_size in variables:
+            if launcher.name == "MPICH" and _srun_speaks_pmi(variables):
+                continue
             return _place(launcher, variables)
-    for variable, name in _UNREAD_LAUNCHERS.items():
-        if int(variables.get(variable, "1")) > 1:
-            raise ConfigError(
-                mistake(
-                    variable,
-                    variables[variable],
-                    "1, or a start by torchrun",
-                    f"{name} started several processes that would not find each other: "
-                    "start `torchrun --nproc-per-node N -m fedtan_hpc` on each node instead",
-                )
-            )
     return RankInfo(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
+
+
+def _srun_speaks_pmi(variables: Mapping[str, str]) -> bool:
+    """Whether PMI's variables are those that srun sets for MPIs, and no mpirun was there."""
+    started = variables.get("SLURM_STEP_NUM_TASKS")
+    return started == variables["PMI_SIZE"] and "MPI_LOCALRANKID" not in variables
 
 
 def _place(launcher: Launcher, variables: Mapping[str, str]) -> RankInfo:
@@ -81,18 +82,36 @@ def _place(launcher: Launcher, variables: Mapping[str, str]) -> RankInfo:
 
     def number(variable: str, otherwise: str) -> int:
         text = variables.get(variable, variables[otherwise])
+        if variable == "SLURM_STEP_TASKS_PER_NODE":
+            text = _on_this_node(text, variables.get("SLURM_NODEID", "0"))
         if not text.isdecimal():
             remedy = f"start with {launcher.name}, which sets it"
             raise ConfigError(mistake(variable, text, "a whole number", remedy))
         return int(text)
 
+    world_size = number(launcher.world_size, launcher.world_size)
+    local_world_size = number(launcher.local_world_size, launcher.world_size)
+    nodes = -(-world_size // max(1, local_world_size))
+    if launcher.name == "srun":
+        nodes = number("SLURM_STEP_NUM_NODES", launcher.world_size)
     return RankInfo(
         rank=number(launcher.rank, launcher.rank),
-        world_size=number(launcher.world_size, launcher.world_size),
+        world_size=world_size,
         local_rank=number(launcher.local_rank, launcher.rank),
-        local_world_size=number(launcher.local_world_size, launcher.world_size),
+        local_world_size=local_world_size,
         launcher=launcher.name,
+        nodes=nodes,
     )
+
+
+def _on_this_node(counts: str, node: str) -> str:
+    """SLURM's counts by node, as in ``2(x3),1``: the one of ``node``."""
+    by_node: list[str] = []
+    for part in counts.split(","):
+        count, _, times = part.partition("(x")
+        by_node += [count] * int(times.rstrip(")") or 1)
+    place = int(node) if node.isdecimal() else 0
+    return by_node[place] if place < len(by_node) else counts
 
 
 def of_caller(rank: int, world_size: int, variables: Mapping[str, str] = os.environ) -> RankInfo:
@@ -108,13 +127,30 @@ def of_caller(rank: int, world_size: int, variables: Mapping[str, str] = os.envi
 
 def rank_hint(variables: Mapping[str, str] = os.environ) -> int:
     """The rank as far as any launcher tells it; for deciding who prints a mistake."""
-    names = (*(launcher.rank for launcher in _LAUNCHERS), "SLURM_PROCID")
+    names = (launcher.rank for launcher in _LAUNCHERS)
     return next((int(variables[n]) for n in names if variables.get(n, "").isdecimal()), 0)
 
 
 def lets_others_live(variables: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher waits for the other ranks when one leaves with an error: MPICH's."""
-    return "PMI_RANK" in variables and "RANK" not in variables
+    return "MPI_LOCALRANKID" in variables and "RANK" not in variables
+
+
+def restarts(variables: Mapping[str, str] = os.environ) -> int:
+    """How often the launcher (torchrun, SLURM) has begun this job anew."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return sum(int(variables[n]) for n in names if variables.get(n, "").isdecimal())
+
+
+def cpus_of_a_task(variables: Mapping[str, str] = os.environ) -> int | None:
+    """CPUs that SLURM gave each task; None where it did not say."""
+    text = variables.get("SLURM_CPUS_PER_TASK", "")
+    return int(text) if text.isdecimal() else None
+
+
+def gpus_are_of_a_task(variables: Mapping[str, str] = os.environ) -> bool:
+    """Whether SLURM shows each task GPUs of its own, so that no two share those that they see."""
+    return "SLURM_GPUS_PER_TASK" in variables and "SLURM_STEP_NUM_TASKS" in variables
 
 
 def mpi_takes_gpu_memory(variables: Mapping[str, str] = os.environ) -> bool:

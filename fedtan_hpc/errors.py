@@ -1,4 +1,4 @@
-"""The two failures that users meet: a mistake in the configuration, and a run that cannot go on."""
+"""The failures that users meet: a mistake in the configuration, and a run that cannot go on."""
 
 
 class ConfigError(ValueError):
@@ -22,6 +22,14 @@ class RunError(RuntimeError):
     def __init__(self, message: str, on_all_ranks: bool) -> None:
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
+
+
+class Stopped(RunError):
+    """A signal asked for the end; the round was finished and, if there is a folder, saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, on_all_ranks=True)
+        self.signal = signal
 
 
 def mistake(option: str, value: object, allowed: str, remedy: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -22,3 +23,21 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace ``path`` by a file that holds ``text``."""
     replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save(path: Path, value: object) -> None:
+    """Replace ``path`` by what torch.save makes of ``value``; a full disk is an ``OSError``."""
+    import torch
+
+    packed = io.BytesIO()  # torch's own writing to a file hides what went wrong
+    torch.save(value, packed)
+    replace(path, lambda temporary: temporary.write_bytes(packed.getbuffer()))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, comm, device, environment, files, models, run_folder, trial
+from . import comm, device, environment, outcome, resume, run_folder, signals, trial
 from .checks import check
-from .config import Config
+from .config import Config, to_dict
 from .device import Place
 from .display import Display, show_result
 from .environment import RankInfo
-from .errors import ConfigError, RunError
+from .errors import ConfigError, RunError, Stopped
 from .explain import typed
 from .fetch import fetch
+from .keeper import Keeper
 from .metrics import NullLog, RoundRecord, RunLog, Summary
 from .prepare import prepare
+from .resume import Resumption
 from .trainer import Trainer
+from .watchdog import Watchdog
 
 
 def check_all(configs: Sequence[Config]) -> None:
@@ -56,7 +56,7 @@ def run_all(configs: Sequence[Config]) -> None:
         try:
             run(config)
         except RunError as error:
-            if not error.on_all_ranks:
+            if isinstance(error, Stopped) or not error.on_all_ranks:
                 raise
             if comm.is_started():
                 comm.stop()  # so that the next run starts anew
@@ -71,23 +71,30 @@ def run(config: Config, log: NullLog | None = None) -> Summary:
 
     Rank 0 shows progress and result; with ``log`` it tells that of every round instead, and is
     silent.  The ranks are those of an initialised process group, else those that the launcher
-    started.  A finished run in ``run_dir`` is not repeated: its summary is returned.
+    started.  A finished run in ``run_dir`` is not repeated: its summary is returned.  An unfinished
+    one goes on from its newest checkpoint.  While rounds go on, a signal (``signals.ASKING``) ends
+    the run after its round.
 
-    Raises ``ConfigError`` (on every rank, before data load) for mistakes in the options, and
-    ``RunError``, naming rank and round, when training fails.
+    Raises ``ConfigError`` (on every rank, before data load) for mistakes in the options,
+    ``RunError``, naming rank and round, when training fails, and ``Stopped`` after a signal.
     """
     started = time.perf_counter()
     config = typed(config)
     check(config)
     info = _rank_info()
     place = device.choose(config, info)
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(place.threads)
     trial.try_out(config)
-    with _process_group(config, info, place), ExitStack() as held, _random_state(place):
-        folder = run_folder.name(config)
-        summary = _claim(folder, config, held)
+    folder = run_folder.name(config)
+    with (
+        _process_group(config, info, place, folder),
+        ExitStack() as held,
+        _random_state(place),
+    ):
+        summary, taken = _claim(folder, config, held)
         if summary is None:
-            summary = _train(config, info, place, folder, started, log)
+            with _noting_failures(folder):
+                summary = _train(config, info, place, folder, started, taken, log)
         elif info.rank == 0 and log is None:
             print(f"this run is finished; its files stay as they are in {folder}")
         if info.rank == 0 and log is None:
@@ -102,19 +109,36 @@ def _rank_info() -> RankInfo:
 
 
 @contextmanager
-def _process_group(config: Config, info: RankInfo, place: Place) -> Iterator[None]:
+def _process_group(config: Config, info: RankInfo, place: Place, folder: Path) -> Iterator[None]:
     """Join the other ranks, unless there are none or the caller has done so; part at the end.
 
-    After a failure nobody waits for ranks that may never come.
+    Meanwhile a watchdog looks after them.  After a failure nobody waits for ranks that may never
+    come.
     """
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     if info.launcher == "none" or comm.is_started():
         yield
         return
-    comm.start(info.rank, info.world_size, place.backend, config.comm.timeout_seconds)
-    yield
-    comm.stop()
+    seconds = config.comm.timeout_seconds
+    channel = comm.start(info.rank, info.world_size, place.backend, seconds)
+    watchdog = Watchdog(channel, seconds, partial(run_folder.note_failure, folder))
+    watchdog.begin()
+    try:
+        yield
+        comm.stop()
+    finally:
+        watchdog.end()
+
+
+@contextmanager
+def _noting_failures(folder: Path) -> Iterator[None]:
+    """Say in the folder why a run ended."""
+    try:
+        yield
+    except Exception as error:
+        run_folder.note_failure(folder, f"{error}" or type(error).__name__)
+        raise
 
 
 def _random_state(place: Place) -> AbstractContextManager[None]:
@@ -138,18 +162,25 @@ def _fetch(config: Config, info: RankInfo) -> None:
         raise ConfigError(*found[0])
 
 
-def _claim(folder: Path, config: Config, held: ExitStack) -> Summary | None:
-    """Rank 0 claims the folder; what it finds, or what is wrong with it, reaches all ranks."""
-    outcome: Any = None
+def _claim(
+    folder: Path, config: Config, held: ExitStack
+) -> tuple[Summary | None, Resumption | None]:
+    """Rank 0 claims the folder; what it finds, or what is wrong with it, reaches all ranks.
+
+    The summary of a finished run, or what an interrupted one goes on from: that on rank 0 alone.
+    """
+    summary, taken = None, None
+    mistakes: tuple[str, ...] = ()
     if comm.rank() == 0:
         try:
-            outcome = held.enter_context(run_folder.claimed(folder, config))
+            summary = held.enter_context(run_folder.claimed(folder, config))
+            taken = None if summary else resume.take_up(folder, config)
         except ConfigError as error:
-            outcome = error.mistakes
-    outcome = comm.broadcast_object(outcome)
-    if isinstance(outcome, tuple):
-        raise ConfigError(*outcome)
-    return outcome  # type: ignore[no-any-return]
+            mistakes = error.mistakes
+    summary, mistakes = comm.broadcast_object((summary, mistakes))
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return summary, taken
 
 
 def _train(
@@ -158,100 +189,69 @@ def _train(
     place: Place,
     folder: Path,
     started: float,
+    taken: Resumption | None,
     log: NullLog | None,
 ) -> Summary:
     """Rounds and result; rank 0 alone writes and shows."""
     if info.rank == 0 and log is None:
-        print(
-            f"launcher {info.launcher}, ranks {info.world_size}, backend {_backend(place)}, "
-            f"device {place.device}, threads per rank {config.threads}, run_dir {folder}"
-        )
+        print(_what_was_found(info, place, folder, taken), flush=True)
     _fetch(config, info)
     trainer = prepare(config, place, info.local_world_size)
+    history, facts, earlier = _take_up(config, trainer, taken)
     startup = time.perf_counter() - started
-    logs: list[NullLog] = []
-    if info.rank == 0:
-        logs = [RunLog(folder), log or Display(config.rounds)]
-    try:
-        records = trainer.train(logs)
-    finally:
-        for each in logs:
-            each.close()
-    parameters = models.parameter_count(trainer.model)
-    seconds = startup, time.perf_counter() - started
-    summary = _summarise(config, info, place, records, folder, parameters, seconds)
-    compiling = trainer.cohort.training.loss.compile_seconds
-    summary = replace(summary, compile_seconds=compiling)
-    _save(trainer, folder)
+    keeper = Keeper(folder, config.checkpoint, facts, began=started - earlier)
+    records = _rounds(trainer, _logs(config, info, folder, len(history), log), keeper, history)
+    seconds = startup, time.perf_counter() - started + earlier
+    resumed = facts["resumed_after"]
+    summary = outcome.summarise(config, info, place, records, trainer, seconds, folder, resumed)
+    outcome.save(trainer, folder)
     if info.rank == 0:
         run_folder.finish(folder, summary)
     return summary
 
 
-def _save(trainer: Trainer, folder: Path) -> None:
-    """Rank 0 writes the global model, and what the clients drawn so far have for themselves."""
-    if comm.rank() == 0:
-        state = {key: value.cpu() for key, value in trainer.model.state_dict().items()}
-        files.replace(folder / "model.pt", lambda path: torch.save(state, path))
-    states = trainer.cohort.states
-    kept = {}
-    for client in states.drawn() if states.exist else []:
-        named = states.named(client, trainer.model)
-        if comm.rank() == 0:
-            kept[client] = named
-    if kept:
-        files.replace(folder / "clients.pt", lambda path: torch.save(kept, path))
-
-
-def _peak_memory(device: torch.device) -> torch.Tensor:
-    """Most memory that this process has had, in bytes: of the GPU if it computes there; 0-d."""
-    if device.type == "cuda":
-        return torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
-    return torch.tensor(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-def _backend(place: Place) -> str:
-    """The carrier of the collectives, if there are any."""
-    return place.backend if comm.is_started() else "none"
-
-
-def _summarise(
-    config: Config,
-    info: RankInfo,
-    place: Place,
-    records: list[RoundRecord],
-    folder: Path,
-    parameters: int,
-    seconds: tuple[float, float],
-) -> Summary:
-    last = records[-1]
-    assert last.test_accuracy is not None
-    assert last.test_loss is not None
-    own = last.clients_test_accuracy_mean
-    return Summary(
-        algorithm=str(config.algorithm.name),
-        rounds=config.rounds,
-        test_accuracy=last.test_accuracy,
-        judged="global model" if own is None else "mean over the clients' own models",
-        test_loss=last.test_loss,
-        pooled_train_loss=last.pooled_train_loss,
-        clients_judged=last.clients_judged,
-        clients_test_accuracy_mean=own,
-        clients_test_accuracy_spread=last.clients_test_accuracy_spread,
-        clients_own_mix_accuracy_mean=last.clients_own_mix_accuracy_mean,
-        clients_own_mix_accuracy_spread=last.clients_own_mix_accuracy_spread,
-        total_seconds=seconds[1],
-        startup_seconds=seconds[0],
-        peak_memory_bytes=max(int(peak) for peak in comm.all_gather(_peak_memory(place.device))),
-        median_round_seconds=statistics.median(record.round_seconds for record in records),
-        world_size=info.world_size,
-        backend=_backend(place),
-        device=str(place.device),
-        parameters=parameters,
-        versions={
-            "fedtan_hpc": __version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
-        run_dir=str(folder),
+def _what_was_found(info: RankInfo, place: Place, folder: Path, taken: Resumption | None) -> str:
+    line = (
+        f"launcher {info.launcher}, nodes {info.nodes}, ranks {info.world_size}, "
+        f"backend {outcome.backend(place)}, device {place.device}, "
+        f"threads per rank {place.threads}, run_dir {folder}"
     )
+    return line if taken is None else f"{line}\ngoing on after round {len(taken.history)}"
+
+
+def _take_up(
+    config: Config, trainer: Trainer, taken: Resumption | None
+) -> tuple[list[RoundRecord], dict[str, Any], float]:
+    """Bring the trainer to where an interrupted run was.
+
+    The records of its rounds, what its checkpoints say of it, and the seconds that it took.
+    """
+    found: tuple[Any, ...] = ([], [], 0.0)
+    if taken is not None:
+        found = (taken.history, taken.resumed_after(), taken.content["seconds"])
+    history, resumed_after, earlier = comm.broadcast_object(found)
+    if history:
+        resume.restore(taken, trainer.cohort)
+    facts = {"config": to_dict(config), "resumed_after": resumed_after}
+    return history, facts, earlier
+
+
+def _logs(
+    config: Config, info: RankInfo, folder: Path, behind: int, log: NullLog | None
+) -> list[NullLog]:
+    """Who is told of rounds, on rank 0, when so many are ``behind``."""
+    if info.rank != 0:
+        return []
+    return [RunLog(folder, behind), log or Display(config.rounds, behind)]
+
+
+def _rounds(
+    trainer: Trainer, logs: list[NullLog], keeper: Keeper, history: list[RoundRecord]
+) -> list[RoundRecord]:
+    """All that are left, until a signal asks for the end."""
+    with ExitStack() as closing, signals.watched() as stop:
+        closing.callback(keeper.close)
+        for each in logs:
+            closing.callback(each.close)
+        trainer.stop = stop
+        return trainer.train(logs, keeper, history)

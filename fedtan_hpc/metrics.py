@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -83,6 +83,8 @@ class Summary:
     """These six as in the last line of ``rounds.jsonl``."""
     compile_seconds: float = 0.0
     """Of ``startup_seconds``, those for compiling the training step; 0 if it runs eagerly."""
+    resumed_after: list[int] = field(default_factory=list)
+    """Rounds after which the run was interrupted and taken up; times are without the gaps."""
 
 
 class NullLog:
@@ -98,11 +100,12 @@ class NullLog:
 class RunLog(NullLog):
     """Appends to ``rounds.jsonl`` and to TensorBoard's event file."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, behind: int = 0) -> None:
+        """Rounds until ``behind`` are there already; curves lose what came after them."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._lines = open(folder / "rounds.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(folder))
+        self._board = SummaryWriter(str(folder), purge_step=behind + 1 if behind else None)
 
     def round(self, record: RoundRecord) -> None:
         """One line, written through at once, and one point on each curve."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import mpi4py
 
-from .environment import MPI_LAUNCHERS
+from .environment import MPI_LAUNCHERS, detect
 from .errors import LauncherError, mistake
 
 mpi4py.rc(initialize=False, finalize=True)  # a library may abort under another MPI's launcher
@@ -44,15 +44,23 @@ def check_launcher(version: str, variables: Mapping[str, str]) -> None:
 
 
 def _check_size(variables: Mapping[str, str]) -> None:
-    """The same for libraries without a name that is known."""
+    """The same for libraries without a name that is known, and for srun."""
+    size, version = MPI.COMM_WORLD.size, MPI.Get_library_version()
     for launcher, variable in MPI_LAUNCHERS.items():
-        if variables.get(variable, str(MPI.COMM_WORLD.size)) != str(MPI.COMM_WORLD.size):
-            version = MPI.Get_library_version()
+        if variables.get(variable, str(size)) != str(size):
             raise LauncherError(_mistake(variable, variables[variable], launcher, version))
+    if detect(variables).world_size == size:
+        return
+    allowed = f"a start by mpirun, or by `srun --mpi=...` in a way that {_library(version)} speaks"
+    remedy = "`srun --mpi=list` tells which there are, or set comm.backend=gloo"
+    raise LauncherError(mistake("comm.backend", "mpi", allowed, remedy))
 
 
 def _mistake(variable: str, value: str, launcher: str, version: str) -> str:
-    library = " ".join(version.splitlines()[0].partition(",")[0].split())
-    allowed = f"the launcher of {library}, the MPI that mpi4py loads"
+    allowed = f"the launcher of {_library(version)}, the MPI that mpi4py loads"
     remedy = f"start with its mpirun and not with {launcher}'s, or install {launcher}"
     return mistake(variable, value, allowed, remedy)
+
+
+def _library(version: str) -> str:
+    return " ".join(version.splitlines()[0].partition(",")[0].split())

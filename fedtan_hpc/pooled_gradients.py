@@ -48,6 +48,14 @@ class Momentum:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
+    def memory(self) -> list[Tensor]:
+        """What a later round needs to know of those before."""
+        return self._buffers
+
+    def recall(self, memory: list[Tensor]) -> None:
+        """Go on from the ``memory`` of another run's."""
+        self._buffers = memory
+
     def give_to(self, run: LocalRun, plan: Plan) -> None:
         """Let the optimizer of ``run`` go on from where the last round ended."""
         if plan.pooled_gradients:

@@ -91,6 +91,32 @@ class PrivateStates:
         on_host = state.is_cuda and not self._fits(state.nbytes)
         self._states[client] = state.cpu() if on_host else state
 
+    def memory(self) -> tuple[list[int], Tensor]:
+        """Clients whose states this rank has, ascending, and the states, (K, D) on the CPU."""
+        clients = sorted(self._states)
+        states = [self._states[client].cpu() for client in clients]
+        empty = torch.empty(0, len(self._first), dtype=self._first.dtype)
+        return clients, torch.stack(states) if states else empty
+
+    def recall(self, clients: Sequence[int], states_KD: Tensor, owners: Mapping[int, int]) -> None:
+        """Take up the states that this rank is given of those of all ``owners``' clients."""
+        self._owners = dict(owners)
+        self._states = {}
+        for client, state in zip(clients, states_KD, strict=True):
+            self._keep(client, state.to(self._first.device, copy=True))
+
+    def state_bytes(self) -> int:
+        """Of one client."""
+        return self._first.nbytes
+
+    def on_device(self, message: Tensor) -> Tensor:
+        """``message`` where the ranks' collectives are."""
+        return message.to(self._first.device)
+
+    def owners(self) -> dict[int, int]:
+        """The rank that has each state there is."""
+        return dict(self._owners)
+
     def named(self, client: int, module: nn.Module) -> dict[str, Tensor]:
         """The state of ``client`` by tensor name, on the CPU of every rank; for saving it."""
         state = self._states.get(client, self._first).to(self._first.device, copy=True)

@@ -6,8 +6,10 @@ summary.json   the result (``metrics.Summary``); its presence means that the run
 model.pt       state_dict of the final global model
 clients.pt     what each client keeps for itself, if the algorithm has such parts
 events.*       TensorBoard
+checkpoints/   from which an interrupted run goes on (``checkpoint``)
+failure.json   why the run ended before its time; gone when it goes on
 .lock          held while a run writes here
-interrupted-N/ what an unfinished run left in this folder before the present one
+interrupted-N/ what an unfinished run left in this folder before the present one began anew
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +34,8 @@ from .choices import ModelSource
 from .config import Config, to_dict
 from .errors import ConfigError, mistake
 from .metrics import Summary
+
+_NO_MATTER = ("run_dir", "checkpoint", "resume")
 
 
 def name(config: Config) -> Path:
@@ -61,7 +66,7 @@ def _network(config: Config) -> str:
 
 @contextmanager
 def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
-    """Hold the folder for a new run, or give the summary of the same run, finished.
+    """Hold the folder for a run, or give the summary of the same run, finished.
 
     While it is held no other run can have it.  Raises ``ConfigError`` if it is held, if it has a
     finished run of another configuration, or if it cannot be written.
@@ -69,19 +74,35 @@ def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
     if (finished := _finished(folder, config)) is not None:
         yield finished
         return
-    with _written(folder):
+    with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")  # noqa: SIM115
     with lock:
         _hold(lock, folder)
         # A run that held the folder until now may have finished in it.
-        finished = _finished(folder, config)
-        if finished is None:
-            with _written(folder):
-                _set_aside(folder)
-                text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
-                files.replace_text(folder / "config.yaml", text)
-        yield finished
+        yield _finished(folder, config)
+
+
+def begin(folder: Path, config: Config, anew: bool = True) -> None:
+    """Write the options of the run that begins, or goes on, in a folder that is held.
+
+    What an earlier one left is set aside if this one begins ``anew``.
+    """
+    with written(folder):
+        if anew:
+            _set_aside(folder)
+        (folder / "failure.json").unlink(missing_ok=True)
+        text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+        files.replace_text(folder / "config.yaml", text)
+
+
+def note_failure(folder: Path, message: str) -> None:
+    """Say why the run ended, for whoever looks for it later; the first message stays."""
+    path = folder / "failure.json"
+    note = {"message": message, "time": datetime.now().astimezone().isoformat(timespec="seconds")}
+    if folder.is_dir() and not path.exists():
+        with suppress(OSError):  # it may be the very disk that fails
+            files.replace_text(path, json.dumps(note) + "\n")
 
 
 def _hold(lock: IO[str], folder: Path) -> None:
@@ -94,7 +115,8 @@ def _hold(lock: IO[str], folder: Path) -> None:
 
 
 @contextmanager
-def _written(folder: Path) -> Iterator[None]:
+def written(folder: Path) -> Iterator[None]:
+    """A folder that cannot be written is a ``ConfigError``."""
     try:
         yield
     except OSError as error:
@@ -108,7 +130,7 @@ def finish(folder: Path, summary: Summary) -> None:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in to_dict(config).items() if key != "run_dir"}
+    return {key: value for key, value in to_dict(config).items() if key not in _NO_MATTER}
 
 
 def _finished(folder: Path, config: Config) -> Summary | None:
@@ -125,12 +147,21 @@ def _finished(folder: Path, config: Config) -> Summary | None:
         allowed = "a new folder, or one with a whole run"
         remedy = f"its finished run cannot be read ({error}): choose another run_dir"
         raise ConfigError(mistake("run_dir", folder, allowed, " ".join(remedy.split()))) from error
-    differing = sorted(_differences(_completed(saved), to_dict(config)) - {"run_dir"})
-    if differing:
+    if differing := differences(saved, config):
         allowed = "a new folder, or that of the same configuration"
         remedy = f"it holds a finished run with another {', '.join(differing)}: choose another"
         raise ConfigError(mistake("run_dir", folder, allowed, f"{remedy} run_dir"))
     return summary
+
+
+def differences(saved: dict[str, Any], config: Config, besides: Sequence[str] = ()) -> list[str]:
+    """Options in which ``config`` is another than that of a run, those ``besides`` apart.
+
+    Where a run writes, how often it saves itself and how it goes on make no difference.
+    """
+    found = _differences(_completed(saved), to_dict(config))
+    ignored = {*_NO_MATTER, *besides}
+    return sorted(option for option in found if option.partition(".")[0] not in ignored)
 
 
 def _completed(saved: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +184,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
 
 def _set_aside(folder: Path) -> None:
     """Move what an unfinished run left into ``interrupted-N``."""
-    names = ("config.yaml", "rounds.jsonl", "model.pt", "clients.pt")
+    names = ("config.yaml", "rounds.jsonl", "model.pt", "clients.pt", "checkpoints")
     left = [folder / name for name in names] + list(folder.glob("events.*"))
     left = [path for path in left if path.exists()]
     if not left or left == [folder / "config.yaml"]:  # nothing had begun

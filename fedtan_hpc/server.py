@@ -50,6 +50,14 @@ class Server:
         if not self._is_idle:
             self._before = pack(self._select(model).values())
 
+    def memory(self) -> list[Tensor]:
+        """What a later round needs to know of those before."""
+        return [self._mean, self._squared]
+
+    def recall(self, memory: list[Tensor]) -> None:
+        """Go on from the ``memory`` of another server of the same kind."""
+        self._mean, self._squared = memory
+
     @torch.no_grad()
     def step(self, model: nn.Module) -> None:
         """Go from the values before the round on, as the average in ``model`` suggests."""

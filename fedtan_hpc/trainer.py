@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,15 @@ from .algorithms import plan
 from .clients import Client, ClientStore
 from .cohort import Cohort
 from .config import Config
-from .errors import RunError
+from .errors import RunError, Stopped
 from .judge import Judge, Judgement
+from .keeper import Keeper
 from .local_training import Round
 from .metrics import NullLog, RoundRecord
 from .participation import assign, draw
+from .signals import ASKING, Stop
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass
@@ -30,33 +36,56 @@ class Trainer:
     store: ClientStore
     cohort: Cohort
     judge: Judge
+    stop: Stop = field(default_factory=Stop)
+    """Set by signals of this rank; the ranks agree on it at the end of each round."""
+    _asked_to_stop: int = 0
 
     @property
     def model(self) -> nn.Module:
         """The global model."""
         return self.cohort.model
 
-    def train(self, logs: Sequence[NullLog]) -> list[RoundRecord]:
-        """Run all rounds, telling ``logs`` of each; the last round is evaluated.
+    def train(
+        self,
+        logs: Sequence[NullLog],
+        keeper: Keeper | None = None,
+        history: Sequence[RoundRecord] = (),
+    ) -> list[RoundRecord]:
+        """Run the rounds after those of ``history``, telling ``logs`` of each; returns all records.
 
-        Raises ``RunError``: on every rank if a loss is not finite or the models differ, and on the
-        rank concerned for anything else that goes wrong.
+        The last round is evaluated.  Raises ``RunError``: on every rank if a loss is not finite or
+        the models differ, and on the rank concerned for anything else that goes wrong; ``Stopped``
+        on every rank when a signal has asked one of them, after its round.
         """
-        records = []
-        for number in range(1, self.config.rounds + 1):
+        records = list(history)
+        for number in range(len(records) + 1, self.config.rounds + 1):
             try:
                 records.append(self._round(number))
                 for log in logs:
                     log.round(records[-1])
+                is_last = number == self.config.rounds
+                asked = self._asked_to_stop and not is_last
+                if keeper and not is_last and (asked or keeper.is_due(number)):
+                    keeper.save(number, self.cohort)
+                if asked:
+                    self._leave(number, keeper)
             except RunError:
                 raise
             except Exception as error:
-                where = f"rank {comm.rank()}, round {number}"
-                cause = f"{where}: {type(error).__name__}: {error}"
-                raise RunError(cause, on_all_ranks=False) from error
+                raise _failure(error, number) from (None if _has_no_place(error) else error)
         return records
 
+    def _leave(self, number: int, keeper: Keeper | None) -> None:
+        """The end that a signal has asked for; nobody leaves before the checkpoint is there."""
+        if keeper:
+            keeper.wait()
+        comm.barrier()
+        name = signal.Signals(self._asked_to_stop).name
+        then = "; the same command goes on from there" if keeper else ""
+        raise Stopped(f"stopped by {name} after round {number}{then}", self._asked_to_stop)
+
     def _round(self, number: int) -> RoundRecord:
+        comm.progress.round = number
         traffic, start = comm.training_traffic.copy(), time.perf_counter()
         # 1. Who takes part, and which of them this rank hosts: every rank finds the same.
         weights = self._participants(number)
@@ -103,12 +132,19 @@ class Trainer:
         losses: Sequence[Tensor],
         number: int,
     ) -> float:
-        """sum_k p_k loss_k; every rank learns all losses, so that all stop together."""
+        """sum_k p_k loss_k; every rank learns all losses, so that all stop together.
+
+        The same message says whether a signal has asked any rank to stop, and which.
+        """
         place = {client: position for position, client in enumerate(weights)}
-        of_all = self._zeros(len(weights))
+        of_all = self._zeros(len(weights) + 2)
         for client, loss in zip(clients, losses, strict=True):
             of_all[place[client.number]] = loss
-        values = dict(zip(weights, comm.sum_over_ranks(of_all).tolist(), strict=True))
+        asked = self.stop.signal
+        of_all[-2:] = of_all.new_tensor([asked, bool(asked)])
+        *every, signals, ranks = comm.sum_over_ranks(of_all).tolist()
+        self._asked_to_stop = _common(signals, ranks)
+        values = dict(zip(weights, every, strict=True))
         bad = [client for client, value in values.items() if not math.isfinite(value)]
         if bad:
             # Global statistics carry one client's bad samples to all: look for the source.
@@ -161,6 +197,26 @@ class Trainer:
                 f"round {number}: after the average the model of ranks {ranks} is not rank 0's",
                 on_all_ranks=True,
             )
+
+
+def _failure(error: Exception, number: int) -> RunError:
+    """What one rank met, with its name and round."""
+    where, what = f"rank {comm.rank()}, round {number}", f"{type(error).__name__}: {error}"
+    if comm.has_lost_a_rank(error):
+        what = f"another rank has ended ({str(error).splitlines()[0]})"
+    return RunError(f"{where}: {what}", on_all_ranks=False)
+
+
+def _has_no_place(error: Exception) -> bool:
+    """Whether the place in the code would tell nothing: the disk, or another rank, is the cause."""
+    disk_is_full = isinstance(error, OSError) and error.errno in _FULL
+    return disk_is_full or comm.has_lost_a_rank(error)
+
+
+def _common(signals: float, ranks: float) -> int:
+    """The signal that so many ranks got, from the sum of their numbers; TERM if they differ."""
+    number = signals / ranks if ranks else 0
+    return int(number) if number in (0, *ASKING) else int(signal.SIGTERM)
 
 
 def _record(

@@ -111,7 +111,7 @@ def test_a_run_ends_with_its_accuracy_and_is_not_repeated(tmp_path: Path) -> Non
     assert first.returncode == 0, first.stderr
     accuracy = json.loads((tmp_path / "here" / "summary.json").read_text())["test_accuracy"]
     assert f"{100 * accuracy:.2f} %" in first.stdout
-    assert "launcher torchrun, ranks 2, backend gloo, device cpu" in first.stdout
+    assert "launcher torchrun, nodes 1, ranks 2, backend gloo, device cpu" in first.stdout
     again = commands.ranks(2, "clients=2", *SHORT, "run_dir=here", cwd=tmp_path)
     assert again.returncode == 0
     assert "finished" in again.stdout

@@ -237,15 +237,35 @@ def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_are_read_from_torchrun() -> None:
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert detect(variables) == RankInfo(3, 4, 1, 2, "torchrun")
+    assert detect(variables) == RankInfo(3, 4, 1, 2, "torchrun", nodes=2)
     assert detect({}) == RankInfo(0, 1, 0, 1, "none")
 
 
-@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS"])
-def test_a_launcher_that_is_not_read_is_an_error(variable: str) -> None:
-    with pytest.raises(ConfigError, match="torchrun"):
-        detect({variable: "4"})
-    assert detect({variable: "1"}).world_size == 1
+SRUN = {
+    "SLURM_PROCID": "4",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+}
+
+
+def test_ranks_are_read_from_srun() -> None:
+    assert detect(SRUN) == RankInfo(4, 5, 0, 1, "srun", nodes=3)
+    second = {**SRUN, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+    assert detect(second) == RankInfo(3, 5, 1, 2, "srun", nodes=3)
+
+
+def test_the_launcher_nearest_to_the_ranks_is_asked() -> None:
+    """torchrun and mpirun may run inside an allocation, and srun may speak PMI."""
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2"}
+    mpirun = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    assert detect({**SRUN, **torchrun}).launcher == "torchrun"
+    assert detect({**SRUN, **mpirun}).launcher == "MPICH"
+    assert detect({**SRUN, "PMI_RANK": "4", "PMI_SIZE": "5"}).launcher == "srun"
+    in_the_batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+    assert detect(in_the_batch_script).launcher == "none"
 
 
 def test_what_types_admit_is_told_in_words() -> None:

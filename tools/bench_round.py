@@ -74,7 +74,7 @@ def measure(
     """Seconds of a round of each variant in each repeat, and ratios to plain, local and FedAvg."""
     import torch
 
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or 1)
     carriers = benchmarks.carriers(config, backends)
     variants: list[Variant] = []
     seconds: list[list[float]] = []

@@ -85,7 +85,7 @@ def setting(config: Config, **own: Any) -> dict[str, Any]:
         **own,
         "ranks": info.world_size,
         "launcher": info.launcher,
-        "threads": config.threads,
+        "threads": config.threads or 1,
         "machine": torch.cuda.get_device_name() if on_gpu else _processor(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -1,0 +1,48 @@
+"""Signals that ask a run to stop: the round in progress is finished and saved first.  No torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from . import environment
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""SLURM sends TERM when it preempts or cancels, USR1 before the time limit as our scripts ask it
+to, submitit USR2; INT is a user's Ctrl-C."""
+
+
+class Stop:
+    """Whether a signal has asked for the end, and which."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def ask(self, number: int, _: FrameType | None = None) -> None:
+        """The handler; a second Ctrl-C does not wait for the round."""
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.signal and environment.rank_hint() == 0:
+            name = signal.Signals(number).name
+            # Unlike print, this may be called while another print is under way.
+            os.write(2, f"{name}: the round is finished and saved before the end\n".encode())
+        self.signal = int(number)
+
+
+@contextmanager
+def watched() -> Iterator[Stop]:
+    """Signals ask the ``Stop`` that is given, in the main thread; handlers are put back after."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.ask) for number in ASKING}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's own

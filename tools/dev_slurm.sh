@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# A real SLURM with two nodes (n1, n2) on this machine, for development and tests:
+#   tools/dev_slurm.sh start     bring it up (root; needs Debian's slurm-wlm and munge)
+#   tools/dev_slurm.sh status    show its nodes; exit 1 if it is not running
+#   tools/dev_slurm.sh env       print what points sbatch and the like at it, to eval
+#   tools/dev_slurm.sh stop      cancel its jobs, end its daemons, remove its folder
+# All it writes lies in $DEV_SLURM_DIR (default: ${TMPDIR:-/tmp}/dev-slurm-UID). Its munged
+# has a key and a socket of its own there, its other daemons have their own ports.
+set -euo pipefail
+
+dir=$(realpath -m -- "${DEV_SLURM_DIR:-${TMPDIR:-/tmp}/dev-slurm-$(id -u)}")
+conf=$dir/slurm.conf
+mark='# Written by dev_slurm.sh'
+export PATH=$PATH:/usr/sbin   # where the daemons are, also for those without it
+
+say() { echo "dev_slurm: $*"; }
+die() { say "$@" >&2; exit 1; }
+client() { SLURM_CONF=$conf timeout 10 "$@"; }
+ours() { grep -qsxF "$mark" "$conf"; }
+
+# True if process $1 is a $2 with a file of our folder among its arguments, as all our daemons
+# have. A pid file alone proves nothing: its number may have a new owner.
+is_ours() {
+  local words=()
+  mapfile -d '' words 2>/dev/null <"/proc/$1/cmdline" || return 1
+  [[ ${words[0]-} == "$2" && ${words[*]} == *[\ =]"$dir/"* ]]
+}
+
+# The pid of our daemon $1 (munged, slurmctld or the slurmds n1, n2), if it runs.
+pid_of() {
+  local pid
+  pid=$(cat "$dir/$1.pid" 2>/dev/null) && is_ours "$pid" "${1/#n[12]/slurmd}" && echo "$pid"
+}
+
+is_up() { for name in munged slurmctld n1 n2; do pid_of "$name" >/dev/null || return 1; done; }
+
+# Another SLURM here, or one that the environment points at, is somebody's: leave it alone.
+refuse_foreign() {
+  [[ ${SLURM_CONF:-$conf} == "$conf" ]] || die "SLURM_CONF is $SLURM_CONF, not ours: nothing done"
+  for proc in /proc/[0-9]*; do
+    mapfile -d '' words 2>/dev/null <"$proc/cmdline" || continue   # already gone
+    [[ ${words[0]-} =~ (^|/)slurm(ctl)?d$ && ${words[*]} != *[\ =]"$dir/"* ]] || continue
+    die "${words[0]} (pid ${proc#/proc/}) runs and is not ours: nothing done"
+  done
+}
+
+need_packages_and_root() {
+  local lack=''
+  type -P slurmctld slurmd sbatch >/dev/null || lack+=' slurm-wlm'
+  type -P munged mungekey >/dev/null || lack+=' munge'
+  lack=${lack:+packages missing:$lack (apt-get install slurm-wlm munge). }
+  ((EUID == 0)) || lack+='It needs root.'
+  [[ -z $lack ]] || { say "${lack% }" >&2; exit 2; }
+}
+
+make_folder() {
+  [[ ! $dir =~ [[:space:],#%] ]] || die "$dir: no name for SLURM, set DEV_SLURM_DIR to another"
+  mkdir -p -- "$dir"
+  [[ -O $dir ]] || die "$dir belongs to somebody else"
+  ours || [[ -z $(ls -A -- "$dir") ]] || die "$dir holds files that are not ours"
+  chmod 755 "$dir"
+  mkdir -p "$dir/state" "$dir/spool.n1" "$dir/spool.n2"
+  [[ -s $dir/munge.key ]] || mungekey --create --keyfile="$dir/munge.key"
+  # config_overrides: the nodes have what is written here on a machine of any size (nothing
+  # limits memory). cred_expire: how long a requeued job waits (else 120 s).
+  cat >"$conf" <<END
+$mark
+ClusterName=dev
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=26817
+SlurmUser=root
+AuthInfo=socket=$dir/munge.socket,cred_expire=10
+StateSaveLocation=$dir/state
+SlurmctldPidFile=$dir/state/pid
+SlurmctldLogFile=$dir/slurmctld.log
+SlurmdSpoolDir=$dir/spool.%n
+SlurmdPidFile=$dir/spool.%n/pid
+SlurmdLogFile=$dir/%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=1,sched_interval=5,bf_interval=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=10
+MinJobAge=60
+ReturnToService=2
+NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[26818-26819] CPUs=2 RealMemory=64000
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=UNLIMITED PriorityTier=10 PreemptMode=OFF
+PartitionName=preempt Nodes=n[1-2] MaxTime=UNLIMITED PriorityTier=1 GraceTime=30
+END
+}
+
+# Start daemon $1 unless it runs. In the foreground of a session of its own: so its pid is
+# known at once, no signal meant for us reaches it, and it keeps no lock or pipe of ours open.
+# (Its own pid file is another: it removes that well before it ends.)
+launch() {
+  local command=(slurmd -D -f "$conf" -N "$1")
+  [[ $1 != slurmctld ]] || command=(slurmctld -D -f "$conf")
+  [[ $1 != munged ]] || command=(munged --foreground --force --num-threads=2 --origin=127.0.0.1
+    --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munge.pid"
+    --seed-file="$dir/munge.seed")
+  pid_of "$1" >/dev/null && return
+  setsid "${command[@]}" </dev/null >"$dir/$1.out" 2>&1 9>&- &
+  echo $! >"$dir/$1.pid"
+  disown
+}
+
+# Start what does not run, and wait until both nodes answer: idle, or busy with a job that
+# outlived its daemons.
+bring_up() {
+  for name in munged slurmctld n1 n2; do
+    launch "$name"
+    for _ in {1..50}; do munge -n --socket="$dir/munge.socket" &>/dev/null && break; sleep 0.1; done
+  done
+  SECONDS=0
+  while ((SECONDS < 30)); do
+    sleep 0.5
+    if ! is_up; then
+      ((SECONDS < 4)) || return 1
+    elif (($(client sinfo -hN -p main -o %t 2>&1 | grep -cxE 'idle|mix|alloc|comp') == 2)); then
+      return 0
+    fi
+  done
+  return 1
+}
+
+# Cancel the jobs, wait for their end (KillWait and a little), end the daemons.
+shut_down() {
+  local pid
+  if pid_of slurmctld >/dev/null; then
+    client squeue -h -o %A 2>/dev/null | SLURM_CONF=$conf xargs -r timeout 10 scancel || true
+    for _ in {1..40}; do [[ -n $(client squeue -h 2>/dev/null) ]] || break; sleep 0.5; done
+  fi
+  for name in n1 n2 slurmctld munged; do
+    for signal in {1..20}TERM {1..10}KILL; do
+      pid=$(pid_of "$name") || break
+      kill -"${signal##*[0-9]}" "$pid" 2>/dev/null || true
+      sleep 0.5
+    done
+  done
+  rm -rf -- "$dir"
+}
+
+start() {
+  need_packages_and_root
+  refuse_foreign
+  if is_up; then say "already running"; return; fi
+  make_folder
+  if bring_up; then say "running; eval \"\$($0 env)\" points sbatch and the like at it"; return; fi
+  tail -n 8 "$dir"/*.out >&2
+  shut_down
+  die "it did not come up, the last lines of its logs are above; all is ended and removed"
+}
+
+stop() {
+  refuse_foreign
+  if ! ours; then say "not running"; return; fi
+  need_packages_and_root
+  is_up || bring_up || true   # jobs outlive their daemons, which it takes to cancel them
+  shut_down
+  say "stopped"
+}
+
+case $#:${1-} in
+  1:start | 1:stop)
+    exec 9<"${BASH_SOURCE[0]}" && flock 9   # one at a time
+    "$1" ;;
+  1:status) if ! is_up || ! client sinfo; then say "not running"; exit 1; fi ;;
+  1:env) if is_up; then echo "export SLURM_CONF=$conf"; else die "not running"; fi ;;
+  *) echo "usage: $0 start|stop|status|env" >&2; exit 2 ;;
+esac
