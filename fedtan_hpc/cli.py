@@ -16,8 +16,9 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -29,10 +30,9 @@ from yaml import YAMLError
 from . import __version__, environment, manual
 from .checks import check
 from .config import Config
-from .errors import ConfigError, LauncherError, RunError, Stopped, mistake
+from .errors import ConfigError, RunError, Stopped, mistake
 from .explain import explain, unknown, unreadable
 
-_GRACE_SECONDS = 15.0
 _NOBODY_READS = 128 + signal.SIGPIPE
 """As of a program whose output goes to ``head`` and that is ended by the signal."""
 
@@ -47,7 +47,8 @@ def main() -> None:
         environment.detect()
         for config in configs:
             check(config)
-        _check_folders(configs)
+            environment.threads(config.threads)
+        check_folders(configs)
         from . import job  # torch loads here, after all that can go wrong without it
 
         if len(configs) == 1:
@@ -63,7 +64,7 @@ def exit_codes(program: str) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except ConfigError as error:
-        everyones = "torch" not in sys.modules or isinstance(error, LauncherError)
+        everyones = "torch" not in sys.modules or error.on_all_ranks
         _leave(2, [f"{program}: {line}" for line in error.mistakes], everyones)
     except KeyboardInterrupt:
         if environment.rank_hint() == 0:
@@ -72,16 +73,19 @@ def exit_codes(program: str) -> Iterator[None]:
     except BrokenPipeError:
         _exit(_NOBODY_READS)
     except Stopped as error:
-        _leave(128 + error.signal, [f"{program}: {error}"])
+        _leave(128 + error.signal, [f"{program}: {error}"], everyones=True)
     except RunError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             _exit(_NOBODY_READS)
         if error.on_all_ranks:
-            _leave(1, [f"{program}: {error}"])
+            _leave(1, [f"{program}: {error}"], everyones=True)
         _fail(error.__cause__, f"{program}: {error}")
     except Exception as error:
         rank = environment.rank_hint()
         _fail(error, f"{program}: rank {rank}: {type(error).__name__}: {error}")
+
+
+Schema = TypeVar("Schema", bound=Config)
 
 
 def compose(words: Sequence[str] | None = None) -> list[Config]:
@@ -89,14 +93,22 @@ def compose(words: Sequence[str] | None = None) -> list[Config]:
 
     Raises ``ConfigError`` for options that do not exist or have the wrong type.
     """
+    return compose_as(Config, "config", words)
+
+
+def compose_as(
+    schema: type[Schema], entry: str, words: Sequence[str] | None = None
+) -> list[Schema]:
+    """The same for options of another ``schema``, which begin with the file ``entry`` of conf/."""
     words = sys.argv[1:] if words is None else list(words)
     _refuse_deletions(words)
     # hydra's own report is several lines and exits with 1; this makes it raise instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("manual", manual.text, replace=True)  # for --help
+    ConfigStore.instance().store(name="schema", node=schema)
+    of_help = partial(manual.text, schema)
+    OmegaConf.register_new_resolver("manual", of_help, replace=True)
     composed: list[DictConfig] = []
-    entry = hydra.main(version_base="1.3", config_path=str(_conf()), config_name="config")
+    run = hydra.main(version_base="1.3", config_path=str(_conf()), config_name=entry)
     usage = io.StringIO()
     speaks = environment.rank_hint() == 0  # --help is rank 0's to print
     try:
@@ -105,12 +117,12 @@ def compose(words: Sequence[str] | None = None) -> list[Config]:
             redirect_stderr(usage),
             redirect_stdout(sys.stdout if speaks else io.StringIO()),
         ):
-            entry(composed.append)()
-        return [_to_config(config) for config in composed]
+            run(composed.append)()
+        return [_to_config(config, schema) for config in composed]
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra raises all three
-        raise ConfigError(explain(error, words)) from error
+        raise ConfigError(explain(error, words, schema)) from error
     except YAMLError as error:
         raise ConfigError(unreadable(error)) from error
     except SystemExit as error:
@@ -123,7 +135,9 @@ def compose(words: Sequence[str] | None = None) -> list[Config]:
 def _command_line(words: Sequence[str]) -> Iterator[None]:
     """``words`` where hydra looks for its own."""
     own = sys.argv
-    sys.argv = [own[0], *words]
+    # argparse takes options in two lots for mistakes, with a flag between them.
+    flags = [word for word in words if word in ("-m", "--multirun")]
+    sys.argv = [own[0], *flags, *(word for word in words if word not in flags)]
     try:
         yield
     finally:
@@ -144,8 +158,8 @@ def _flag_mistake(usage: str) -> str:
     return f"{reason}; options are written name=value, and --help lists them"
 
 
-def _check_folders(configs: Sequence[Config]) -> None:
-    """The points of a sweep need folders of their own."""
+def check_folders(configs: Sequence[Config]) -> None:
+    """Raise ``ConfigError`` unless the points of a sweep have folders of their own."""
     shared = {config.run_dir for config in configs}
     if len(configs) > 1 and len(shared) < len(configs) and shared != {None}:
         folder = next(iter(shared - {None}))
@@ -160,11 +174,11 @@ def _conf() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def _to_config(composed: DictConfig) -> Config:
-    if added := list(_added(composed, Config())):
-        raise ConfigError(*(unknown(option, value) for option, value in added))
+def _to_config(composed: DictConfig, schema: type[Schema]) -> Schema:
+    if added := list(_added(composed, schema())):
+        raise ConfigError(*(unknown(option, value, schema) for option, value in added))
     config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     return config
 
 
@@ -194,11 +208,10 @@ def _leave(code: int, lines: list[str], everyones: bool = False) -> NoReturn:
 
     Launchers end the other ranks as soon as one has failed, so a rank that left first could
     silence rank 0.  A rank that is still alive after the wait may have a trouble of its own to
-    tell, unless it is ``everyones``, as is what is wrong with the options before torch loads.
+    tell, unless it is ``everyones``.
     """
     if environment.rank_hint() != 0:
-        if not (everyones and environment.lets_others_live()):
-            time.sleep(_GRACE_SECONDS)
+        time.sleep(environment.patience_seconds(everyones))
         if everyones:
             _exit(code)
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 
+from . import environment
 from .choices import BackendName, DeviceName
 from .config import Config
 from .environment import (
     CUDA_AWARE,
     MPI_LAUNCHERS,
     RankInfo,
-    cpus_of_a_task,
     gpus_are_of_a_task,
     mpi_takes_gpu_memory,
 )
@@ -36,7 +35,7 @@ def choose(config: Config, info: RankInfo) -> Place:
     Raises ``ConfigError`` if the machine lacks what is asked for.
     """
     _check_launcher(config, info)
-    threads = _threads(config)
+    threads = environment.threads(config.threads)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device is DeviceName.cuda and gpus == 0:
         remedy = "set device=auto or start on a machine with a GPU"
@@ -58,22 +57,6 @@ def choose(config: Config, info: RankInfo) -> Place:
         return Place(device, "mpi", threads)
     gloo = shared or config.comm.backend is BackendName.gloo
     return Place(device, "gloo" if gloo else "nccl", threads)
-
-
-def _threads(config: Config) -> int:
-    """As many as asked for, else the CPUs of SLURM's task; never more than this rank may use.
-
-    Processes of some clusters may run on all CPUs, whatever was given to the job: then what SLURM
-    says counts.
-    """
-    given = cpus_of_a_task()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = min(usable or 1, given or usable or 1)
-    if config.threads is not None and config.threads > most:
-        allowed = f"1 to {most}, the CPUs that this rank may use"
-        remedy = "ask SLURM for more with --cpus-per-task" if given else f"set threads={most}"
-        raise ConfigError(mistake("threads", config.threads, allowed, remedy))
-    return config.threads or (most if given else 1)
 
 
 def _on_cpu(config: Config, info: RankInfo) -> str:

@@ -131,9 +131,17 @@ def rank_hint(variables: Mapping[str, str] = os.environ) -> int:
     return next((int(variables[n]) for n in names if variables.get(n, "").isdecimal()), 0)
 
 
-def lets_others_live(variables: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher waits for the other ranks when one leaves with an error: MPICH's."""
-    return "MPI_LOCALRANKID" in variables and "RANK" not in variables
+def patience_seconds(everyones: bool, variables: Mapping[str, str] = os.environ) -> float:
+    """How long a rank that fails waits for rank 0 to speak, if the failure is ``everyones``.
+
+    torchrun and Open MPI end all ranks as soon as one has failed; MPICH does not, and srun does
+    where it is set up so.
+    """
+    if not everyones or "RANK" in variables:
+        return 15.0
+    if "MPI_LOCALRANKID" in variables:
+        return 0.0
+    return 3.0 if "SLURM_STEP_NUM_TASKS" in variables else 15.0
 
 
 def restarts(variables: Mapping[str, str] = os.environ) -> int:
@@ -146,6 +154,22 @@ def cpus_of_a_task(variables: Mapping[str, str] = os.environ) -> int | None:
     """CPUs that SLURM gave each task; None where it did not say."""
     text = variables.get("SLURM_CPUS_PER_TASK", "")
     return int(text) if text.isdecimal() else None
+
+
+def threads(wanted: int | None, variables: Mapping[str, str] = os.environ) -> int:
+    """CPU threads of a rank: as many as ``wanted``, else the CPUs of SLURM's task, else 1.
+
+    Processes of some clusters may run on all CPUs, whatever was given to the job: then what SLURM
+    says counts.  Raises ``ConfigError`` for more than this rank may use.
+    """
+    given = cpus_of_a_task(variables)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    most = min(usable or 1, given or usable or 1)
+    if wanted is not None and wanted > most:
+        allowed = f"1 to {most}, the CPUs that this rank may use"
+        remedy = "ask SLURM for more with --cpus-per-task" if given else f"set threads={most}"
+        raise ConfigError(mistake("threads", wanted, allowed, remedy))
+    return wanted or (most if given else 1)
 
 
 def gpus_are_of_a_task(variables: Mapping[str, str] = os.environ) -> bool:

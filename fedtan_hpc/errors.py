@@ -2,7 +2,12 @@
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in the configuration, one line each; found before any data loads."""
+    """One or more mistakes in the configuration, one line each; found before any data loads.
+
+    ``on_all_ranks``: every rank raises the same, so that one of them may speak for all.
+    """
+
+    on_all_ranks = False
 
     def __init__(self, *mistakes: str) -> None:
         super().__init__("\n".join(mistakes))
@@ -11,6 +16,14 @@ class ConfigError(ValueError):
 
 class LauncherError(ConfigError):
     """A mistake in how the ranks were started, which each of them meets by itself."""
+
+    on_all_ranks = True
+
+
+class AgreedError(ConfigError):
+    """A mistake that one rank has found and told the others."""
+
+    on_all_ranks = True
 
 
 class RunError(RuntimeError):
@@ -22,6 +35,10 @@ class RunError(RuntimeError):
     def __init__(self, message: str, on_all_ranks: bool) -> None:
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
+
+
+class RankLost(RunError):
+    """Another rank's process has ended, without a word of its own to this one."""
 
 
 class Stopped(RunError):

@@ -27,7 +27,7 @@ _PLAIN = {
 }
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> str:
+def explain(error: Exception, overrides: Sequence[str], schema: type[Config] = Config) -> str:
     """One line for an error of composing the options from ``overrides``."""
     cause: BaseException = error
     if not isinstance(error, OmegaConfBaseException):
@@ -36,19 +36,19 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return mistake(group, choice, " | ".join(sorted(error.options)), "choose one of these")
     if place := re.match(r"In '(.+?)': ", str(error)):
-        return f"{place[1]}.yaml: {_in_file(error, cause)}"
+        return f"{place[1]}.yaml: {_in_file(error, cause, schema)}"
     if isinstance(error, OverrideParseException):
         text = f"{error.override}: not understood; write option=value, for example rounds=20, "
         return text + "and quote values with spaces or brackets for the shell"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-        return unknown(*_as_written(str(cause.full_key), overrides))
+        return unknown(*_as_written(str(cause.full_key), overrides), schema)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         option = str(cause.full_key).partition("[")[0]
         remedy = "see the options table of the README, or --help"
-        return mistake(option, _as_written(option, overrides)[1], allowed(option), remedy)
+        return mistake(option, _as_written(option, overrides)[1], allowed(option, schema), remedy)
     for override in overrides:
         group, _, value = override.partition("=")
-        if value == "null" and f"{group}.name" in option_names():
+        if value == "null" and f"{group}.name" in option_names(schema):
             return mistake(group, value, allowed(f"{group}.name"), "choose one of these")
         if override == "experiment=null":
             return mistake(group, value, "a name that --help lists", "leave it out for none")
@@ -63,18 +63,19 @@ def unreadable(error: YAMLError) -> str:
     return f"{where}: no YAML: {problem or ' '.join(str(error).split())}"
 
 
-def _in_file(error: Exception, cause: BaseException) -> str:
+def _in_file(error: Exception, cause: BaseException, schema: type[Config]) -> str:
     """What is wrong in a YAML file of one's own."""
     option = str(getattr(cause, "full_key", None) or "")
     package = "to set options of all groups, begin the file with the line # @package _global_"
     if option == "experiment" or "@experiment." in str(error):
         return f"its options would be those of experiment, which has none; {package}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and option:
-        return unknown(option)
+        return unknown(option, None, schema)
     if isinstance(cause, OmegaConfBaseException) and option:
         value = re.search(r"Value '(.*)' of type", str(cause))
         remedy = "see the options table of the README, or --help"
-        return mistake(option, value[1] if value else "(its value)", allowed(option), remedy)
+        found = value[1] if value else "(its value)"
+        return mistake(option, found, allowed(option, schema), remedy)
     return str(error).partition(": ")[2].partition("\n")[0]
 
 
@@ -102,10 +103,10 @@ def _structured(options: Any, prefix: str) -> Any:
         raise ConfigError(line) from error
 
 
-def unknown(option: str, value: object = None) -> str:
+def unknown(option: str, value: object = None, schema: type[Config] = Config) -> str:
     """One line for an option that does not exist."""
-    groups = [field.name for field in fields(Config)]
-    names = [*option_names(), *groups, "experiment"]
+    groups = [field.name for field in fields(schema)]
+    names = [*option_names(schema), *groups, "experiment"]
     last = option.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last]
     near = sorted(same, key=lambda name: not name.startswith("optimizer."))
@@ -115,9 +116,9 @@ def unknown(option: str, value: object = None) -> str:
     return f"{given}: no such option; {remedy}"
 
 
-def allowed(option: str) -> str:
+def allowed(option: str, schema: type[Config] = Config) -> str:
     """What the option's type admits, in words."""
-    cls: Any = Config
+    cls: Any = schema
     for name in option.split("."):
         cls = get_type_hints(cls)[name]
     if is_dataclass(cls):
@@ -142,6 +143,8 @@ def _in_words(kind: Any) -> str:
         return " or ".join(_in_words(part) for part in get_args(kind))
     if get_origin(kind) is list:
         return "a list of whole numbers such as [1,2]"
+    if get_origin(kind) is dict:
+        return "names and texts such as {a: b}"
     return _PLAIN[kind]
 
 

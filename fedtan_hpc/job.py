@@ -17,13 +17,14 @@ from .config import Config, to_dict
 from .device import Place
 from .display import Display, show_result
 from .environment import RankInfo
-from .errors import ConfigError, RunError, Stopped
+from .errors import AgreedError, ConfigError, RunError, Stopped
 from .explain import typed
 from .fetch import fetch
 from .keeper import Keeper
 from .metrics import NullLog, RoundRecord, RunLog, Summary
 from .prepare import prepare
 from .resume import Resumption
+from .signals import Stop
 from .trainer import Trainer
 from .watchdog import Watchdog
 
@@ -72,8 +73,7 @@ def run(config: Config, log: NullLog | None = None) -> Summary:
     Rank 0 shows progress and result; with ``log`` it tells that of every round instead, and is
     silent.  The ranks are those of an initialised process group, else those that the launcher
     started.  A finished run in ``run_dir`` is not repeated: its summary is returned.  An unfinished
-    one goes on from its newest checkpoint.  While rounds go on, a signal (``signals.ASKING``) ends
-    the run after its round.
+    one goes on from its newest checkpoint.  A signal (``signals.ASKING``) ends it after its round.
 
     Raises ``ConfigError`` (on every rank, before data load) for mistakes in the options,
     ``RunError``, naming rank and round, when training fails, and ``Stopped`` after a signal.
@@ -87,6 +87,7 @@ def run(config: Config, log: NullLog | None = None) -> Summary:
     trial.try_out(config)
     folder = run_folder.name(config)
     with (
+        signals.watched() as stop,
         _process_group(config, info, place, folder),
         ExitStack() as held,
         _random_state(place),
@@ -94,7 +95,7 @@ def run(config: Config, log: NullLog | None = None) -> Summary:
         summary, taken = _claim(folder, config, held)
         if summary is None:
             with _noting_failures(folder):
-                summary = _train(config, info, place, folder, started, taken, log)
+                summary = _train(config, info, place, folder, started, taken, log, stop)
         elif info.rank == 0 and log is None:
             print(f"this run is finished; its files stay as they are in {folder}")
         if info.rank == 0 and log is None:
@@ -159,7 +160,7 @@ def _fetch(config: Config, info: RankInfo) -> None:
             mistakes = error.mistakes
     found = [each for each in comm.all_gather_object(mistakes) if each]
     if found:
-        raise ConfigError(*found[0])
+        raise AgreedError(*found[0])
 
 
 def _claim(
@@ -179,7 +180,7 @@ def _claim(
             mistakes = error.mistakes
     summary, mistakes = comm.broadcast_object((summary, mistakes))
     if mistakes:
-        raise ConfigError(*mistakes)
+        raise AgreedError(*mistakes)
     return summary, taken
 
 
@@ -191,12 +192,14 @@ def _train(
     started: float,
     taken: Resumption | None,
     log: NullLog | None,
+    stop: Stop,
 ) -> Summary:
     """Rounds and result; rank 0 alone writes and shows."""
     if info.rank == 0 and log is None:
         print(_what_was_found(info, place, folder, taken), flush=True)
     _fetch(config, info)
     trainer = prepare(config, place, info.local_world_size)
+    trainer.stop = stop
     history, facts, earlier = _take_up(config, trainer, taken)
     startup = time.perf_counter() - started
     keeper = Keeper(folder, config.checkpoint, facts, began=started - earlier)
@@ -249,9 +252,8 @@ def _rounds(
     trainer: Trainer, logs: list[NullLog], keeper: Keeper, history: list[RoundRecord]
 ) -> list[RoundRecord]:
     """All that are left, until a signal asks for the end."""
-    with ExitStack() as closing, signals.watched() as stop:
+    with ExitStack() as closing:
         closing.callback(keeper.close)
         for each in logs:
             closing.callback(each.close)
-        trainer.stop = stop
         return trainer.train(logs, keeper, history)

@@ -23,22 +23,22 @@ class Entry(NamedTuple):
     meaning: str
 
 
-def entries() -> Iterator[Entry]:
-    """All options in the order of ``Config``."""
-    defaults = to_dict(Config())
-    for option, meaning in _meanings(Config):
+def entries(schema: type[Config] = Config) -> Iterator[Entry]:
+    """All options in the order of ``schema``."""
+    defaults = to_dict(schema())
+    for option, meaning in _meanings(schema):
         value: Any = defaults
         for name in option.split("."):
             value = value[name]
         default = "null" if value is None else str(value)
-        yield Entry(option, default, explain.allowed(option), meaning)
+        yield Entry(option, default, explain.allowed(option, schema), meaning)
 
 
-def text() -> str:
+def text(schema: type[Config] = Config) -> str:
     """For a terminal: name and default, values and meaning below them."""
     width = min(100, shutil.get_terminal_size().columns)
     lines = []
-    for entry in entries():
+    for entry in entries(schema):
         about = f"[{entry.allowed}] {entry.meaning}"
         indent = " " * 6
         lines.append(f"  {entry.option}={entry.default}")
@@ -48,7 +48,9 @@ def text() -> str:
 
 def _meanings(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every option's dotted name and the docstring below its field."""
-    texts = _docstrings(cls)
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        texts |= _docstrings(base)
     hints = get_type_hints(cls)
     for field in fields(cls):
         if is_dataclass(hints[field.name]):

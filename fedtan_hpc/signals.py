@@ -21,10 +21,12 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.in_rounds = False
+        """Whether there is a round to wait for: Ctrl-C does not wait for the first."""
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
-        """The handler; a second Ctrl-C does not wait for the round."""
-        if self.signal == number == signal.SIGINT:
+        """The handler; a second Ctrl-C does not wait for the round either."""
+        if number == signal.SIGINT and (self.signal == number or not self.in_rounds):
             raise KeyboardInterrupt
         if not self.signal and environment.rank_hint() == 0:
             name = signal.Signals(number).name

@@ -17,7 +17,7 @@ from .algorithms import plan
 from .clients import Client, ClientStore
 from .cohort import Cohort
 from .config import Config
-from .errors import RunError, Stopped
+from .errors import RankLost, RunError, Stopped
 from .judge import Judge, Judgement
 from .keeper import Keeper
 from .local_training import Round
@@ -58,9 +58,10 @@ class Trainer:
         on every rank when a signal has asked one of them, after its round.
         """
         records = list(history)
+        self.stop.in_rounds = True
         for number in range(len(records) + 1, self.config.rounds + 1):
             try:
-                records.append(self._round(number))
+                records.append(self.round(number))
                 for log in logs:
                     log.round(records[-1])
                 is_last = number == self.config.rounds
@@ -84,7 +85,8 @@ class Trainer:
         then = "; the same command goes on from there" if keeper else ""
         raise Stopped(f"stopped by {name} after round {number}{then}", self._asked_to_stop)
 
-    def _round(self, number: int) -> RoundRecord:
+    def round(self, number: int) -> RoundRecord:
+        """One round of all clients, evaluated if it is due."""
         comm.progress.round = number
         traffic, start = comm.training_traffic.copy(), time.perf_counter()
         # 1. Who takes part, and which of them this rank hosts: every rank finds the same.
@@ -201,10 +203,10 @@ class Trainer:
 
 def _failure(error: Exception, number: int) -> RunError:
     """What one rank met, with its name and round."""
-    where, what = f"rank {comm.rank()}, round {number}", f"{type(error).__name__}: {error}"
+    where = f"rank {comm.rank()}, round {number}"
     if comm.has_lost_a_rank(error):
-        what = f"another rank has ended ({str(error).splitlines()[0]})"
-    return RunError(f"{where}: {what}", on_all_ranks=False)
+        return RankLost(f"{where}: another rank has ended ({str(error).splitlines()[0]})", False)
+    return RunError(f"{where}: {type(error).__name__}: {error}", on_all_ranks=False)
 
 
 def _has_no_place(error: Exception) -> bool:

@@ -320,7 +320,7 @@ def states_by_round(
     states = trainer.cohort.states
     found = []
     for number in range(1, options.rounds + 1):
-        trainer._round(number)
+        trainer.round(number)
         drawn = list(trainer._participants(number))
         own = all_states(trainer)
         owners = [states.owner(client) for client in range(options.clients)]

@@ -1,0 +1,192 @@
+"""Jobs handed to SLURM, or to this machine in the background, by submitit.
+
+A submitted run that is asked to stop, by preemption or its time limit, finishes its round, saves
+itself and is queued again, as often as it takes.  (submitit's own way, ``checkpoint()``, is called
+on one rank inside a signal handler, where ranks cannot agree on a round; it serves the minutes
+before the first round alone.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import submitit
+from submitit.core.utils import FailedJobError
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from . import environment, files, run_folder
+from .config import Config
+from .errors import ConfigError, RankLost, Stopped
+from .launch import ClusterName, LaunchConfig, SubmitConfig
+
+_NEVER = 1_000_000
+"""Time-outs after which submitit would give a job up."""
+_MOST_RESTARTS = 20
+"""Times that SLURM runs a job again of which a rank was lost."""
+_ASKING_SECONDS = 30.0
+_LOCAL_AGAIN = 144
+"""The exit code at which submitit starts a job on this machine again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each rank of a submitted job calls."""
+
+    config: Config
+
+    def __call__(self) -> None:
+        """Run, and queue the job again if it was asked to stop before its end."""
+        from . import cli, job  # torch is for the ranks, not for those that submit
+
+        where = submitit.JobEnvironment().cluster
+        if where == "local":
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        with cli.exit_codes("fedtan_hpc"):
+            try:
+                job.run(self.config)
+            except Stopped as stopped:
+                print(f"fedtan_hpc: {stopped}", file=sys.stderr, flush=True)
+                if where == "local":
+                    os._exit(_LOCAL_AGAIN)
+                if where == "slurm" and environment.rank_hint() == 0:
+                    queue_again()
+                raise
+            except RankLost:  # killed, say, or on a node that is gone: those left have it run again
+                if where == "slurm" and environment.restarts() < _MOST_RESTARTS:
+                    queue_again()
+                raise
+
+    def checkpoint(self) -> DelayedSubmission:
+        """For submitit: what to run when a job that had no round yet is queued again."""
+        return DelayedSubmission(self)
+
+
+def queue_again() -> None:
+    """Have SLURM run this job again, unless somebody is cancelling it."""
+    variables = os.environ
+    array = variables.get("SLURM_ARRAY_JOB_ID")
+    name = variables["SLURM_JOB_ID"]
+    if array:
+        name = f"{array}_{variables['SLURM_ARRAY_TASK_ID']}"
+    state = _slurm("squeue", "-h", "-j", name, "-o", "%T").strip()
+    if state == "RUNNING":
+        _slurm("scontrol", "requeue", name)
+
+
+def _slurm(*words: str) -> str:
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=_ASKING_SECONDS, check=False
+    )
+    if done.returncode:
+        print(f"fedtan_hpc: {words[0]}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was handed over."""
+
+    job_id: str
+    run_dir: Path
+
+
+def submit_all(configs: Sequence[SubmitConfig]) -> list[Submitted]:
+    """Hand over every point of a sweep, which must be checked, each with a folder of its own.
+
+    Raises ``ConfigError`` with the cluster's own words if it refuses them.
+    """
+    launch = configs[0].launch
+    jobs = [_with_folder(config.job()) for config in configs]
+    try:
+        executor = submitit.AutoExecutor(
+            launch.folder, str(launch.cluster), **_construction(launch)
+        )
+        executor.update_parameters(**parameters(launch))
+        with executor.batch():
+            handed = [executor.submit(job) for job in jobs]
+    except (FailedJobError, RuntimeError, ValueError, OSError) as error:
+        _refused(launch, error)
+    found = []
+    for job, each in zip(jobs, handed, strict=True):
+        found.append(Submitted(each.job_id, Path(str(job.config.run_dir))))
+        _note(found[-1], launch, each.paths)
+    if launch.cluster is ClusterName.debug:
+        for each in handed:
+            each.result()
+    return found
+
+
+def _with_folder(config: Config) -> Job:
+    config.run_dir = str(run_folder.name(config))
+    return Job(config)
+
+
+def _construction(launch: LaunchConfig) -> dict[str, Any]:
+    if launch.cluster is ClusterName.slurm:
+        return {"slurm_max_num_timeout": _NEVER}
+    return {"local_max_num_timeout": _NEVER} if launch.cluster is ClusterName.local else {}
+
+
+def parameters(launch: LaunchConfig) -> dict[str, Any]:
+    """What submitit is told."""
+    gpus = launch.gpus_per_task
+    general = {
+        "name": launch.name,
+        "nodes": launch.nodes,
+        "tasks_per_node": launch.tasks_per_node,
+        "timeout_min": launch.timeout_min,
+        "cpus_per_task": launch.cpus_per_task,
+        "mem_gb": launch.mem_gb,
+    }
+    if launch.cluster is not ClusterName.slurm:
+        general["gpus_per_node"] = (gpus or 0) * launch.tasks_per_node
+        general["local_signal_delay_s"] = launch.signal_delay_s
+        return _given(general) if launch.cluster is ClusterName.local else {}
+    slurm = {
+        "partition": launch.partition,
+        "account": launch.account,
+        "qos": launch.qos,
+        "constraint": launch.constraint,
+        "gpus_per_task": gpus,
+        "signal_delay_s": launch.signal_delay_s,
+        "array_parallelism": launch.array_parallelism,
+        "additional_parameters": {"requeue": True, **launch.sbatch},
+        # Every rank says itself that it ends, and with which code.
+        "srun_args": ["--kill-on-bad-exit=0"],
+    }
+    if launch.cpus_per_task:  # srun does not take it from the job since SLURM 22.05
+        slurm["setup"] = [f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}"]
+    return _given({**general, **{f"slurm_{name}": value for name, value in slurm.items()}})
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _refused(launch: LaunchConfig, error: Exception) -> NoReturn:
+    """In the cluster's words, the last line of which says why."""
+    said = getattr(error.__cause__, "stderr", None) or str(error)
+    words = said.decode() if isinstance(said, bytes) else said
+    lines = [line for line in words.strip().splitlines() if line.strip()] or [repr(error)]
+    raise ConfigError(f"launch.cluster={launch.cluster} refuses the job: {lines[-1]}") from error
+
+
+def _note(submitted: Submitted, launch: LaunchConfig, paths: Any) -> None:
+    """Leave in the run's folder who has the job, for ``tools/jobs.py``."""
+    note = {
+        "job_id": submitted.job_id,
+        "cluster": str(launch.cluster),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "output": str(paths.stdout),
+        "errors": str(paths.stderr),
+    }
+    submitted.run_dir.mkdir(parents=True, exist_ok=True)
+    files.replace_text(submitted.run_dir / "submitted.json", json.dumps(note, indent=2) + "\n")

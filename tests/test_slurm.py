@@ -1,0 +1,338 @@
+"""Jobs under a real SLURM: two nodes on this machine, by ``tools/dev_slurm.sh``.
+
+Submission by sbatch and submitit, arrays, preemption, time limits, cancelling, lost ranks.  A test
+takes some ten seconds; ``pytest -n 0 -m slurm`` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import commands
+import pytest
+import torch
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+DEV_SLURM = commands.ROOT / "tools" / "dev_slurm.sh"
+TRAIN = str(commands.ROOT / "slurm" / "train.sbatch")
+SUBMIT = str(commands.ROOT / "slurm" / "submit.py")
+SHORT = ("clients=4", "local_steps=1", "rounds=20", "checkpoint.every=5")
+LONG = ("clients=4", "local_steps=1", "rounds=400", "checkpoint.every=10")
+"""Some twenty seconds of rounds: enough to be disturbed."""
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+SUBMIT_TWO_BY_TWO = ("launch.nodes=2", "launch.tasks_per_node=2", "launch.timeout_min=5")
+Undisturbed = dict[tuple[str, ...], Path]
+"""Runs that nothing happened to, by their options."""
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[dict[str, str]]:
+    """The environment in which sbatch reaches the cluster; one that runs already stays."""
+    running = subprocess.run([DEV_SLURM, "status"], capture_output=True, check=False)
+    started = subprocess.run([DEV_SLURM, "start"], capture_output=True, text=True, check=False)
+    if started.returncode == 2:
+        pytest.skip(f"no SLURM here: {started.stderr.strip()}")
+    assert started.returncode == 0, started.stderr
+    line = subprocess.run([DEV_SLURM, "env"], capture_output=True, text=True, check=True).stdout
+    name, _, value = line.removeprefix("export ").strip().partition("=")
+    launchers = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "OMPI_", "PMI_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    yield {
+        **clean,
+        name: value,
+        "PATH": path,
+        "PYTHONPATH": str(commands.ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    if running.returncode:
+        subprocess.run([DEV_SLURM, "stop"], capture_output=True, check=False)
+
+
+@pytest.fixture
+def slurm(cluster: dict[str, str], tmp_path: Path) -> Iterator[Slurm]:
+    """The cluster, for jobs in a folder of the test's own; those left over are cancelled."""
+    user = Slurm(cluster, tmp_path)
+    yield user
+    for job in user.jobs:
+        user.call("scancel", job, check=False)
+    wait_until(lambda: not user.call("squeue", "-h"), 60)
+
+
+class Slurm:
+    """SLURM's commands in a folder."""
+
+    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+        self.environment, self.folder = environment, folder
+        self.jobs: list[str] = []
+
+    def call(self, *words: str, check: bool = True) -> str:
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout
+
+    def sbatch(self, *words: str) -> str:
+        """``sbatch`` of train.sbatch; options of sbatch begin with dashes."""
+        own = [word for word in words if word.startswith("-")]
+        job = [word for word in words if not word.startswith("-")]
+        number = self.call("sbatch", "--parsable", *own, TRAIN, *job).strip()
+        self.jobs.append(number)
+        return number
+
+    def submit(self, *words: str) -> list[str]:
+        """``slurm/submit.py``."""
+        lines = self.call(sys.executable, SUBMIT, *words).splitlines()
+        numbers = [line.split()[1] for line in lines]
+        self.jobs += numbers
+        return numbers
+
+    def facts(self, job: str) -> dict[str, str]:
+        words = self.call("scontrol", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def ended(self, job: str, seconds: float = 120) -> dict[str, str]:
+        """What SLURM says of the job, once it has ended; a requeued one need not wait."""
+        deadline = time.monotonic() + seconds
+        while (facts := self.facts(job))["JobState"] not in ENDED:
+            assert time.monotonic() < deadline, f"{facts}\n{self.said()}"
+            if facts["JobState"] == "PENDING" and facts["Restarts"] != "0":
+                self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            time.sleep(0.5)
+        return facts
+
+    def said(self) -> str:
+        """What the jobs have written."""
+        logs = [*self.folder.glob("*.log"), *self.folder.glob("runs/submitted/*log.*")]
+        return "\n".join(path.read_text(errors="replace") for path in sorted(logs))
+
+    def wait_for_round(self, number: int, run: str = "run") -> None:
+        wait_until(lambda: len(rounds_of(self.folder / run)) >= number, 90)
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def rounds_of(run: Path) -> list[int]:
+    path = run / "rounds.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["round"] for line in lines if line.endswith("}")]
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return found
+
+
+def same_models(a: Path, b: Path) -> bool:
+    first, second = torch.load(a / "model.pt"), torch.load(b / "model.pt")
+    return all(torch.equal(first[name], second[name]) for name in second)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """By torchrun, four ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    found: Undisturbed = {}
+    for name, options in (("short", SHORT), ("long", LONG)):
+        done = commands.ranks(4, *options, f"run_dir={name}", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        found[options] = folder / name
+    return found
+
+
+def test_sbatch_over_two_nodes_equals_torchrun(slurm: Slurm, undisturbed: Undisturbed) -> None:
+    """To the bit; without any address in the environment, nodes' names that do not resolve."""
+    job = slurm.sbatch(*TWO_BY_TWO, *SHORT, "run_dir=run")
+    assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
+    assert "launcher srun, nodes 2, ranks 4, backend gloo" in slurm.said()
+    assert same_models(slurm.folder / "run", undisturbed[SHORT])
+
+
+def test_submitit_over_two_nodes_equals_torchrun(slurm: Slurm, undisturbed: Undisturbed) -> None:
+    [job] = slurm.submit(*SUBMIT_TWO_BY_TWO, *SHORT, "run_dir=run")
+    assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
+    assert same_models(slurm.folder / "run", undisturbed[SHORT])
+    table = slurm.call(sys.executable, str(commands.ROOT / "tools" / "jobs.py"), ".")
+    assert f"run  {job}" in " ".join(table.split("\n")[1].split()).replace(" ", "  ", 1)
+    assert "finished" in table
+
+
+def test_a_sweep_is_an_array_with_a_folder_for_each_point(slurm: Slurm) -> None:
+    jobs = slurm.submit("launch.tasks_per_node=2", *SHORT, "-m", "seed=0,1")
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1"]
+    for job in jobs:
+        assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
+    seeds = {path.parent.name.split("-seed")[1][0] for path in slurm.folder.glob("runs/*/model.pt")}
+    assert seeds == {"0", "1"}
+
+
+def test_more_threads_than_the_task_has_cpus_is_a_mistake(slurm: Slurm) -> None:
+    job = slurm.sbatch("--ntasks=2", "--cpus-per-task=1", *SHORT, "threads=2", "run_dir=run")
+    facts = slurm.ended(job)
+    assert facts["ExitCode"] == "2:0", slurm.said()
+    assert slurm.said().count("fedtan_hpc: threads=2: allowed is 1 to 1") == 1
+    assert "--cpus-per-task" in slurm.said()
+
+
+def test_threads_are_the_cpus_of_the_task(slurm: Slurm) -> None:
+    job = slurm.sbatch("--ntasks=1", "--cpus-per-task=2", *SHORT, "run_dir=run")
+    assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
+    assert "threads per rank 2" in slurm.said()
+
+
+def test_what_the_cluster_refuses_is_told_in_its_words(slurm: Slurm) -> None:
+    done = subprocess.run(
+        [sys.executable, SUBMIT, "launch.partition=nowhere", *SHORT],
+        cwd=slurm.folder,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]  # sbatch's own stand before it
+    assert line.startswith("submit: launch.cluster=slurm refuses the job: ")
+    assert "partition" in line
+
+
+def save_and_requeue(slurm: Slurm, job: str) -> None:
+    slurm.call("scancel", "--signal=USR1", "--batch", job)
+
+
+def requeue(slurm: Slurm, job: str) -> None:
+    slurm.call("scontrol", "requeue", job)
+
+
+def usr2(slurm: Slurm, job: str) -> None:
+    """As submitit has SLURM send before the time limit."""
+    slurm.call("scancel", "--signal=USR2", job)
+
+
+@pytest.mark.parametrize("disturb", [save_and_requeue, requeue])
+def test_sbatch_goes_on_after(
+    disturb: Callable[[Slurm, str], None], slurm: Slurm, undisturbed: Undisturbed
+) -> None:
+    job = slurm.sbatch(*TWO_BY_TWO, *LONG, "run_dir=run")
+    check_it_goes_on(slurm, job, disturb, undisturbed)
+
+
+@pytest.mark.parametrize("disturb", [usr2, requeue])
+def test_submitit_goes_on_after(
+    disturb: Callable[[Slurm, str], None], slurm: Slurm, undisturbed: Undisturbed
+) -> None:
+    [job] = slurm.submit(*SUBMIT_TWO_BY_TWO, *LONG, "run_dir=run")
+    check_it_goes_on(slurm, job, disturb, undisturbed)
+
+
+def check_it_goes_on(
+    slurm: Slurm, job: str, disturb: Callable[[Slurm, str], None], undisturbed: Undisturbed
+) -> None:
+    """Every round once, and the model of a run that nobody disturbed, to the bit."""
+    slurm.wait_for_round(30)
+    disturb(slurm, job)
+    facts = slurm.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), slurm.said()
+    [resumed] = summary_of(slurm.folder / "run")["resumed_after"]
+    assert 0 < resumed < 400
+    assert rounds_of(slurm.folder / "run") == list(range(1, 401))
+    assert same_models(slurm.folder / "run", undisturbed[LONG])
+
+
+def test_a_cancelled_job_is_saved_and_stays_cancelled(slurm: Slurm) -> None:
+    job = slurm.sbatch(*TWO_BY_TWO, *LONG, "run_dir=run")
+    slurm.wait_for_round(20)
+    slurm.call("scancel", job)
+    facts = slurm.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), slurm.said()
+    assert "stopped by SIGTERM after round" in slurm.said()
+    last = rounds_of(slurm.folder / "run")[-1]
+    assert (slurm.folder / "run" / "checkpoints" / f"round-{last:06d}.pt").exists()
+
+
+def test_a_cancelled_submitted_job_stays_cancelled(slurm: Slurm) -> None:
+    [job] = slurm.submit(*SUBMIT_TWO_BY_TWO, *LONG, "run_dir=run")
+    slurm.wait_for_round(20)
+    slurm.call("scancel", job)
+    facts = slurm.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0"), slurm.said()
+    table = slurm.call(sys.executable, str(commands.ROOT / "tools" / "jobs.py"), ".")
+    assert "stopped by SIGTERM after round" in table
+
+
+def test_a_preempted_job_goes_on(slurm: Slurm, undisturbed: Undisturbed) -> None:
+    job = slurm.sbatch(*TWO_BY_TWO, "--partition=preempt", *LONG, "run_dir=run")
+    slurm.wait_for_round(20)
+    urgent = slurm.sbatch(*TWO_BY_TWO, "--partition=main", *SHORT, "run_dir=urgent")
+    assert slurm.ended(urgent)["JobState"] == "COMPLETED", slurm.said()
+    facts = slurm.ended(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), slurm.said()
+    assert "stopped by SIGTERM after round" in slurm.said()
+    assert same_models(slurm.folder / "run", undisturbed[LONG])
+
+
+@pytest.mark.parametrize("way", ["sbatch", "submitit"])
+def test_a_time_limit_does_not_end_a_run(way: str, slurm: Slurm) -> None:
+    """SLURM's least limit is a minute, and its signal comes half a minute before that."""
+    endless = ("clients=4", "local_steps=1", "rounds=100000", "eval_every=100000", "run_dir=run")
+    if way == "sbatch":
+        job = slurm.sbatch(*TWO_BY_TWO, "--time=1", "--signal=B:USR1@5", *endless)
+    else:
+        limits = ("launch.timeout_min=1", "launch.signal_delay_s=5")
+        [job] = slurm.submit(*SUBMIT_TWO_BY_TWO, *limits, *endless)
+    wait_until(lambda: slurm.facts(job)["Restarts"] == "1", 100)
+    name = {"sbatch": "SIGUSR1", "submitit": "SIGUSR2"}[way]
+    assert f"stopped by {name} after round" in slurm.said()
+    before = rounds_of(slurm.folder / "run")
+    assert (slurm.folder / "run" / "checkpoints" / f"round-{before[-1]:06d}.pt").exists()
+
+
+@pytest.mark.parametrize("way", ["sbatch", "submitit"])
+def test_a_rank_that_is_killed_costs_the_rounds_since_the_last_checkpoint(
+    way: str, slurm: Slurm, undisturbed: Undisturbed
+) -> None:
+    job = (
+        slurm.sbatch(*TWO_BY_TWO, *LONG, "run_dir=run")
+        if way == "sbatch"
+        else slurm.submit(*SUBMIT_TWO_BY_TWO, *LONG, "run_dir=run")[0]
+    )
+    slurm.wait_for_round(25)
+    os.kill(task_of(job, rank=2), signal.SIGKILL)
+    assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
+    assert summary_of(slurm.folder / "run")["resumed_after"]
+    assert rounds_of(slurm.folder / "run") == list(range(1, 401))
+    assert same_models(slurm.folder / "run", undisturbed[LONG])
+
+
+def task_of(job: str, rank: int) -> int:
+    """The process of a rank, by the variables that srun gave it."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = set(path.read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        step = any(variable.startswith(b"SLURM_STEP_NUM_TASKS=") for variable in variables)
+        if wanted <= variables and step:
+            return int(path.parent.name)
+    raise AssertionError("no such task")

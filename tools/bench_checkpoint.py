@@ -1,0 +1,110 @@
+"""What saving costs a round: without checkpoints, with one beside the next round, and waited for.
+
+    torchrun --nproc-per-node 2 tools/bench_checkpoint.py clients=10 algorithm=fedbn
+    mpirun -n 2 python tools/bench_checkpoint.py model=resnet20 data=synthetic
+
+repeats=N       rounds of each way that count, alternating (default 15)
+
+All other words are options of the job, which keeps its files in a folder of its own for a while.
+Prints JSON: seconds of a round by way (medians over the repeats), seconds that a checkpoint takes
+to be written, and its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import benchmarks
+import overrides
+from benchmarks import Carrier
+
+from fedtan_hpc import cli, environment
+from fedtan_hpc.checks import check
+from fedtan_hpc.config import Config, to_dict
+
+WAYS = ("none", "beside", "waiting")
+
+
+def main() -> None:
+    """Time the ways and print."""
+    with cli.exit_codes("bench_checkpoint"):
+        words, first = sys.argv[1:], environment.rank_hint() == 0
+        if {"--help", "-h"} & set(words):
+            print(__doc__.strip() if first else "", end="\n" if first else "")
+            return
+        own, job = overrides.split(words, ("repeats",))
+        config = overrides.composed(job)
+        repeats = benchmarks.repeats(own, 15)
+        check(config)
+        [carrier] = benchmarks.carriers(config, [str(config.comm.backend)])
+        with carrier.started(config), tempfile.TemporaryDirectory() as folder:
+            results = measure(config, carrier, Path(folder), repeats)
+        if first:
+            setting = benchmarks.setting(
+                config,
+                clients=config.clients,
+                algorithm=str(config.algorithm.name),
+                model=config.model.name,
+                repeats=repeats,
+            )
+            print(json.dumps({"setting": setting, **results}))
+
+
+def measure(config: Config, carrier: Carrier, folder: Path, repeats: int) -> dict[str, Any]:
+    """Rounds of the job, each followed by a checkpoint in one of the ways, in turn."""
+    import torch
+
+    from fedtan_hpc import checkpoint, comm
+    from fedtan_hpc.device import Place
+    from fedtan_hpc.keeper import Keeper
+    from fedtan_hpc.prepare import prepare
+
+    torch.set_num_threads(config.threads or 1)
+    config.rounds, config.eval_every = 10**6, 10**6
+    trainer = prepare(config, Place(carrier.device, carrier.backend))
+    (folder / "rounds.jsonl").touch()
+    facts = {"config": to_dict(config), "resumed_after": []}
+    keeper = Keeper(folder, config.checkpoint, facts)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    writing = []
+    number = 0
+    for repeat in range(repeats + 1):  # the first warms up
+        for way in WAYS:
+            number += 1
+            comm.barrier()
+            begun = time.perf_counter()
+            if way != "none" and number > 1:
+                keeper.save(number, trainer.cohort)
+            if way == "waiting":
+                keeper.wait()
+                writing.append(time.perf_counter() - begun)
+            trainer.round(number)
+            seconds[way].append(time.perf_counter() - begun)
+            keeper.wait()
+        benchmarks.tell(repeat, repeats)
+    keeper.close()
+    found = {way: statistics.median(times[1:]) for way, times in seconds.items()}
+    size = sum(path.stat().st_size for path in checkpoint.existing(folder)[:1])
+    comm.barrier()
+    return {
+        "seconds_a_round": found,
+        "seconds_to_write": statistics.median(writing[1:]),
+        "bytes": size,
+        "spread": {way: _spread(times[1:]) for way, times in seconds.items()},
+    }
+
+
+def _spread(times: Sequence[float]) -> list[float]:
+    """Least and most."""
+    return [min(times), max(times)]
+
+
+if __name__ == "__main__":
+    main()
