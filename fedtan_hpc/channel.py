@@ -11,9 +11,8 @@ class Channel:
     Every call may raise ``RuntimeError`` when nobody answers.
     """
 
-    def __init__(self, store: Any, server: Any = None) -> None:
+    def __init__(self, store: Any) -> None:
         self._store = store
-        self._server = server  # serves as long as it lives
 
     def write(self, key: str, text: str) -> None:
         """Leave a note."""

@@ -84,7 +84,9 @@ _starts = itertools.count(1)
 _SLACK = 1.5
 """A collective's own time-out over that of the watchdog, which names the rank that is missing."""
 
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS = 30.0
+_served: list[Any] = []
+"""Stores that end with their object; other ranks may come to them late."""
 
 
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> Channel:
@@ -118,9 +120,10 @@ def _channel(place: tuple[str, str], prefix: str = "fedtan_hpc", serves: bool = 
     c10d: Any = dist
     how = {"wait_for_workers": False, "timeout": timedelta(seconds=_ANSWER_SECONDS)}
     host, port = place[0], int(place[1])
-    server = c10d.TCPStore(host, port, is_master=True, **how) if serves else None
+    if serves:
+        _served.append(c10d.TCPStore(host, port, is_master=True, **how))
     own = c10d.TCPStore(host, port, is_master=False, **how)
-    return Channel(c10d.PrefixStore(f"{prefix}/channel", own), server)
+    return Channel(c10d.PrefixStore(f"{prefix}/channel", own))
 
 
 def _is_by_mpirun() -> bool:
@@ -156,6 +159,7 @@ def stop() -> None:
     """Leave the process group once all ranks are here."""
     barrier()
     dist.destroy_process_group()
+    _served.clear()
 
 
 def end_job(code: int) -> None:

@@ -142,9 +142,8 @@ def _in_words(kind: Any) -> str:
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_in_words(part) for part in get_args(kind))
     if get_origin(kind) is list:
-        return "a list of whole numbers such as [1,2]"
-    if get_origin(kind) is dict:
-        return "names and texts such as {a: b}"
+        texts = get_args(kind) == (str,)
+        return "a list of texts such as [a,b]" if texts else "a list of whole numbers such as [1,2]"
     return _PLAIN[kind]
 
 

@@ -52,8 +52,8 @@ class LaunchConfig:
     """Most points of a sweep (-m) that run at a time; slurm only."""
     folder: str = "runs/submitted"
     """Folder of submitit's files: the logs of all ranks and the pickled jobs."""
-    sbatch: dict[str, str] = field(default_factory=dict)
-    """More of sbatch's options, such as launch.sbatch={reservation: x, exclude: n7}."""
+    sbatch: list[str] = field(default_factory=list)
+    """More of sbatch's options, without dashes, such as ['reservation=mine',exclusive]."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,7 +12,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -106,11 +107,8 @@ def submit_all(configs: Sequence[SubmitConfig]) -> list[Submitted]:
     launch = configs[0].launch
     jobs = [_with_folder(config.job()) for config in configs]
     try:
-        executor = submitit.AutoExecutor(
-            launch.folder, str(launch.cluster), **_construction(launch)
-        )
-        executor.update_parameters(**parameters(launch))
-        with executor.batch():
+        executor = _executor(launch)
+        with _quiet_children(launch), executor.batch():
             handed = [executor.submit(job) for job in jobs]
     except (FailedJobError, RuntimeError, ValueError, OSError) as error:
         _refused(launch, error)
@@ -124,20 +122,72 @@ def submit_all(configs: Sequence[SubmitConfig]) -> list[Submitted]:
     return found
 
 
+@contextmanager
+def _quiet_children(launch: LaunchConfig) -> Iterator[None]:
+    """A job on this machine has logs; with our output too, a pipe would wait for its end."""
+    if launch.cluster is not ClusterName.local:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, own in kept.items():
+            os.dup2(own, number)
+            os.close(own)
+        os.close(nowhere)
+
+
 def _with_folder(config: Config) -> Job:
     config.run_dir = str(run_folder.name(config))
     return Job(config)
 
 
-def _construction(launch: LaunchConfig) -> dict[str, Any]:
-    if launch.cluster is ClusterName.slurm:
-        return {"slurm_max_num_timeout": _NEVER}
-    return {"local_max_num_timeout": _NEVER} if launch.cluster is ClusterName.local else {}
+def _executor(launch: LaunchConfig) -> submitit.Executor:
+    if launch.cluster is ClusterName.debug:
+        return submitit.DebugExecutor(launch.folder)
+    if launch.cluster is ClusterName.local:
+        local = submitit.LocalExecutor(launch.folder, max_num_timeout=_NEVER)
+        local.update_parameters(**local_parameters(launch))
+        return local
+    slurm = submitit.AutoExecutor(launch.folder, "slurm", slurm_max_num_timeout=_NEVER)
+    slurm.update_parameters(**slurm_parameters(launch))
+    return slurm
 
 
-def parameters(launch: LaunchConfig) -> dict[str, Any]:
-    """What submitit is told."""
-    gpus = launch.gpus_per_task
+def local_parameters(launch: LaunchConfig) -> dict[str, Any]:
+    """What submitit is told of a job on this machine."""
+    return {
+        "tasks_per_node": launch.tasks_per_node,
+        "gpus_per_node": (launch.gpus_per_task or 0) * launch.tasks_per_node,
+        "timeout_min": launch.timeout_min,
+        "signal_delay_s": launch.signal_delay_s,
+    }
+
+
+def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
+    """What submitit is told of a SLURM job; what is left out is the cluster's own."""
+    more = dict(each.partition("=")[::2] for each in launch.sbatch)
+    special = {
+        "partition": launch.partition,
+        "account": launch.account,
+        "qos": launch.qos,
+        "constraint": launch.constraint,
+        "gpus_per_task": launch.gpus_per_task,
+        "signal_delay_s": launch.signal_delay_s,
+        "array_parallelism": launch.array_parallelism,
+        "additional_parameters": {
+            "requeue": True,
+            **{name: value or True for name, value in more.items()},
+        },
+        # Every rank says itself that it ends, and with which code.
+        "srun_args": ["--kill-on-bad-exit=0"],
+    }
+    if launch.cpus_per_task:  # srun does not take it from the job since SLURM 22.05
+        special["setup"] = [f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}"]
     general = {
         "name": launch.name,
         "nodes": launch.nodes,
@@ -146,25 +196,7 @@ def parameters(launch: LaunchConfig) -> dict[str, Any]:
         "cpus_per_task": launch.cpus_per_task,
         "mem_gb": launch.mem_gb,
     }
-    if launch.cluster is not ClusterName.slurm:
-        general["gpus_per_node"] = (gpus or 0) * launch.tasks_per_node
-        general["local_signal_delay_s"] = launch.signal_delay_s
-        return _given(general) if launch.cluster is ClusterName.local else {}
-    slurm = {
-        "partition": launch.partition,
-        "account": launch.account,
-        "qos": launch.qos,
-        "constraint": launch.constraint,
-        "gpus_per_task": gpus,
-        "signal_delay_s": launch.signal_delay_s,
-        "array_parallelism": launch.array_parallelism,
-        "additional_parameters": {"requeue": True, **launch.sbatch},
-        # Every rank says itself that it ends, and with which code.
-        "srun_args": ["--kill-on-bad-exit=0"],
-    }
-    if launch.cpus_per_task:  # srun does not take it from the job since SLURM 22.05
-        slurm["setup"] = [f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}"]
-    return _given({**general, **{f"slurm_{name}": value for name, value in slurm.items()}})
+    return _given({**general, **{f"slurm_{name}": value for name, value in special.items()}})
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

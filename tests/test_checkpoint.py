@@ -6,10 +6,13 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from ranks import on_ranks
@@ -304,6 +307,26 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path: Path) -> No
     checkpoint.read(checkpoint.path_of(tmp_path, 2))
     note = json.loads((tmp_path / "failure.json").read_text())
     assert "No space left" in note["message"]
+
+
+@pytest.mark.slow
+def test_a_file_that_the_system_refuses_is_told(tmp_path: Path) -> None:
+    """No file may have more than 60 kB, and a checkpoint has more."""
+    words = ["python", "-m", "fedtan_hpc", "run_dir=run", "local_steps=1", "checkpoint.every=3"]
+    line = f"ulimit -f 60; exec {' '.join([sys.executable, *words[1:]])}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(commands.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("fedtan_hpc: rank 0: cannot write run/checkpoints/round-000003.pt: File")
+    assert "Traceback" not in done.stderr
+    assert len(rounds_of(tmp_path / "run")) >= 3
 
 
 def test_a_run_that_goes_on_is_no_failure_any_more(interrupted: Path) -> None:

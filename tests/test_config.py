@@ -17,9 +17,13 @@ from fedtan_hpc.choices import DeviceName, PartitionName
 from fedtan_hpc.config import Config, PartitionConfig, to_dict
 from fedtan_hpc.environment import RankInfo, detect
 from fedtan_hpc.errors import ConfigError
+from fedtan_hpc.launch import SubmitConfig
 
 CONF = Path(__file__).parent.parent / "conf"
-CHOICES = sorted(path for path in CONF.rglob("*.yaml") if path.parent != CONF)
+CHOICES = sorted(
+    path for path in CONF.rglob("*.yaml") if path.parent not in (CONF, CONF / "launch")
+)
+LAUNCHES = sorted(path.stem for path in (CONF / "launch").glob("*.yaml"))
 
 
 def composed(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[Config]:
@@ -37,6 +41,19 @@ def mistakes(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[str, ...
 def test_the_default_is_config_py_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert composed(monkeypatch) == [Config()]
     check(Config())
+
+
+@pytest.mark.parametrize("choice", LAUNCHES)
+def test_every_way_to_submit_composes(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["submit", f"launch={choice}"])
+    [config] = cli.compose_as(SubmitConfig, "submit")
+    assert str(config.launch.cluster) == choice
+    assert config.job() == Config()
+
+
+def test_submission_begins_with_the_same_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["submit"])
+    assert cli.compose_as(SubmitConfig, "submit") == [SubmitConfig()]
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")

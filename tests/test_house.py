@@ -15,6 +15,7 @@ ROOMS = [
     "limits",
     "choices",
     "config",
+    "launch",
     "environment",
     "signals",
     "slurm",
@@ -85,6 +86,7 @@ ROOMS = [
     "outcome",
     "job",
     "cli",
+    "submission",
 ]
 WITHOUT_TORCH = ROOMS[: ROOMS.index("device")]
 FILES = sorted(PACKAGE.glob("*.py"))

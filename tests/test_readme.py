@@ -42,6 +42,7 @@ def test_options_table_is_made_from_config() -> None:
     assert "\n".join(options_table.rows()) in README
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_commands_run(tmp_path: Path) -> None:
     """All in the given order in one folder; jobs do one round, later ones see earlier runs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import commands
 import pytest
 import torch
+from ranks import MPI_VARIABLES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
@@ -322,6 +324,32 @@ def test_a_rank_that_is_killed_costs_the_rounds_since_the_last_checkpoint(
     assert summary_of(slurm.folder / "run")["resumed_after"]
     assert rounds_of(slurm.folder / "run") == list(range(1, 401))
     assert same_models(slurm.folder / "run", undisturbed[LONG])
+
+
+@pytest.mark.timeout(900)
+def test_the_readmes_recipes_run(slurm: Slurm) -> None:
+    """Each ``bash`` block line by line, as it stands, but for three rounds; jobs come to an end."""
+    readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## On a cluster\n")[1].split("\n## ")[0]
+    lines = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+        for line in block.splitlines()
+        if "dev_slurm" not in line
+    ]
+    assert len(lines) >= 8
+    for name in ("slurm", "tools"):
+        (slurm.folder / name).symlink_to(commands.ROOT / name)
+    slurm.environment.update(MPI_VARIABLES)
+    for line in lines:
+        if "jobs.py" not in line:
+            line = line.replace(" clients=", " rounds=3 local_steps=1 clients=")
+        said = slurm.call("bash", "-ec", line)
+        slurm.jobs += re.findall(r"job (\d+\S*)", said)
+        for job in slurm.jobs:
+            assert slurm.ended(job)["JobState"] == "COMPLETED", f"{line}\n{slurm.said()}"
+        slurm.jobs.clear()
+    assert len(list(slurm.folder.glob("runs/*/model.pt"))) >= 5
 
 
 def task_of(job: str, rank: int) -> int:
