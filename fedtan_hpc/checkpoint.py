@@ -11,6 +11,7 @@ last, and names the others.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import files
+from .errors import ConfigError, mistake
 
 FOLDER = "checkpoints"
 """In the folder of a run."""
@@ -67,15 +69,20 @@ def write(path: Path, content: dict[str, Any]) -> str:
 def read(path: Path) -> dict[str, Any]:
     """What ``write`` wrote to ``path``; states from other files are not among it.
 
-    Raises ``Damaged``.
+    Raises ``Damaged``, ``OSError`` for a file that cannot be read now, and ``ConfigError`` for one
+    that another version has written.
     """
+    packed = io.BytesIO(path.read_bytes())
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(packed, map_location="cpu", weights_only=True)
         found = content.pop("format"), content.pop("digest")
+    except MemoryError:
+        raise
     except Exception as error:  # of a damaged file torch raises whatever it meets
         raise Damaged(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
     if found[0] != FORMAT:
-        raise Damaged(f"{path}: its format is {found[0]}, this version reads {FORMAT}")
+        remedy = "go on with the version that wrote it, or set resume=never"
+        raise ConfigError(mistake("resume", path, f"a checkpoint of format {FORMAT}", remedy))
     if found[1] != _digest(content):
         raise Damaged(f"{path}: its values are not those that were written")
     return content  # type: ignore[no-any-return]
@@ -91,10 +98,19 @@ def read_shard(path: Path, name: str, content: dict[str, Any]) -> dict[str, Any]
 
 def remove_all_but(folder: Path, keep: int) -> None:
     """Remove all checkpoints of the run in ``folder`` but the last ``keep``, with their shards."""
-    for path in existing(folder)[keep:]:
+    found = existing(folder)
+    for path in found[keep:]:
         path.unlink(missing_ok=True)
-        for shard in path.parent.glob(f"{path.stem}.states-*.pt"):
+    oldest = round_of(found[:keep][-1]) if found else 0
+    for shard in (folder / FOLDER).glob("round-*.states-*.pt"):
+        if int(shard.name[len("round-") :].split(".")[0]) < oldest:
             shard.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what was being written in the folder of a run when it was killed."""
+    for path in (folder / FOLDER).glob(".round-*"):
+        path.unlink(missing_ok=True)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -76,8 +76,10 @@ progress = Progress()
 def _joining() -> Iterator[None]:
     progress.joined += 1
     progress.waiting_since = time.monotonic()
-    yield
-    progress.waiting_since = None
+    try:
+        yield
+    finally:
+        progress.waiting_since = None
 
 
 _starts = itertools.count(1)
@@ -170,7 +172,12 @@ def end_job(code: int) -> None:
 
 def has_lost_a_rank(error: Exception) -> bool:
     """Whether a collective failed with ``error`` because another rank's process is gone."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "remote process exited or there was a network error",  # NCCL
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
@@ -215,6 +222,19 @@ def sum_over_ranks(message: Tensor) -> Tensor:
         with _joining():
             dist.all_reduce(message)
     return message
+
+
+def values_of_sum(message: Tensor) -> list[float]:
+    """The sum of a 1-d ``message`` over all ranks.
+
+    On a GPU a collective returns at once and a rank waits where it reads the values: a watchdog
+    sees that it does.
+    """
+    if is_started():
+        with _joining():
+            dist.all_reduce(message)
+            return message.tolist()
+    return message.tolist()
 
 
 def max_over_ranks(message: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file beside ``path``, then put it in its place at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         write(temporary)
         sync(temporary)

@@ -52,16 +52,22 @@ def run_all(configs: Sequence[Config]) -> None:
     that failed on all ranks alike (a loss that is not finite), and at once for any other failure.
     """
     check_all(configs)
-    failed = []
-    for config in configs:
-        try:
-            run(config)
-        except RunError as error:
-            if isinstance(error, Stopped) or not error.on_all_ranks:
-                raise
-            if comm.is_started():
-                comm.stop()  # so that the next run starts anew
-            failed.append(f"{run_folder.name(config)}: {error}")
+    failed: list[str] = []
+    with signals.watched() as stop:
+        for number, config in enumerate(configs, 1):
+            try:
+                _run(config, None, stop)
+            except RunError as error:
+                if isinstance(error, Stopped) or not error.on_all_ranks:
+                    raise
+                if comm.is_started():
+                    comm.stop()  # so that the next run starts anew
+                failed.append(f"{run_folder.name(config)}: {error}")
+            if stop.agreed and number < len(configs):
+                name = signals.name(stop.agreed)
+                raise Stopped(
+                    f"stopped by {name} after {number} of {len(configs)} points", stop.agreed
+                )
     if failed:
         points = f"{len(failed)} of {len(configs)} points failed: " + "; ".join(failed)
         raise RunError(points, on_all_ranks=True)
@@ -78,6 +84,11 @@ def run(config: Config, log: NullLog | None = None) -> Summary:
     Raises ``ConfigError`` (on every rank, before data load) for mistakes in the options,
     ``RunError``, naming rank and round, when training fails, and ``Stopped`` after a signal.
     """
+    with signals.watched() as stop:
+        return _run(config, log, stop)
+
+
+def _run(config: Config, log: NullLog | None, stop: Stop) -> Summary:
     started = time.perf_counter()
     config = typed(config)
     check(config)
@@ -87,7 +98,6 @@ def run(config: Config, log: NullLog | None = None) -> Summary:
     trial.try_out(config)
     folder = run_folder.name(config)
     with (
-        signals.watched() as stop,
         _process_group(config, info, place, folder),
         ExitStack() as held,
         _random_state(place),

@@ -76,6 +76,7 @@ class Keeper:
         try:
             # A checkpoint stands for the rounds before it: their lines come first.
             files.sync(self.folder / "rounds.jsonl")
+            files.sync(self.folder)
             checkpoint.write(path, content)
             checkpoint.remove_all_but(self.folder, self.config.keep)
         except OSError as error:

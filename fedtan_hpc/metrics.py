@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -117,6 +118,7 @@ class RunLog(NullLog):
                 self._board.add_scalar(name, value, record.round)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self._lines.close()
-        self._board.close()
+        """Flush and close both files; what they lost was told when it was written."""
+        for each in (self._lines, self._board):
+            with suppress(OSError):
+                each.close()

@@ -17,9 +17,6 @@ from .config import Config
 from .errors import ConfigError, RunError, mistake
 from .metrics import RoundRecord
 
-_BESIDES = ("comm", "threads", "device")
-"""Options that a run may change when it goes on: they say where it is computed, not what."""
-
 
 @dataclass(frozen=True)
 class Resumption:
@@ -41,28 +38,31 @@ def take_up(folder: Path, config: Config) -> Resumption | None:
     of another configuration, or one that is asked for by name and cannot be had.
     """
     with run_folder.written(folder):
-        found = _chosen(folder, config)
+        checkpoint.remove_temporaries(folder)
+    found = _chosen(folder, config)
+    with run_folder.written(folder):
         if found is None:
             run_folder.begin(folder, config)
             return None
         path, content = found
         history = _history(path, content["round"])
         begins_elsewhere = path.resolve().parent != (folder / checkpoint.FOLDER).resolve()
+        _rename_later(folder, content["round"])  # before the lines that they stand for go
         run_folder.begin(folder, config, anew=begins_elsewhere)
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in history)
         files.replace_text(folder / "rounds.jsonl", lines)
-        _rename_later(folder, content["round"])
     return Resumption(path, content, history)
 
 
 def _chosen(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
     """A launcher that starts a run again means it to go on, whatever ``resume`` says."""
     how = config.resume
-    if how not in ("auto", "never") and not (environment.restarts() and _whole(folder)):
+    again = environment.restarts() > 0 and bool(checkpoint.existing(folder))
+    if how not in ("auto", "never") and not again:
         return _asked_for(Path(how), config)
     if how == "never" and not environment.restarts():
         return None
-    found = _whole(folder)
+    found = _whole(folder, renames=True)
     if found is not None:
         _check_same(found[1], config, f"{found[0]} is")
     return found
@@ -81,26 +81,33 @@ def _asked_for(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:
     return found
 
 
-def _whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint; damaged ones are named, and renamed."""
+def _whole(folder: Path, renames: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint; damaged ones are named, and in one's own folder renamed."""
     for path in checkpoint.existing(folder):
         try:
             return path, _read(path)
         except Damaged as error:
             print(f"fedtan_hpc: damaged checkpoint {error}", file=sys.stderr, flush=True)
-            path.rename(path.with_suffix(".damaged"))
+            if renames:
+                path.rename(path.with_suffix(".damaged"))
     return None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = checkpoint.read(path)
-    for name in content["shards"]:
-        checkpoint.read_shard(path, name, content)
+    try:
+        content = checkpoint.read(path)
+        for name in content["shards"]:
+            checkpoint.read_shard(path, name, content)
+    except FileNotFoundError as error:
+        raise Damaged(f"{error.filename}: is missing") from error
+    except OSError as error:
+        allowed, remedy = "a checkpoint that can be read", f"try again later ({error.strerror})"
+        raise ConfigError(mistake("resume", path, allowed, remedy)) from error
     return content
 
 
 def _check_same(content: dict[str, Any], config: Config, which: str) -> None:
-    if differing := run_folder.differences(content["config"], config, _BESIDES):
+    if differing := run_folder.differences(content["config"], config):
         allowed = "a checkpoint of the same configuration"
         remedy = f"{which} of a run with another {', '.join(differing)}: set those options as there"
         remedy += ", or resume=never, or another run_dir"
@@ -109,7 +116,7 @@ def _check_same(content: dict[str, Any], config: Config, which: str) -> None:
 
 def _history(path: Path, number: int) -> list[RoundRecord]:
     """The lines of ``rounds.jsonl`` until round ``number``, each once."""
-    source = path.parent.parent / "rounds.jsonl"
+    source = path.resolve().parent.parent / "rounds.jsonl"
     known = {field.name for field in fields(RoundRecord)}
     records: dict[int, RoundRecord] = {}
     for line in source.read_text(encoding="utf-8").splitlines() if source.exists() else []:
@@ -176,7 +183,7 @@ def _of_shards(content: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
     failure, parts = "", []
     try:
         parts = [checkpoint.read_shard(path, name, content) for name in mine]
-    except Damaged as error:
+    except (Damaged, OSError) as error:
         failure = f"rank {comm.rank()}: {error}; every rank must see the folder of the run"
     if failures := [each for each in comm.all_gather_object(failure) if each]:
         raise RunError(failures[0], on_all_ranks=True)

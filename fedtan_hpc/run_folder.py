@@ -19,7 +19,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -36,6 +37,8 @@ from .errors import ConfigError, mistake
 from .metrics import Summary
 
 _NO_MATTER = ("run_dir", "checkpoint", "resume")
+_WHERE = ("comm", "threads", "device")
+"""Options that say where a run is computed: they name its folder, but it may go on elsewhere."""
 
 
 def name(config: Config) -> Path:
@@ -98,11 +101,17 @@ def begin(folder: Path, config: Config, anew: bool = True) -> None:
 
 def note_failure(folder: Path, message: str) -> None:
     """Say why the run ended, for whoever looks for it later; the first message stays."""
-    path = folder / "failure.json"
     note = {"message": message, "time": datetime.now().astimezone().isoformat(timespec="seconds")}
-    if folder.is_dir() and not path.exists():
-        with suppress(OSError):  # it may be the very disk that fails
-            files.replace_text(path, json.dumps(note) + "\n")
+    with suppress(OSError), open(folder / "failure.json", "x", encoding="utf-8") as first:
+        first.write(json.dumps(note) + "\n")
+
+
+def failure(folder: Path) -> str:
+    """What ``note_failure`` was told first; empty if it was not told anything."""
+    try:
+        return str(json.loads((folder / "failure.json").read_text(encoding="utf-8"))["message"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def _hold(lock: IO[str], folder: Path) -> None:
@@ -112,6 +121,9 @@ def _hold(lock: IO[str], folder: Path) -> None:
         allowed = "a folder that no other run is writing"
         remedy = "wait for that run to end, or choose another run_dir"
         raise ConfigError(mistake("run_dir", folder, allowed, remedy)) from None
+    except OSError as error:
+        why = f"its file system has no locks ({error.strerror}), so see to it that no other run"
+        print(f"fedtan_hpc: run_dir={folder}: {why} writes there", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -154,13 +166,10 @@ def _finished(folder: Path, config: Config) -> Summary | None:
     return summary
 
 
-def differences(saved: dict[str, Any], config: Config, besides: Sequence[str] = ()) -> list[str]:
-    """Options in which ``config`` is another than that of a run, those ``besides`` apart.
-
-    Where a run writes, how often it saves itself and how it goes on make no difference.
-    """
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """Options in which ``config`` asks for another result than that of a run."""
     found = _differences(_completed(saved), to_dict(config))
-    ignored = {*_NO_MATTER, *besides}
+    ignored = (*_NO_MATTER, *_WHERE)
     return sorted(option for option in found if option.partition(".")[0] not in ignored)
 
 
@@ -184,7 +193,8 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
 
 def _set_aside(folder: Path) -> None:
     """Move what an unfinished run left into ``interrupted-N``."""
-    names = ("config.yaml", "rounds.jsonl", "model.pt", "clients.pt", "checkpoints")
+    # Checkpoints first: without the lines of rounds.jsonl nothing could go on from them.
+    names = ("checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "clients.pt")
     left = [folder / name for name in names] + list(folder.glob("events.*"))
     left = [path for path in left if path.exists()]
     if not left or left == [folder / "config.yaml"]:  # nothing had begun

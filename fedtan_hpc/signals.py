@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from . import environment
@@ -21,6 +21,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.agreed = 0
+        """The signal that the ranks have agreed on at the end of a round."""
         self.in_rounds = False
         """Whether there is a round to wait for: Ctrl-C does not wait for the first."""
 
@@ -28,11 +30,17 @@ class Stop:
         """The handler; a second Ctrl-C does not wait for the round either."""
         if number == signal.SIGINT and (self.signal == number or not self.in_rounds):
             raise KeyboardInterrupt
-        if not self.signal and environment.rank_hint() == 0:
+        first, self.signal = not self.signal, int(number)
+        if first and environment.rank_hint() == 0:
             name = signal.Signals(number).name
-            # Unlike print, this may be called while another print is under way.
-            os.write(2, f"{name}: the round is finished and saved before the end\n".encode())
-        self.signal = int(number)
+            with suppress(OSError):  # Ctrl-C ends a tee that reads us, too
+                # Unlike print, this may be called while another print is under way.
+                os.write(2, f"\n{name}: the run ends after this round\n".encode())
+
+
+def name(number: int) -> str:
+    """Of a signal, such as SIGTERM."""
+    return signal.Signals(number).name
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,13 +56,16 @@ class Job:
                 job.run(self.config)
             except Stopped as stopped:
                 print(f"fedtan_hpc: {stopped}", file=sys.stderr, flush=True)
-                if where == "local":
+                if where == "local" and stopped.signal == signal.SIGUSR2:  # the time limit
                     os._exit(_LOCAL_AGAIN)
                 if where == "slurm" and environment.rank_hint() == 0:
                     queue_again()
                 raise
-            except RankLost:  # killed, say, or on a node that is gone: those left have it run again
-                if where == "slurm" and environment.restarts() < _MOST_RESTARTS:
+            except RankLost as lost:
+                # Killed, say, or on a node that is gone: it left no word of its own, and of those
+                # left the one that was first to say so has the job run again.
+                was_first = run_folder.failure(run_folder.name(self.config)) == str(lost)
+                if where == "slurm" and was_first and environment.restarts() < _MOST_RESTARTS:
                     queue_again()
                 raise
 

@@ -7,12 +7,13 @@ import math
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from . import agreement, comm
+from . import agreement, comm, signals
 from .algorithms import plan
 from .clients import Client, ClientStore
 from .cohort import Cohort
@@ -38,7 +39,6 @@ class Trainer:
     judge: Judge
     stop: Stop = field(default_factory=Stop)
     """Set by signals of this rank; the ranks agree on it at the end of each round."""
-    _asked_to_stop: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -62,10 +62,9 @@ class Trainer:
         for number in range(len(records) + 1, self.config.rounds + 1):
             try:
                 records.append(self.round(number))
-                for log in logs:
-                    log.round(records[-1])
+                self._tell(records[-1], logs)
                 is_last = number == self.config.rounds
-                asked = self._asked_to_stop and not is_last
+                asked = self.stop.agreed and not is_last
                 if keeper and not is_last and (asked or keeper.is_due(number)):
                     keeper.save(number, self.cohort)
                 if asked:
@@ -76,14 +75,22 @@ class Trainer:
                 raise _failure(error, number) from (None if _has_no_place(error) else error)
         return records
 
+    def _tell(self, record: RoundRecord, logs: Sequence[NullLog]) -> None:
+        """A reader that the signal ended too is no reason not to save the round."""
+        for log in logs:
+            with suppress(*[BrokenPipeError] if self.stop.agreed else []):
+                log.round(record)
+
     def _leave(self, number: int, keeper: Keeper | None) -> None:
         """The end that a signal has asked for; nobody leaves before the checkpoint is there."""
         if keeper:
             keeper.wait()
         comm.barrier()
-        name = signal.Signals(self._asked_to_stop).name
-        then = "; the same command goes on from there" if keeper else ""
-        raise Stopped(f"stopped by {name} after round {number}{then}", self._asked_to_stop)
+        name, then = signals.name(self.stop.agreed), ""
+        if keeper:
+            again = self.config.resume == "auto"
+            then = "; the same command goes on" if again else "; resume=auto goes on from there"
+        raise Stopped(f"stopped by {name} after round {number}{then}", self.stop.agreed)
 
     def round(self, number: int) -> RoundRecord:
         """One round of all clients, evaluated if it is due."""
@@ -144,8 +151,8 @@ class Trainer:
             of_all[place[client.number]] = loss
         asked = self.stop.signal
         of_all[-2:] = of_all.new_tensor([asked, bool(asked)])
-        *every, signals, ranks = comm.sum_over_ranks(of_all).tolist()
-        self._asked_to_stop = _common(signals, ranks)
+        *every, signals, ranks = comm.values_of_sum(of_all)
+        self.stop.agreed = _common(signals, ranks)
         values = dict(zip(weights, every, strict=True))
         bad = [client for client, value in values.items() if not math.isfinite(value)]
         if bad:

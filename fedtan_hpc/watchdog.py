@@ -96,9 +96,11 @@ class Watchdog:
         return f"{ranks} {when}; {waited}"
 
     def _leave(self, verdict: str) -> NoReturn:
-        # Not by sys.stderr, which a progress bar may have taken over.
-        os.write(2, f"\nfedtan_hpc: {verdict}\n".encode())
-        self._tell(verdict)
+        with suppress(OSError):  # nobody may read it any more
+            # Not by sys.stderr, which a progress bar may have taken over.
+            os.write(2, f"\nfedtan_hpc: {verdict}\n".encode())
+        # It may be the file system that hangs.
+        threading.Thread(target=self._tell, args=(verdict,), daemon=True).start()
         time.sleep(_READING_SECONDS)
         _exit()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from ranks import on_ranks
 from torch import Tensor
 
 import fedtan_hpc
-from fedtan_hpc import checkpoint, environment, job, keeper, resume
+from fedtan_hpc import checkpoint, environment, job, keeper, resume, run_folder
 from fedtan_hpc.choices import (
     AlgorithmName,
     ModelName,
@@ -248,6 +249,98 @@ def test_another_runs_checkpoint_may_be_asked_for(interrupted: Path, tmp_path: P
     assert run(elsewhere).resumed_after == [5]
     assert [line["round"] for line in rounds_of(tmp_path / "new")] == list(range(1, ROUNDS + 1))
     assert checkpoint.path_of(interrupted, 5).exists()
+
+
+def test_a_file_that_cannot_be_read_now_is_not_damaged(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that stumbles costs no checkpoint."""
+
+    def stumbles(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", stumbles)
+    with pytest.raises(ConfigError, match=r"round-000005.pt.*Stale file handle"):
+        resume.take_up(interrupted, config_of("fedtan", interrupted))
+    assert len(checkpoint.existing(interrupted)) == 3
+
+
+def test_a_checkpoint_of_another_format_is_refused(interrupted: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        with pytest.raises(ConfigError, match="allowed is a checkpoint of format 99"):
+            resume.take_up(interrupted, config_of("fedtan", interrupted))
+    assert len(checkpoint.existing(interrupted)) == 3
+
+
+def test_an_end_while_older_rounds_are_taken_up_leaves_a_run_that_goes_on(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = checkpoint.path_of(interrupted, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "begin", _killed)
+        with pytest.raises(ZeroDivisionError):
+            resume.take_up(interrupted, config_of("fedtan", interrupted, resume=str(older)))
+    assert run(config_of("fedtan", interrupted)).resumed_after == [2]
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    raise ZeroDivisionError
+
+
+def test_what_was_being_written_is_removed(interrupted: Path) -> None:
+    left = interrupted / "checkpoints" / ".round-000006.pt.0123abcd"
+    left.touch()
+    run(config_of("fedtan", interrupted))
+    assert not left.exists()
+
+
+def test_a_file_system_without_locks_is_told(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    run(config_of("fedtan", interrupted))
+    assert "has no locks" in capfd.readouterr().err
+
+
+def test_the_same_run_elsewhere_is_finished_too(interrupted: Path) -> None:
+    elsewhere = config_of("fedtan", interrupted, threads=1)
+    elsewhere.comm.timeout_seconds = 77.0
+    assert run(elsewhere) == run(config_of("fedtan", interrupted))
+
+
+def test_the_first_word_on_a_failure_stays(tmp_path: Path) -> None:
+    run_folder.note_failure(tmp_path, "rank 1: a bad day")
+    run_folder.note_failure(tmp_path, "rank 0: another rank has ended")
+    assert run_folder.failure(tmp_path) == "rank 1: a bad day"
+
+
+def test_a_sweep_stops_between_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the last round of one, which is finished."""
+    configs = [config_of("fedtan", tmp_path / str(seed), seed=seed) for seed in range(3)]
+    monkeypatch.setattr(job, "Display", lambda *_: StopAfter(ROUNDS))
+    with pytest.raises(Stopped, match="stopped by SIGINT after 1 of 3 points"):
+        job.run_all(configs)
+    assert (tmp_path / "0" / "summary.json").exists()
+    assert not (tmp_path / "1").exists()
+
+
+class Unread(StopAfter):
+    """Its reader is ended by the same Ctrl-C."""
+
+    def round(self, record: RoundRecord) -> None:
+        super().round(record)
+        if record.round >= self.number:
+            raise BrokenPipeError
+
+
+def test_a_reader_that_left_does_not_keep_the_round_from_being_saved(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="after round 4"):
+        fedtan_hpc.run(config_of("fedtan", tmp_path), Unread(4))
+    assert checkpoint.path_of(tmp_path, 4).exists()
 
 
 @pytest.mark.parametrize("path", ["no/such.pt", "empty.pt", "folder"])

@@ -18,12 +18,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 
 _ASKING_SECONDS = 30.0
+Queue: TypeAlias = dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Row:
     run: str
     job: str
     state: str
-    """finished, failed, stopped, gone, or the queue's word for it in lower case."""
+    """finished, failed, stopped, gone, unknown, or the queue's word for it in lower case."""
     round: str
     accuracy: str
     """Of the last evaluation, in %."""
@@ -55,26 +56,29 @@ def main(words: Sequence[str] | None = None) -> int:
     if not found:
         print(f"jobs: no submitted runs in {', '.join(map(str, folders))}", file=sys.stderr)
         return 1
-    queue = in_queue() if any(not (run / "summary.json").exists() for run in found) else {}
+    queue = in_queue() if any(not (run / "summary.json").exists() for run in found) else None
     show([row_of(run, queue) for run in found])
     return 0
 
 
-def in_queue() -> dict[str, tuple[str, str]]:
-    """State and reason of this user's jobs in SLURM's queue, by number; empty without SLURM."""
+def in_queue() -> Queue | None:
+    """State and reason of this user's jobs in SLURM's queue, by number; None if it cannot tell."""
     if shutil.which("squeue") is None:
-        return {}
+        return None
     words = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=_ASKING_SECONDS, check=False
-    )
-    if done.returncode:
-        print(f"jobs: squeue: {done.stderr.strip()}", file=sys.stderr)
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=_ASKING_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        print(f"jobs: squeue: {str(said).strip()}", file=sys.stderr)
+        return None
     rows = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {number: (state.lower(), reason) for number, state, reason in rows}
 
 
-def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> Row:
+def row_of(run: Path, queue: Queue | None) -> Row:
     """What the folder of a run and the ``queue`` say."""
     note = _json(run / "submitted.json")
     records = list(_records(run / "rounds.jsonl"))
@@ -90,19 +94,27 @@ def row_of(run: Path, queue: dict[str, tuple[str, str]]) -> Row:
     )
 
 
-def _state(run: Path, note: dict[str, Any], queue: dict[str, tuple[str, str]]) -> tuple[str, str]:
+def _state(run: Path, note: dict[str, Any], queue: Queue | None) -> tuple[str, str]:
     if (run / "summary.json").exists():
         return "finished", ""
     failure = str(_json(run / "failure.json").get("message", ""))
     job = str(note.get("job_id"))
-    if note.get("cluster") == "slurm" and job in queue:
+    if note.get("cluster") == "slurm" and queue is None:
+        return "unknown", failure or "the queue does not answer"
+    if note.get("cluster") == "slurm" and queue and job in queue:
         state, reason = queue[job]
         return state, failure or (reason if state == "pending" else "")
-    if note.get("cluster") == "local" and Path(f"/proc/{job}").exists():
+    if note.get("cluster") == "local" and _is_submitits(job):
         return "running", ""
     if failure:
         return ("stopped" if failure.startswith("stopped by") else "failed"), failure
     return "gone", _last_words(note)
+
+
+def _is_submitits(process: str) -> bool:
+    """Whether the process is one of submitit's, and not somebody's who has got its number."""
+    path = Path("/proc") / process / "cmdline"
+    return path.exists() and b"submitit" in path.read_bytes()
 
 
 def _last_words(note: dict[str, Any]) -> str:
