@@ -101,7 +101,7 @@ class ModelSum:
         """
         for message in self._messages:
             message[:_HEADER] = message.new_tensor([self._weight, self._bad])
-            comm.sum_for_training(message, group)
+            comm.sum_for_training(message, group, of_models=True)
         for message in self._messages:
             _check_weights(message[:_HEADER], comm.world_size(group))
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -24,51 +23,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from . import environment, slurm
 from .channel import Channel
+from .traffic import Progress, Traffic
 
 Group: TypeAlias = dist.ProcessGroup | None
 
 
-@dataclass
-class Traffic:
-    """Collectives that training needs (statistics and model averages), counted on this rank."""
-
-    messages: int = 0
-    """Collective calls."""
-    bytes: int = 0
-    """Payload that this rank put into them, in bytes."""
-    sums: int = 0
-    payload: int = 0
-    """The same two, counted in a single process too, which has nobody to send anything to."""
-
-    def since(self, earlier: Traffic) -> Traffic:
-        """What was added after ``earlier`` was copied from this counter."""
-        return Traffic(
-            self.messages - earlier.messages,
-            self.bytes - earlier.bytes,
-            self.sums - earlier.sums,
-            self.payload - earlier.payload,
-        )
-
-    def copy(self) -> Traffic:
-        """The present count, which does not move on."""
-        return Traffic(self.messages, self.bytes, self.sums, self.payload)
-
-
 training_traffic = Traffic()
-
-
-@dataclass
-class Progress:
-    """How far this rank has come; for a watchdog that compares the ranks."""
-
-    round: int = 0
-    """In which it is; 0 before the first."""
-    joined: int = 0
-    """Collectives that it has begun: as many on every rank at the same place."""
-    waiting_since: float | None = None
-    """On ``time.monotonic``'s clock, if it is in a collective now."""
-
-
 progress = Progress()
 
 
@@ -196,22 +156,34 @@ def world_size(group: Group = None) -> int:
     return dist.get_world_size(group) if is_started() else 1
 
 
-def sum_for_training(message: Tensor, group: Group = None) -> Tensor:
-    """Sum ``message`` over the ranks in place, as one counted collective; same bits everywhere."""
+def sum_for_training(message: Tensor, group: Group = None, of_models: bool = False) -> Tensor:
+    """Sum ``message`` over the ranks in place, as one counted collective; same bits everywhere.
+
+    It holds statistics, or what ``of_models`` is sent once a step or round.
+    """
     training_traffic.sums += 1
     training_traffic.payload += message.nbytes
     if is_started():
+        begun = time.perf_counter()
         with _joining():
             dist.all_reduce(message, group=group)
-        training_traffic.messages += 1
-        training_traffic.bytes += message.nbytes
+        _count(message, time.perf_counter() - begun, of_models)
     return message
+
+
+def _count(message: Tensor, seconds: float, of_models: bool) -> None:
+    training_traffic.messages += 1
+    training_traffic.bytes += message.nbytes
+    if of_models:
+        training_traffic.average_seconds += seconds
+    else:
+        training_traffic.statistics_seconds += seconds
 
 
 def sum_for_moving(message: Tensor) -> Tensor:
     """The same for what only moves from rank to rank: it is no payload of the algorithm."""
     before = training_traffic.copy()
-    sum_for_training(message)
+    sum_for_training(message, of_models=True)
     training_traffic.sums, training_traffic.payload = before.sums, before.payload
     return message
 

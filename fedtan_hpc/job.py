@@ -216,7 +216,8 @@ def _train(
     records = _rounds(trainer, _logs(config, info, folder, len(history), log), keeper, history)
     seconds = startup, time.perf_counter() - started + earlier
     resumed = facts["resumed_after"]
-    summary = outcome.summarise(config, info, place, records, trainer, seconds, folder, resumed)
+    of_run = config, info, place, records, trainer, seconds, folder, resumed, len(history)
+    summary = outcome.summarise(*of_run)
     outcome.save(trainer, folder)
     if info.rank == 0:
         run_folder.finish(folder, summary)

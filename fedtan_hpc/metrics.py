@@ -47,6 +47,12 @@ class RoundRecord:
     """The same two, counted in a single process too, which has nobody to send anything to."""
     clients: int
     """Clients that took part."""
+    statistics_seconds: float = 0.0
+    """Of ``round_seconds``, those in collectives of BN statistics, on rank 0's host."""
+    average_seconds: float = 0.0
+    """The same of the model average, pooled gradients and private states."""
+    evaluation_seconds: float = 0.0
+    """Evaluation and checks, beside ``round_seconds``."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class Summary:
     """Trainable values of the model."""
     versions: dict[str, str]
     run_dir: str
+    machine: str = ""
+    """What rank 0 computed on."""
     judged: str = "global model"
     """What the test figures are of: the global model, or the mean over the clients' own models."""
     pooled_train_loss: float | None = None
@@ -84,6 +92,8 @@ class Summary:
     """These six as in the last line of ``rounds.jsonl``."""
     compile_seconds: float = 0.0
     """Of ``startup_seconds``, those for compiling the training step; 0 if it runs eagerly."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Where a round's time goes (``phases``): seconds, medians over rounds of means over ranks."""
     resumed_after: list[int] = field(default_factory=list)
     """Rounds after which the run was interrupted and taken up; times are without the gaps."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import statistics
@@ -14,6 +15,7 @@ from .config import Config
 from .device import Place
 from .environment import RankInfo
 from .metrics import RoundRecord, Summary
+from .phases import phases
 from .trainer import Trainer
 
 
@@ -30,6 +32,17 @@ def save(trainer: Trainer, folder: Path) -> None:
             kept[client] = named
     if kept:
         files.save(folder / "clients.pt", kept)
+
+
+def machine(device: torch.device) -> str:
+    """What computes here: the GPU's name, or the CPUs' and how many they are."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} x {name}"
 
 
 def _peak_memory(device: torch.device) -> torch.Tensor:
@@ -53,8 +66,12 @@ def summarise(
     seconds: tuple[float, float],
     folder: Path,
     resumed_after: list[int],
+    behind: int,
 ) -> Summary:
-    """The result after ``records``; ``seconds`` of start-up, and in all.  Every rank calls it."""
+    """The result after ``records``, of which so many are of rounds ``behind`` this process.
+
+    ``seconds`` are those of start-up, and in all.  Every rank calls it.
+    """
     last = records[-1]
     assert last.test_accuracy is not None
     assert last.test_loss is not None
@@ -85,6 +102,8 @@ def summarise(
             "torch": str(torch.__version__),
         },
         run_dir=str(folder),
+        machine=machine(place.device),
         compile_seconds=trainer.cohort.training.loss.compile_seconds,
+        phases=phases(records[behind:], place.device),
         resumed_after=resumed_after,
     )

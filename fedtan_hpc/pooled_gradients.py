@@ -39,7 +39,7 @@ def pool_gradients(models: Sequence[nn.Module], weights: Sequence[float]) -> Non
 
 def mean_over_ranks(sums: list[Tensor]) -> None:
     """Add up the ranks' weighted sums, in place, as one message."""
-    unpack(comm.sum_for_training(pack(sums)), sums)
+    unpack(comm.sum_for_training(pack(sums), of_models=True), sums)
 
 
 class Momentum:

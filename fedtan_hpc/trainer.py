@@ -25,6 +25,7 @@ from .local_training import Round
 from .metrics import NullLog, RoundRecord
 from .participation import assign, draw
 from .signals import ASKING, Stop
+from .traffic import Traffic
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -107,13 +108,15 @@ class Trainer:
         train_loss = self._train_loss(weights, clients, losses, number)
         seconds = time.perf_counter() - start
         spent = comm.training_traffic.since(traffic)
+        evaluating = time.perf_counter()
         # 4. Now and then: do all ranks hold the same model, and how good is it?
         if self._is_due(number, self.config.check_every or self.config.eval_every):
             self._check_agreement(number)
         judged = None
         if self._is_due(number, self.config.eval_every):
             judged = self._evaluate(number)
-        return _record(now, train_loss, judged, seconds, spent, len(weights))
+        apart = time.perf_counter() - evaluating
+        return _record(now, train_loss, judged, (seconds, apart), spent, len(weights))
 
     def _participants(self, number: int) -> dict[int, float]:
         config = self.config
@@ -232,10 +235,11 @@ def _record(
     now: Round,
     train_loss: float,
     judged: Judgement | None,
-    seconds: float,
-    spent: comm.Traffic,
+    seconds: tuple[float, float],
+    spent: Traffic,
     clients: int,
 ) -> RoundRecord:
+    """``seconds`` of the round itself and of its evaluation."""
     own = judged.over_clients if judged else None
     return RoundRecord(
         round=now.number,
@@ -249,10 +253,13 @@ def _record(
         clients_own_mix_accuracy_mean=own.own_mix.accuracy if own else None,
         clients_own_mix_accuracy_spread=own.own_mix_spread if own else None,
         learning_rate=now.learning_rate,
-        round_seconds=seconds,
+        round_seconds=seconds[0],
         comm_messages=spent.messages,
         comm_bytes=spent.bytes,
         payload_messages=spent.sums,
         payload_bytes=spent.payload,
         clients=clients,
+        statistics_seconds=spent.statistics_seconds,
+        average_seconds=spent.average_seconds,
+        evaluation_seconds=seconds[1],
     )

@@ -162,6 +162,9 @@ def test_run_writes_what_it_promises(tmp_path: Path) -> None:
         "payload_messages",
         "payload_bytes",
         "clients",
+        "statistics_seconds",
+        "average_seconds",
+        "evaluation_seconds",
     }
     assert [line["test_accuracy"] is None for line in lines] == [True, False, False]
     assert [line["learning_rate"] for line in lines] == [0.1, 0.1, 0.05]

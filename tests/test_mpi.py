@@ -181,7 +181,7 @@ def test_mpirun_starts_a_job(backend: str, tmp_path: Path) -> None:
     more = [] if backend == "mpi" else ["comm.backend=gloo"]
     done = mpirun(2, "-m", "fedtan_hpc", *SHORT, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"launcher {LAUNCHER}, ranks 2, backend {backend}" in done.stdout
+    assert f"launcher {LAUNCHER}, nodes 1, ranks 2, backend {backend}" in done.stdout
     found = json.loads((tmp_path / "here" / "summary.json").read_text())
     assert (found["world_size"], found["backend"]) == (2, backend)
     alone = commands.job(*SHORT[:-1], "run_dir=alone", cwd=tmp_path)

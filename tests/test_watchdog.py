@@ -21,6 +21,7 @@ from ranks import MPI_VARIABLES, MPIEXEC
 
 from fedtan_hpc import comm
 from fedtan_hpc.channel import Channel
+from fedtan_hpc.traffic import Progress
 from fedtan_hpc.watchdog import Watchdog
 
 FAULTY = str(Path(__file__).parent / "faulty.py")
@@ -64,14 +65,14 @@ def test_the_rank_that_has_joined_fewer_collectives_is_named(
     for rank, number in enumerate(joined):
         if number is not None:
             store.set(f"joined/{rank}", str(number))
-    monkeypatch.setattr(comm, "progress", comm.Progress(round=round_number, joined=9))
+    monkeypatch.setattr(comm, "progress", Progress(round=round_number, joined=9))
     monkeypatch.setattr(comm, "world_size", lambda: len(joined))
     watchdog = Watchdog(Channel(store), 30, print)
     assert watchdog._verdict().startswith(verdict)
 
 
 def test_only_a_wait_that_is_too_long_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = comm.Progress()
+    progress = Progress()
     monkeypatch.setattr(comm, "progress", progress)
     watchdog = Watchdog(Channel(Store()), 10, print)
     assert not watchdog._has_waited(8)

@@ -79,6 +79,8 @@ def setting(config: Config, **own: Any) -> dict[str, Any]:
     """What was run on what."""
     import torch
 
+    from fedtan_hpc import outcome
+
     info = environment.detect()
     on_gpu = torch.cuda.is_available() and str(config.device) != "cpu"
     return {
@@ -86,19 +88,7 @@ def setting(config: Config, **own: Any) -> dict[str, Any]:
         "ranks": info.world_size,
         "launcher": info.launcher,
         "threads": config.threads or 1,
-        "machine": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "machine": outcome.machine(torch.device("cuda" if on_gpu else "cpu")),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-
-
-def _processor() -> str:
-    """The CPU's name and number, as far as the system tells."""
-    import os
-
-    names = []
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{os.cpu_count()} x {name}"

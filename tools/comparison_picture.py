@@ -36,6 +36,11 @@ _WIDE_BYTES, _WIDE_LOSS = 3.0, 8.0
 """Ratios of largest to smallest from which the axis is logarithmic."""
 
 
+def look_of(algorithm: str) -> tuple[str, str]:
+    """Colour and marker of an algorithm, the same in all pictures."""
+    return _LOOKS[algorithm]
+
+
 class Curve(NamedTuple):
     """A method: rounds, megabytes until then, and for each seed a value for each round."""
 

@@ -1,0 +1,48 @@
+"""What this rank has sent, and how far it has come.  No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass
+class Traffic:
+    """Collectives that training needs (statistics and model averages), counted on this rank."""
+
+    messages: int = 0
+    """Collective calls."""
+    bytes: int = 0
+    """Payload that this rank put into them, in bytes."""
+    sums: int = 0
+    payload: int = 0
+    """The same two, counted in a single process too, which has nobody to send anything to."""
+    statistics_seconds: float = 0.0
+    average_seconds: float = 0.0
+    """Time of the host in those for statistics, and for models, gradients and private states."""
+
+    def since(self, earlier: Traffic) -> Traffic:
+        """What was added after ``earlier`` was copied from this counter."""
+        return Traffic(
+            self.messages - earlier.messages,
+            self.bytes - earlier.bytes,
+            self.sums - earlier.sums,
+            self.payload - earlier.payload,
+            self.statistics_seconds - earlier.statistics_seconds,
+            self.average_seconds - earlier.average_seconds,
+        )
+
+    def copy(self) -> Traffic:
+        """The present count, which does not move on."""
+        return replace(self)
+
+
+@dataclass
+class Progress:
+    """How far this rank has come; for a watchdog that compares the ranks."""
+
+    round: int = 0
+    """In which it is; 0 before the first."""
+    joined: int = 0
+    """Collectives that it has begun: as many on every rank at the same place."""
+    waiting_since: float | None = None
+    """On ``time.monotonic``'s clock, if it is in a collective now."""
