@@ -187,8 +187,9 @@ def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
             "requeue": True,
             **{name: value or True for name, value in more.items()},
         },
-        # Every rank says itself that it ends, and with which code.
-        "srun_args": ["--kill-on-bad-exit=0"],
+        # Each rank says itself that it ends, and with which code; one that waits for a rank that is
+        # gone before they have met does not.
+        "srun_args": ["--kill-on-bad-exit=0", "--wait=60"],
     }
     if launch.cpus_per_task:  # srun does not take it from the job since SLURM 22.05
         special["setup"] = [f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}"]

@@ -54,7 +54,7 @@ export SRUN_CPUS_PER_TASK=3
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output FOLDER/%A_%a_%t_log.out --error FOLDER/%A_%a_%t_log.err \
---kill-on-bad-exit=0 PYTHON -u -m submitit.core._submit FOLDER
+--kill-on-bad-exit=0 --wait=60 PYTHON -u -m submitit.core._submit FOLDER
 """
 """With submitit 1.5."""
 
