@@ -40,6 +40,7 @@ class Network:
     base_s: float = 0.0
     """Seconds of a sum that do not grow with the ranks."""
     ranks_a_node: int = 1
+    """Bytes cost the same inside a node and between nodes."""
     node_alpha_s: float = 0.0
     """Seconds of a step inside a node, if a node has several ranks."""
     source: str = ""
@@ -66,7 +67,7 @@ def steps(way: str, ranks: int, ranks_a_node: int = 1) -> tuple[float, float, fl
     """Steps between nodes, steps inside them, and how often each byte is sent."""
     nodes = math.ceil(ranks / ranks_a_node)
     if way == "ring":
-        return 2 * (nodes - (nodes == 1)), 2 * (ranks - max(nodes, 1)), 2 * (ranks - 1) / ranks
+        return 2 * (nodes - 1), 2 * (ranks - nodes), 2 * (ranks - 1) / ranks
     outer = math.ceil(math.log2(nodes))
     inner = math.ceil(math.log2(min(ranks, ranks_a_node)))
     if way == "tree":
@@ -104,14 +105,14 @@ PRESETS = {
             alpha_s=25e-3,
             beta_s_per_byte=1 / 125e6,
             source="Ranks at sites of their own. All assumed: 50 ms there and back between any two "
-            "sites, and 1 Gbit/s = 125 MB/s at each; nothing is lost",
+            "sites, 1 Gbit/s = 125 MB/s at each, sums as MPI makes them, nothing lost",
         ),
     )
 }
 
 
 def write(path: Path, networks: Sequence[Network], **more: Any) -> None:
-    """A JSON file of ``networks`` and what ``more`` is to be kept with them; whole or not at all."""
+    """A JSON file of ``networks`` and of ``more`` to keep with them; whole or not at all."""
     content = {"networks": [asdict(network) for network in networks], **more}
     files.replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
