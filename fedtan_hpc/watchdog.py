@@ -55,16 +55,16 @@ class Watchdog:
 
     def _every_pause(self, act: Callable[[], object]) -> None:
         while not self._ended.wait(self._pause):
-            with suppress(RuntimeError):  # of the channel: its server hangs or is gone
+            with suppress(
+                RuntimeError
+            ):  # of the channel: its server hangs, is gone or cannot be reached
                 act()
 
     def _look_at_the_clock(self) -> None:
         """In a thread of its own: when its server hangs, the channel may do so too."""
         if self._has_waited(self._timeout):
-            number = comm.progress.round
-            self._leave(
-                f"round {number}: rank 0, or the host that serves the ranks, hangs or is gone"
-            )
+            where = f"round {comm.progress.round}: rank 0, or the host that serves the ranks"
+            self._leave(f"{where}, hangs, is gone or cannot be reached")
 
     def _look(self) -> None:
         if comm.progress.joined != self._posted:
@@ -93,7 +93,7 @@ class Watchdog:
         if not behind:
             return f"{when}: the ranks do not reach each other over the network; {waited}"
         ranks = f"rank {behind[0]} hangs" if len(behind) == 1 else f"ranks {behind[:20]} hang"
-        return f"{ranks} {when}; {waited}"
+        return f"{ranks} {when}, or cannot be reached; {waited}"
 
     def _leave(self, verdict: str) -> NoReturn:
         with suppress(OSError):  # nobody may read it any more

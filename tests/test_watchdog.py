@@ -139,7 +139,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(
     assert code != 0
     verdict = f"rank {rank} hangs in round 7"
     if (launcher, rank, kind) == (MPIRUN, 0, "stop"):  # over MPI rank 0 serves the notes itself
-        verdict = "round 7: rank 0, or the host that serves the ranks, hangs or is gone"
+        verdict = "round 7: rank 0, or the host that serves the ranks, hangs, is gone or cannot"
     assert errors.count(verdict) == 1, errors
     note = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert verdict in note["message"]
