@@ -163,6 +163,7 @@ def test_options_are_checked_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_agents_as_on_two_machines_make_one_job(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

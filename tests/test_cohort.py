@@ -116,6 +116,7 @@ def test_stacking_changes_nothing(ranks: int, algorithm: str, case: str) -> None
             assert mine.train_loss == pytest.approx(expected.train_loss, rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["all", "some"])
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
 def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(
