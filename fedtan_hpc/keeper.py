@@ -46,16 +46,16 @@ class Keeper:
         before, cannot be written.
         """
         self.wait()
-        content = {
-            "round": number,
-            "seconds": time.perf_counter() - self.began,
-            "world_size": comm.world_size(),
-            "rng": [torch.get_rng_state()],
-            **self.facts,
-            **cohort.memory(),
-            **self._states(number, cohort.states),
-        }
-        if comm.rank() == 0:
+        states = self._states(number, cohort.states)
+        if comm.rank() == 0:  # all else is the same on every rank
+            content = {
+                "round": number,
+                "seconds": time.perf_counter() - self.began,
+                "rng": [torch.get_rng_state()],
+                **self.facts,
+                **cohort.memory(),
+                **states,
+            }
             self._writing = self._writer.submit(self._write, number, content)
 
     def wait(self) -> None:

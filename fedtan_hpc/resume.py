@@ -47,7 +47,8 @@ def take_up(folder: Path, config: Config) -> Resumption | None:
         path, content = found
         history = _history(path, content["round"])
         begins_elsewhere = path.resolve().parent != (folder / checkpoint.FOLDER).resolve()
-        _rename_later(folder, content["round"])  # before the lines that they stand for go
+        if not begins_elsewhere:
+            _rename_later(folder, content["round"])  # before the lines that they stand for go
         run_folder.begin(folder, config, anew=begins_elsewhere)
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in history)
         files.replace_text(folder / "rounds.jsonl", lines)

@@ -32,10 +32,9 @@ class Stop:
             raise KeyboardInterrupt
         first, self.signal = not self.signal, int(number)
         if first and environment.rank_hint() == 0:
-            name = signal.Signals(number).name
             with suppress(OSError):  # Ctrl-C ends a tee that reads us, too
                 # Unlike print, this may be called while another print is under way.
-                os.write(2, f"\n{name}: the run ends after this round\n".encode())
+                os.write(2, f"\n{name(number)}: the run ends after this round\n".encode())
 
 
 def name(number: int) -> str:

@@ -36,8 +36,7 @@ def main() -> None:
     """Time the ways and print."""
     with cli.exit_codes("bench_checkpoint"):
         words, first = sys.argv[1:], environment.rank_hint() == 0
-        if {"--help", "-h"} & set(words):
-            print(__doc__.strip() if first else "", end="\n" if first else "")
+        if overrides.shows_help(words, __doc__):
             return
         own, job = overrides.split(words, ("repeats",))
         config = overrides.composed(job)

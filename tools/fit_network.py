@@ -47,8 +47,7 @@ def main() -> None:
     with cli.exit_codes("fit_network"):
         words = sys.argv[1:]
         first = environment.rank_hint() == 0
-        if {"--help", "-h"} & set(words):
-            print(__doc__.strip() if first else "", end="\n" if first else "")
+        if overrides.shows_help(words, __doc__):
             return
         own, job = overrides.split(words, OWN)
         config = overrides.composed(job)

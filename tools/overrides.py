@@ -14,11 +14,19 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from fedtan_hpc import cli
+from fedtan_hpc import cli, environment
 from fedtan_hpc.config import Config
 from fedtan_hpc.errors import ConfigError, mistake
 
 sys.path.insert(1, os.getcwd())  # for networks of one's own, as in python -m fedtan_hpc
+
+
+def shows_help(words: Sequence[str], text: str | None) -> bool:
+    """Whether the words ask for help: then rank 0 prints the tool's ``text``."""
+    asked = bool({"--help", "-h"} & set(words))
+    if asked and environment.rank_hint() == 0:
+        print((text or "").strip())
+    return asked
 
 
 def check_plotting() -> None:

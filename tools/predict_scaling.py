@@ -72,8 +72,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with cli.exit_codes("predict_scaling"):
         if environment.rank_hint() != 0:
             return
-        if {"--help", "-h"} & set(words):
-            print(__doc__.strip())
+        if overrides.shows_help(words, __doc__):
             return
         asked = understood(words)
         environment.detect()

@@ -69,8 +69,7 @@ class Study:
 def main() -> None:
     """Run what is missing and write the report."""
     with cli.exit_codes("scaling_study"):
-        if {"--help", "-h"} & set(sys.argv[1:]):
-            print(__doc__.strip())
+        if overrides.shows_help(sys.argv[1:], __doc__):
             return
         study = plan(sys.argv[1:])
         scaling_launch.run_all(list(study.points()), study.launcher, study.launch)
