@@ -7,6 +7,7 @@ half-precision ones are added up as float32.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from .mpi_library import MPI
 NAME = "mpi4py"
 """Of the backend in torch.distributed; torch has a compiled one of its own called mpi."""
 
+_LAST_WORDS_SECONDS = 1.0
+"""For mpiexec to pass on what this rank has said; MPICH's drops what it reads after an abort."""
+
 
 def share(value: Any) -> Any:
     """Rank 0's ``value`` on every process of the launcher, before there is a process group."""
@@ -28,6 +32,7 @@ def share(value: Any) -> Any:
 def abort(code: int) -> None:
     """End all processes of the job with exit code ``code``; an uncaught exception would hang it."""
     if MPI.Is_initialized() and not MPI.Is_finalized():
+        time.sleep(_LAST_WORDS_SECONDS)
         MPI.COMM_WORLD.Abort(code)
 
 
