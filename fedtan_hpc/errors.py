@@ -37,10 +37,6 @@ class RunError(RuntimeError):
         self.on_all_ranks = on_all_ranks
 
 
-class RankLost(RunError):
-    """Another rank's process has ended, without a word of its own to this one."""
-
-
 class Stopped(RunError):
     """A signal asked for the end; the round was finished and, if there is a folder, saved."""
 

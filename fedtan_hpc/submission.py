@@ -1,9 +1,9 @@
 """Jobs handed to SLURM, or to this machine in the background, by submitit.
 
 A submitted run that is asked to stop, by preemption or its time limit, finishes its round, saves
-itself and is queued again, as often as it takes.  (submitit's own way, ``checkpoint()``, is called
-on one rank inside a signal handler, where ranks cannot agree on a round; it serves the minutes
-before the first round alone.)
+itself and is queued again, as often as it takes: see ``requeue``.  (submitit's own way,
+``checkpoint()``, is called on one rank inside a signal handler, where ranks cannot agree on a
+round; it serves the minutes before the first round alone.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,16 +23,13 @@ import submitit
 from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from . import environment, files, run_folder
+from . import files, requeue, run_folder
 from .config import Config
-from .errors import ConfigError, RankLost, Stopped
+from .errors import ConfigError, Stopped
 from .launch import ClusterName, LaunchConfig, SubmitConfig
 
 _NEVER = 1_000_000
 """Time-outs after which submitit would give a job up."""
-_MOST_RESTARTS = 20
-"""Times that SLURM runs a job again of which a rank was lost."""
-_ASKING_SECONDS = 30.0
 _LOCAL_AGAIN = 144
 """The exit code at which submitit starts a job on this machine again."""
 
@@ -45,7 +41,7 @@ class Job:
     config: Config
 
     def __call__(self) -> None:
-        """Run, and queue the job again if it was asked to stop before its end."""
+        """Run; asked to stop before the end, end with the exit code that has the job run again."""
         from . import cli, job  # torch is for the ranks, not for those that submit
 
         where = submitit.JobEnvironment().cluster
@@ -55,44 +51,14 @@ class Job:
             try:
                 job.run(self.config)
             except Stopped as stopped:
-                print(f"fedtan_hpc: {stopped}", file=sys.stderr, flush=True)
                 if where == "local" and stopped.signal == signal.SIGUSR2:  # the time limit
+                    print(f"fedtan_hpc: {stopped}", file=sys.stderr, flush=True)
                     os._exit(_LOCAL_AGAIN)
-                if where == "slurm" and environment.rank_hint() == 0:
-                    queue_again()
-                raise
-            except RankLost as lost:
-                # Killed, say, or on a node that is gone: it left no word of its own, and of those
-                # left the one that was first to say so has the job run again.
-                was_first = run_folder.failure(run_folder.name(self.config)) == str(lost)
-                if where == "slurm" and was_first and environment.restarts() < _MOST_RESTARTS:
-                    queue_again()
                 raise
 
     def checkpoint(self) -> DelayedSubmission:
         """For submitit: what to run when a job that had no round yet is queued again."""
         return DelayedSubmission(self)
-
-
-def queue_again() -> None:
-    """Have SLURM run this job again, unless somebody is cancelling it."""
-    variables = os.environ
-    array = variables.get("SLURM_ARRAY_JOB_ID")
-    name = variables["SLURM_JOB_ID"]
-    if array:
-        name = f"{array}_{variables['SLURM_ARRAY_TASK_ID']}"
-    state = _slurm("squeue", "-h", "-j", name, "-o", "%T").strip()
-    if state == "RUNNING":
-        _slurm("scontrol", "requeue", name)
-
-
-def _slurm(*words: str) -> str:
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=_ASKING_SECONDS, check=False
-    )
-    if done.returncode:
-        print(f"fedtan_hpc: {words[0]}: {done.stderr.strip()}", file=sys.stderr, flush=True)
-    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -175,7 +141,9 @@ def local_parameters(launch: LaunchConfig) -> dict[str, Any]:
 def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
     """What submitit is told of a SLURM job; what is left out is the cluster's own."""
     more = dict(each.partition("=")[::2] for each in launch.sbatch)
-    special = {
+    special: dict[str, Any] = {
+        "setup": list(requeue.BEFORE),
+        "teardown": list(requeue.AFTER),
         "partition": launch.partition,
         "account": launch.account,
         "qos": launch.qos,
@@ -192,7 +160,7 @@ def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
         "srun_args": ["--kill-on-bad-exit=0", "--wait=60"],
     }
     if launch.cpus_per_task:  # srun does not take it from the job since SLURM 22.05
-        special["setup"] = [f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}"]
+        special["setup"].append(f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}")
     general = {
         "name": launch.name,
         "nodes": launch.nodes,

@@ -18,7 +18,7 @@ from .algorithms import plan
 from .clients import Client, ClientStore
 from .cohort import Cohort
 from .config import Config
-from .errors import RankLost, RunError, Stopped
+from .errors import RunError, Stopped
 from .judge import Judge, Judgement
 from .keeper import Keeper
 from .local_training import Round
@@ -215,8 +215,10 @@ def _failure(error: Exception, number: int) -> RunError:
     """What one rank met, with its name and round."""
     where = f"rank {comm.rank()}, round {number}"
     if comm.has_lost_a_rank(error):
-        return RankLost(f"{where}: another rank has ended ({str(error).splitlines()[0]})", False)
-    return RunError(f"{where}: {type(error).__name__}: {error}", on_all_ranks=False)
+        what = f"another rank has ended ({str(error).splitlines()[0]})"
+    else:
+        what = f"{type(error).__name__}: {error}"
+    return RunError(f"{where}: {what}", on_all_ranks=False)
 
 
 def _has_no_place(error: Exception) -> bool:

@@ -88,6 +88,7 @@ ROOMS = [
     "outcome",
     "job",
     "cli",
+    "requeue",
     "submission",
 ]
 WITHOUT_TORCH = ROOMS[: ROOMS.index("device")]

@@ -321,11 +321,27 @@ def test_a_rank_that_is_killed_costs_the_rounds_since_the_last_checkpoint(
         else slurm.submit(*SUBMIT_TWO_BY_TWO, *LONG, "run_dir=run")[0]
     )
     slurm.wait_for_round(25)
-    os.kill(task_of(job, rank=2), signal.SIGKILL)
+    kill(job, rank=2)
     assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
     assert summary_of(slurm.folder / "run")["resumed_after"]
     assert rounds_of(slurm.folder / "run") == list(range(1, 401))
     assert same_models(slurm.folder / "run", undisturbed[LONG])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", ["sbatch", "submitit"])
+def test_a_rank_that_is_killed_in_start_up_costs_the_start(
+    way: str, slurm: Slurm, undisturbed: Undisturbed
+) -> None:
+    """The others, which have not met it, are ended a minute later."""
+    job = (
+        slurm.sbatch(*TWO_BY_TWO, *SHORT, "run_dir=run")
+        if way == "sbatch"
+        else slurm.submit(*SUBMIT_TWO_BY_TWO, *SHORT, "run_dir=run")[0]
+    )
+    kill(job, rank=2)
+    assert slurm.ended(job, 200)["JobState"] == "COMPLETED", slurm.said()
+    assert same_models(slurm.folder / "run", undisturbed[SHORT])
 
 
 @pytest.mark.timeout(900)
@@ -354,7 +370,15 @@ def test_the_readmes_recipes_run(slurm: Slurm) -> None:
     assert len(list(slurm.folder.glob("runs/*/model.pt"))) >= 5
 
 
-def task_of(job: str, rank: int) -> int:
+def kill(job: str, rank: int) -> None:
+    """End a rank of the job by SIGKILL, as soon as it has a process."""
+    wait_until(lambda: task_of(job, rank) is not None, 30)
+    process = task_of(job, rank)
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
+
+
+def task_of(job: str, rank: int) -> int | None:
     """The process of a rank, by the variables that srun gave it."""
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -365,4 +389,4 @@ def task_of(job: str, rank: int) -> int:
         step = any(variable.startswith(b"SLURM_STEP_NUM_TASKS=") for variable in variables)
         if wanted <= variables and step:
             return int(path.parent.name)
-    raise AssertionError("no such task")
+    return None

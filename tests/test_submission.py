@@ -20,12 +20,14 @@ import jobs
 
 from fedtan_hpc.errors import ConfigError
 from fedtan_hpc.launch import ClusterName, LaunchConfig, SubmitConfig, check_launch
+from fedtan_hpc.requeue import AFTER, BEFORE
 from fedtan_hpc.submission import slurm_parameters
 
 SUBMIT = str(commands.ROOT / "slurm" / "submit.py")
 SHORT = ("clients=2", "local_steps=1", "rounds=4")
 
-SCRIPT = """\
+NEWLINE = "\n"
+SCRIPT = f"""\
 #!/bin/bash
 
 # Parameters
@@ -49,13 +51,17 @@ SCRIPT = """\
 #SBATCH --wckey=submitit
 
 # setup
+{NEWLINE.join(BEFORE)}
 export SRUN_CPUS_PER_TASK=3
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output FOLDER/%A_%a_%t_log.out --error FOLDER/%A_%a_%t_log.err \
 --kill-on-bad-exit=0 --wait=60 PYTHON -u -m submitit.core._submit FOLDER
-"""
+
+
+# teardown
+{NEWLINE.join(AFTER)}"""
 """With submitit 1.5."""
 
 
@@ -100,6 +106,43 @@ def test_the_script_that_sbatch_gets(fake_slurm: Path) -> None:
         note = json.loads((fake_slurm / line.split()[3] / "submitted.json").read_text())
         assert note["job_id"] == line.split()[1]
         assert note["cluster"] == "slurm"
+
+
+ENDS = [
+    (0, {}, "", None),
+    (1, {}, "", None),  # a rank that said why
+    (138, {}, "", "requeue 77"),
+    (140, {"SLURM_RESTART_COUNT": "20"}, "", "requeue 77"),
+    (143, {}, "", "requeue 77"),
+    (143, {}, "kill $$; ", None),  # cancelled
+    (137, {}, "", "requeue 77"),
+    (137, {}, "kill $$; ", None),
+    (139, {"SLURM_RESTART_COUNT": "19"}, "", "requeue 77"),
+    (139, {"SLURM_RESTART_COUNT": "20"}, "", None),
+    (140, {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}, "", "requeue 75_2"),
+]
+
+
+@pytest.mark.parametrize(("code", "variables", "before", "asked"), ENDS)
+def test_a_job_is_queued_again(
+    code: int, variables: dict[str, str], before: str, asked: str | None, tmp_path: Path
+) -> None:
+    """By the lines around its ranks, if it was asked to stop or lost a rank."""
+    lines = [
+        "scontrol() { echo asked $@; }; sleep() { :; }",
+        *BEFORE,
+        f"bash -c '{before.replace('$$', '$PPID')}exit {code}'",
+        *AFTER,
+    ]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "77", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.split() == (["asked", *asked.split()] if asked else [])
 
 
 def test_submission_needs_no_torch(fake_slurm: Path) -> None:
