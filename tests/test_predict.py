@@ -19,7 +19,10 @@ import fit_network
 import job_costs
 import network_model
 import predict_scaling
-from network_model import PRESETS, Load, Method, Network, remedies, terms
+import validate_prediction
+import waits
+from network_model import PRESETS, Network
+from round_model import Load, Method, remedies, terms
 
 import fedtan_hpc
 from fedtan_hpc.batchnorm import batchnorm_layers
@@ -73,6 +76,32 @@ def test_a_round_is_the_sum_of_its_terms() -> None:
     assert found.largest == "compute"
     pooled = terms(replace(method, synchronised_steps=None), load, SIMPLE, 2)
     assert pooled.statistics == 3 * (2 + 3)
+
+
+WAITING = replace(SIMPLE, waits=((1.0, 2.0), (3.0, 6.0)), ranks_measured=4)
+
+
+@pytest.mark.parametrize(
+    ("computed", "ranks", "seconds"),
+    [(0.5, 4, 2), (2, 4, 4), (10, 4, 6), (2, 1, 0), (2, 2, 4 * 0.54), (2, 64, 4 * 2.28)],
+)
+def test_a_sum_waits_as_was_measured(computed: float, ranks: int, seconds: float) -> None:
+    """Of 2, 4 and 64 normal deviates the largest is 0.56, 1.03 and 2.34 (order statistics)."""
+    assert WAITING.wait_seconds(computed, ranks) == pytest.approx(seconds, rel=0.06)
+    assert SIMPLE.wait_seconds(computed, ranks) == 0
+
+
+def test_messages_of_a_round_wait_for_what_was_computed_before_them() -> None:
+    load = Load(1.5, local_steps=3, batch_size=4, clients=1, synchronised_step_seconds=4)
+    fedtan = Method("m", average=(8, 2), statistics=(2, 4))
+    found = terms(fedtan, load, WAITING, 4)
+    assert found.compute == 2 * 1.5 + 4
+    assert found.waiting == pytest.approx(2 * 4 + 6)  # two after 2 s each, one after 3 s
+    assert found.seconds == pytest.approx(found.compute + found.statistics + found.average + 14)
+    fedavg = replace(fedtan, statistics=())
+    assert terms(fedavg, load, WAITING, 4).waiting == pytest.approx(6)
+    pooled = replace(fedtan, gradients=(4,), synchronised_steps=None)
+    assert terms(pooled, load, WAITING, 4).waiting == pytest.approx(3 * 3 * (2 + 2 * (4 / 3 - 1)))
 
 
 METHODS = [
@@ -142,9 +171,30 @@ def test_two_ranks_fit_and_a_prediction_reads_it(tmp_path: Path) -> None:
     assert len(content["timings"]) == 8
     [network] = network_model.read(tmp_path / "n.json")
     assert (network.name, network.algorithms, network.ranks_measured) == ("gloo", ("ring",), 2)
+    assert [computed for computed, _ in network.waits] == pytest.approx(waits.COMPUTED, rel=0.9)
     [row] = predicted(tmp_path, f"network={tmp_path}/n.json", "ranks=64")[::4]
     assert row["network"].startswith("gloo (")
     assert row["statistics_seconds"] > 4 * 126 * network.alpha_s
+
+
+def test_a_prediction_is_compared_with_rounds(tmp_path: Path) -> None:
+    """That it is near is for the machine's quiet hours; here, that both are there."""
+    tool = str(commands.ROOT / "tools" / "validate_prediction.py")
+    words = ("models=[mlp]", "repeats=1", "local_steps=2", "data.shape=[1,8,8]")
+    done = commands.forked("torchrun", "--nproc-per-node", "2", tool, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["setting"]["ranks"] == 2
+    assert [row["method"] for row in found["results"]] == ["fedtan", "fedavg", "centralised"]
+    for row in found["results"]:
+        assert row["predicted_ms"] == pytest.approx(sum(row["terms_ms"].values()))
+        assert row["error"] == pytest.approx(row["predicted_ms"] / row["measured_ms"] - 1)
+        assert row["terms_ms"]["average"] > 0
+
+
+def test_networks_are_named_by_models(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model=cnn: allowed is models=\[\.\.\.\] here"):
+        validate_prediction.configs("models=[mlp]", ["model=cnn"])
 
 
 def test_one_rank_has_nothing_to_fit(tmp_path: Path) -> None:
@@ -277,6 +327,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(tool: str, word: str, tmp_path: P
 
 
 def test_a_fit_survives_writing_and_reading(tmp_path: Path) -> None:
-    networks: Sequence[Network] = list(PRESETS.values())
+    networks: Sequence[Network] = [*PRESETS.values(), WAITING]
     network_model.write(tmp_path / "n.json", networks, setting={"ranks": 2})
     assert network_model.read(tmp_path / "n.json") == networks

@@ -19,13 +19,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import benchmarks
 import overrides
+import rounds
 from benchmarks import Carrier
 
 from fedtan_hpc import cli, environment
@@ -85,7 +85,7 @@ def measure(
                     seconds += [[] for _ in range(len(variants) - len(seconds))]
                 for variant, times in zip(variants, seconds, strict=True):
                     if variant.backend == carrier.backend:
-                        times.append(_time(variant.round, carrier.device))
+                        times.append(rounds.seconds(variant.round, carrier.device))
         benchmarks.tell(repeat, repeats)
     return list(_results(variants, [times[1:] for times in seconds]))
 
@@ -96,7 +96,7 @@ def _variants(config: Config, carrier: Carrier, compiling: Sequence[bool]) -> It
     for compiled in compiling:
         for name in ("local", "fedavg", "fedtan"):
             options = replace(config, compile=compiled, algorithm=_algorithm(config, name))
-            yield Variant(name, backend, compiled, _round(options, where))
+            yield Variant(name, backend, compiled, rounds.one_client(options, where))
 
 
 def _algorithm(config: Config, name: str) -> AlgorithmConfig:
@@ -108,44 +108,6 @@ def _algorithm(config: Config, name: str) -> AlgorithmConfig:
     return own if own.name is AlgorithmName.fedtan else AlgorithmConfig()
 
 
-def _samples(config: Config, where: Any) -> Any:
-    """This rank's client's, random: enough for a round without a repetition."""
-    import torch
-
-    from fedtan_hpc import comm
-    from fedtan_hpc.data import Samples
-
-    facts, size = config.data.facts(), config.batch_size * config.local_steps
-    generator = torch.Generator().manual_seed(comm.rank())
-    inputs = torch.randn(size, *facts.shape, generator=generator)
-    labels = torch.randint(0, facts.classes, (size,), generator=generator)
-    return Samples(inputs, labels).to(where)
-
-
-def _round(config: Config, where: Any) -> Callable[[], object]:
-    """Ours: local steps and, unless it is local, statistics and average."""
-    from fedtan_hpc import comm
-    from fedtan_hpc.algorithms import plan
-    from fedtan_hpc.clients import Client
-    from fedtan_hpc.local_training import Round
-    from fedtan_hpc.prepare import DTYPES, host, network
-
-    facts = config.data.facts()
-    model = network(config, facts.shape, facts.classes).to(where, DTYPES[config.precision])
-    samples = _samples(config, where)
-    cohort = host(config, model, samples[:1], one_each=True, example=_example(samples, config))
-    client = Client(comm.rank(), 1 / comm.world_size(), samples)
-    now = Round(1, config.optimizer.lr, plan(config, 1))
-    return lambda: cohort.train([client], now)
-
-
-def _example(samples: Any, config: Config) -> Any:
-    """A batch as training takes it."""
-    import torch
-
-    return samples[torch.arange(config.batch_size, device=samples.labels.device)]
-
-
 def _plain_round(config: Config, where: Any) -> Callable[[], object]:
     """A loop as one writes it: contiguous images, torch's own BN, an optimizer for the round."""
     import torch
@@ -155,7 +117,7 @@ def _plain_round(config: Config, where: Any) -> Callable[[], object]:
 
     facts = config.data.facts()
     model = models.build(config.model, facts.shape, facts.classes, seed=0).to(where).train()
-    samples = _samples(config, where)
+    samples = rounds.samples(config, where)
     options = config.optimizer
 
     def run() -> None:
@@ -169,21 +131,6 @@ def _plain_round(config: Config, where: Any) -> Callable[[], object]:
             optimizer.step()
 
     return run
-
-
-def _time(run: Callable[[], object], where: Any) -> float:
-    """Seconds from a common start to the end of the slowest rank."""
-    import torch
-
-    from fedtan_hpc import comm
-
-    comm.barrier()
-    start = time.perf_counter()
-    run()
-    if where.type == "cuda":
-        torch.cuda.synchronize()
-    took = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=where)
-    return float(comm.max_over_ranks(took))
 
 
 def _results(variants: list[Variant], seconds: list[list[float]]) -> Iterator[dict[str, Any]]:

@@ -11,8 +11,10 @@ repeats=N       blocks of each size that count, carriers alternating (default 5)
 All other words are options of the job (device, threads, comm.timeout_seconds).  Times sums of 512
 bytes to 8 MB as tools/bench_allreduce.py does, and finds each carrier's alpha (seconds of a step)
 and beta (seconds of a byte) by least squares of the relative errors; tools/network_model.py has the
-formulas.  A single rank sends nothing, and the file then has no network.  Figures hold for the
-links that were between these ranks: start one rank a node to fit what is between the nodes.
+formulas.  Sums with computing between them then show what a sum waits for ranks that are late, and
+for what carries it to wake.  A single rank sends nothing, and the file has no network.  Figures
+hold for the links that were between these ranks: start one rank a node to fit what is between the
+nodes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import benchmarks
 import network_model
 import numpy as np
 import overrides
+import waits
 from network_model import Network, steps
 
 from fedtan_hpc import cli, environment
@@ -57,18 +60,35 @@ def main() -> None:
         ranks = environment.detect().world_size
         if first:
             overrides.check_writable(out)
-        timings = bench_allreduce.measure(config, backends, _VALUES, repeats)
+        timings, networks = measure(config, backends, ranks, repeats)
         if first:
             bench_allreduce.show(timings)
-            write(out, config, ranks, timings, repeats)
+            write(out, config, networks, timings, repeats)
+
+
+def measure(
+    config: Config, backends: Sequence[str], ranks: int, repeats: int
+) -> tuple[list[dict[str, Any]], list[Network]]:
+    """Timings of sums in a row, and a network for each carrier; every rank calls it."""
+    timings = bench_allreduce.measure(config, backends, _VALUES, repeats)
+    waited = waits.measure(config, backends, repeats) if ranks > 1 else {}
+    machine = str(benchmarks.setting(config)["machine"])
+    networks = [
+        replace(network, waits=tuple(waited[network.name]))
+        for network in fits(timings, ranks, machine)
+    ]
+    return timings, networks
 
 
 def write(
-    out: Path, config: Config, ranks: int, timings: Sequence[Mapping[str, Any]], repeats: int
+    out: Path,
+    config: Config,
+    networks: Sequence[Network],
+    timings: Sequence[Mapping[str, Any]],
+    repeats: int,
 ) -> None:
     """The file, and what is in it on the terminal."""
     setting = benchmarks.setting(config, repeats=repeats)
-    networks = fits(timings, ranks, str(setting["machine"]))
     with overrides.written(out):
         network_model.write(out, networks, setting=setting, timings=list(timings))
     for network in networks:
@@ -82,7 +102,8 @@ def told(network: Network) -> str:
     return (
         f"{network.name}: alpha {1e6 * network.alpha_s:.3g} µs, "
         f"1 / beta {1e-6 / max(network.beta_s_per_byte, 1e-15):.4g} MB/s, "
-        f"off by {100 * median:.0f} % (median) and {100 * worst:.0f} % (worst)"
+        f"off by {100 * median:.0f} % (median) and {100 * worst:.0f} % (worst); waits"
+        f"{', '.join(f' {1e3 * wait:.3g} ms after {1e3 * c:.3g} ms' for c, wait in network.waits)}"
     )
 
 

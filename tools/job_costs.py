@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import benchmarks
-from network_model import Method
+import rounds
+from round_model import Load, Method
 
 from fedtan_hpc.choices import AlgorithmName
 from fedtan_hpc.config import AlgorithmConfig, Config
@@ -82,42 +82,35 @@ def _sent(send: Callable[[], object]) -> tuple[int, ...]:
     return (spent.payload // spent.sums,) * spent.sums
 
 
-def step_seconds(config: Config) -> float:
-    """Of a client's local step, alone on this machine: the median over some rounds.
+def of_one_client(config: Config) -> Load:
+    """What a client computes in a round, alone on this machine: medians over alternating rounds.
 
-    As in the job, a round's first step also draws the batches and makes the optimizer.
+    As in the job, a round's first step also draws the batches and makes the optimizer.  Messages
+    are made and read, and sent to nobody.
     """
     import torch
 
-    from fedtan_hpc.algorithms import plan
-    from fedtan_hpc.clients import Client
-    from fedtan_hpc.local_training import Round
-
     torch.set_num_threads(config.threads or 1)
-    alone = replace(config, algorithm=AlgorithmConfig(name=AlgorithmName.singleset))
-    model, training, samples = _client(alone)
-    now = Round(1, config.optimizer.lr, plan(alone, 1))
-    seconds = []
-    for _ in range(1 + _ROUNDS):
-        start = time.perf_counter()
-        training.start(model, Client(0, 1.0, samples), now).finish().item()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]) / config.local_steps
-
-
-def _client(config: Config) -> tuple[Any, Any, Any]:
-    """A model on this machine's device, what trains it, and random samples for a round."""
-    import torch
-
-    from fedtan_hpc.data import Samples
-    from fedtan_hpc.prepare import DTYPES, host, network
-
     [carrier] = benchmarks.carriers(config, ["auto"])
-    facts, dtype = config.data.facts(), DTYPES[config.precision]
-    model = network(config, facts.shape, facts.classes).to(carrier.device, dtype)
-    size = config.batch_size * config.local_steps
-    labels = torch.arange(size) % facts.classes
-    samples = Samples(torch.randn(size, *facts.shape, dtype=dtype), labels).to(carrier.device)
-    batch = samples[torch.arange(config.batch_size, device=carrier.device)]
-    cohort = host(config, model, samples[:1], one_each=True, example=batch)
-    return model, cohort.training, samples
+    runs = alone(config, carrier.device)
+    taken = [[rounds.seconds(run, carrier.device) for run in runs] for _ in range(1 + _ROUNDS)]
+    return load(config, [statistics.median(times) for times in zip(*taken[1:], strict=True)])
+
+
+def alone(config: Config, where: Any) -> list[Callable[[], object]]:
+    """Rounds of a client all of whose steps are local; have global statistics; pooled gradients."""
+    every = AlgorithmConfig(name=AlgorithmName.fedtan, synchronised_steps=config.local_steps)
+    algorithms = (
+        AlgorithmConfig(name=AlgorithmName.singleset),
+        every,
+        AlgorithmConfig(name=AlgorithmName.centralised),
+    )
+    return [
+        rounds.one_client(replace(config, algorithm=algorithm), where) for algorithm in algorithms
+    ]
+
+
+def load(config: Config, seconds: Sequence[float]) -> Load:
+    """Of one client, from what the rounds of ``alone`` take."""
+    local, synchronised, pooled = (each / config.local_steps for each in seconds)
+    return Load(local, config.local_steps, config.batch_size, 1, synchronised, pooled)

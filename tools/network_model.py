@@ -9,7 +9,11 @@ Gropp 2005, Optimization of collective communication operations in MPICH), L = c
     ring        2 (p - 1) alpha + 2 (p - 1) / p n beta   every rank sends pieces to its neighbour
 
 A network has some of them and takes the quickest.  Steps inside a node may have an alpha of their
-own.  Adding up, several sums at a time, and waiting for a slow rank are not in the model.
+own.  A sum after computing takes longer than one in a row of sums: ranks do not arrive together,
+and what carries the sum has to be woken.  That wait is measured, by how long was computed before;
+on more ranks it grows as the largest of so many normal deviates (Blom 1958, Statistical Estimates
+and Transformed Beta-Variables).
+Adding up, and several sums at a time, are not in the model.
 """
 
 from __future__ import annotations
@@ -19,7 +23,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
+
+import numpy as np
 
 from fedtan_hpc import files
 
@@ -43,6 +50,9 @@ class Network:
     """Bytes cost the same inside a node and between nodes."""
     node_alpha_s: float = 0.0
     """Seconds of a step inside a node, if a node has several ranks."""
+    waits: tuple[tuple[float, float], ...] = ()
+    """Seconds of computing before a sum, and seconds that it then takes longer; none are known for
+    a preset, whose rounds are therefore the least that they can be."""
     source: str = ""
     """Where the figures are from, and which of them are assumed."""
     ranks_measured: int | None = None
@@ -57,10 +67,23 @@ class Network:
             return 0.0
         return self.base_s + min(self._seconds(way, size, ranks) for way in self.algorithms)
 
+    def wait_seconds(self, computed: float, ranks: int) -> float:
+        """What a sum takes longer after so many seconds of computing; constant where unmeasured."""
+        if ranks == 1 or not self.waits:
+            return 0.0
+        grown = _largest(ranks) / _largest(self.ranks_measured or ranks)
+        seconds, waits = np.array(self.waits).T
+        return grown * float(np.interp(computed, seconds, waits))
+
     def _seconds(self, way: str, size: float, ranks: int) -> float:
         outer, inner, factor = steps(way, ranks, self.ranks_a_node)
         latency = outer * self.alpha_s + inner * self.node_alpha_s
         return latency + factor * size * self.beta_s_per_byte
+
+
+def _largest(ranks: int) -> float:
+    """Of so many normal deviates, the expected one, by Blom's approximation."""
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def steps(way: str, ranks: int, ranks_a_node: int = 1) -> tuple[float, float, float]:
@@ -130,10 +153,15 @@ def _network(values: Any) -> Network:
     if not isinstance(values, dict) or set(values) - known:
         raise ValueError(f"a network has the entries {', '.join(sorted(known))}")
     try:
-        network = Network(**{**values, "algorithms": tuple(values["algorithms"])})
+        waits = tuple((float(computed), float(wait)) for computed, wait in values.get("waits", ()))
+        found = {**values, "algorithms": tuple(values["algorithms"]), "waits": waits}
+        network = Network(**found)
         numbers = [network.alpha_s, network.beta_s_per_byte, network.base_s, network.node_alpha_s]
+        numbers += [number for pair in waits for number in pair]
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             raise ValueError("its times are to be finite numbers >= 0")
+        if list(waits) != sorted(waits):
+            raise ValueError("its waits are to be sorted")
     except (KeyError, TypeError) as error:
         raise ValueError(f"a network is not whole: {error}") from error
     if not network.algorithms or set(network.algorithms) - set(ALGORITHMS):
@@ -141,116 +169,3 @@ def _network(values: Any) -> Network:
     if not isinstance(network.ranks_a_node, int) or network.ranks_a_node < 1:
         raise ValueError("ranks_a_node is to be a whole number >= 1")
     return network
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a rank computes in a round."""
-
-    step_seconds: float
-    """Of a local step of one client."""
-    local_steps: int
-    batch_size: int
-    clients: int
-    """That the busiest rank has."""
-
-    @property
-    def seconds(self) -> float:
-        """Its clients take their steps one after another."""
-        return self.step_seconds * self.local_steps * self.clients
-
-
-@dataclass(frozen=True)
-class Method:
-    """The messages of a method, in bytes, the same on every rank."""
-
-    name: str
-    average: tuple[int, ...]
-    """Once a round: the models, and the clients' losses."""
-    statistics: tuple[int, ...] = ()
-    """In each step with global statistics."""
-    gradients: tuple[int, ...] = ()
-    """In each local step."""
-    synchronised_steps: int | None = 1
-    """Steps of a round with global statistics; None: all."""
-    synchronise_every: int = 1
-    """Rounds from one with such steps to the next."""
-
-    def steps(self, local_steps: int) -> float:
-        """With global statistics in a round, the mean over rounds."""
-        if self.synchronised_steps is None:
-            return local_steps
-        return self.synchronised_steps / self.synchronise_every
-
-
-@dataclass(frozen=True)
-class Terms:
-    """A round in seconds, by what they are spent on; the mean over rounds."""
-
-    compute: float
-    statistics: float
-    gradients: float
-    average: float
-
-    @property
-    def communication(self) -> float:
-        """All but local steps."""
-        return self.statistics + self.gradients + self.average
-
-    @property
-    def seconds(self) -> float:
-        """A whole round; nothing overlaps."""
-        return self.compute + self.communication
-
-    @property
-    def efficiency(self) -> float:
-        """The share of local steps, 0 to 1."""
-        return self.compute / self.seconds
-
-    @property
-    def largest(self) -> str:
-        """The name of the largest term."""
-        return max(asdict(self).items(), key=lambda term: term[1])[0]
-
-
-def terms(method: Method, load: Load, network: Network, ranks: int) -> Terms:
-    """A round of ``method``."""
-
-    def sums(messages: Sequence[int]) -> float:
-        return sum(network.all_reduce_seconds(size, ranks) for size in messages)
-
-    return Terms(
-        compute=load.seconds,
-        statistics=method.steps(load.local_steps) * sums(method.statistics),
-        gradients=load.local_steps * sums(method.gradients),
-        average=sums(method.average),
-    )
-
-
-def remedies(
-    method: Method, load: Load, network: Network, ranks: int, target: float
-) -> dict[str, int | str]:
-    """The smallest value of each option that, alone, makes the efficiency ``target``.
-
-    "already" where it is that, "none" where no value makes it so.  A step is taken to last as long
-    as its batch is large.
-    """
-    now = terms(method, load, network, ranks)
-    if now.efficiency >= target:
-        return dict.fromkeys(("local_steps", "batch_size", "synchronise_every"), "already")
-    allowed = (1 - target) / target  # seconds of communication for each of compute
-    each_step = now.gradients + (now.statistics if method.synchronised_steps is None else 0.0)
-    spare = (allowed * now.compute - each_step) / load.local_steps
-    left = allowed * now.compute - now.gradients - now.average
-    every_round = now.statistics * method.synchronise_every
-    has_rounds_without = method.statistics and method.synchronised_steps is not None
-    return {
-        "local_steps": _at_least(now.communication - each_step, spare),
-        "batch_size": _at_least(load.batch_size * now.communication, allowed * now.compute),
-        "synchronise_every": _at_least(every_round, left) if has_rounds_without else "none",
-    }
-
-
-def _at_least(needed: float, of_one: float) -> int | str:
-    """How many make up what is needed, rounding errors apart."""
-    return math.ceil(needed / of_one * (1 - 1e-12)) if of_one > 0 else "none"

@@ -32,7 +32,9 @@ import job_costs
 import network_model
 import overrides
 import prediction_report
-from network_model import PRESETS, Load, Method, Network
+import round_model
+from network_model import PRESETS, Network
+from round_model import Load, Method
 
 from fedtan_hpc import cli, environment
 from fedtan_hpc.checks import check
@@ -157,24 +159,26 @@ def predict(asked: Asked) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not channels:
         remedy = "choose another network, or leave model.norm out"
         raise ConfigError(mistake("model", config.model.name, "a network with BN layers", remedy))
-    step = asked.compute_seconds or job_costs.step_seconds(config)
-    cases = [_case(asked, ranks, step) for ranks in asked.ranks]
+    one = _of_one_client(asked)
+    cases = [(asked.clients(ranks), ranks) for ranks in asked.ranks]
     rows = [
-        _row(method, load, network, ranks)
+        _row(method, replace(one, clients=of_rank), network, ranks)
         for network in asked.networks
-        for ranks, (load, clients) in zip(asked.ranks, cases, strict=True)
-        for method in job_costs.methods(config, model, channels, clients)
+        for (of_rank, of_all), ranks in cases
+        for method in job_costs.methods(config, model, channels, of_all)
     ]
-    return _setting(asked, model, channels, step), rows
+    return _setting(asked, model, channels, one), rows
 
 
-def _case(asked: Asked, ranks: int, step: float) -> tuple[Load, int]:
-    """What the busiest rank computes, and the clients of all ranks."""
-    of_rank, of_all = asked.clients(ranks)
-    return Load(step, asked.config.local_steps, asked.config.batch_size, of_rank), of_all
+def _of_one_client(asked: Asked) -> Load:
+    """What it computes, as given or measured here."""
+    config, step = asked.config, asked.compute_seconds
+    if step is None:
+        return job_costs.of_one_client(config)
+    return Load(step, config.local_steps, config.batch_size, 1)
 
 
-def _setting(asked: Asked, model: Any, channels: Sequence[int], step: float) -> dict[str, Any]:
+def _setting(asked: Asked, model: Any, channels: Sequence[int], one: Load) -> dict[str, Any]:
     config = asked.config
     return benchmarks.setting(
         config,
@@ -186,14 +190,16 @@ def _setting(asked: Asked, model: Any, channels: Sequence[int], step: float) -> 
         target_efficiency=TARGET,
         local_steps=config.local_steps,
         batch_size=config.batch_size,
-        step_seconds=step,
+        step_seconds=one.step_seconds,
+        synchronised_step_seconds=one.synchronised_step_seconds,
+        pooled_step_seconds=one.pooled_step_seconds,
         step_measured_here=asked.compute_seconds is None,
         networks=[asdict(network) for network in asked.networks],
     )
 
 
 def _row(method: Method, load: Load, network: Network, ranks: int) -> dict[str, Any]:
-    terms = network_model.terms(method, load, network, ranks)
+    terms = round_model.terms(method, load, network, ranks)
     return {
         "network": network.name,
         "ranks": ranks,
@@ -203,7 +209,7 @@ def _row(method: Method, load: Load, network: Network, ranks: int) -> dict[str, 
         "efficiency": terms.efficiency,
         "largest_term": terms.largest,
         **{f"{name}_seconds": value for name, value in asdict(terms).items()},
-        "for_target": network_model.remedies(method, load, network, ranks, TARGET),
+        "for_target": round_model.remedies(method, load, network, ranks, TARGET),
     }
 
 

@@ -17,7 +17,7 @@ _LABELS = {
     "fedtan": "fedtan, 2 messages a layer",
     "three_messages": "FedTAN as in the paper, 3 messages a layer",
 }
-_TERMS = ("compute", "statistics", "gradients", "average")
+_TERMS = ("compute", "statistics", "gradients", "average", "waiting")
 _REMEDIES = ("local_steps", "batch_size", "synchronise_every")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -52,6 +52,8 @@ def markdown(setting: Mapping[str, Any], rows: Rows, command: str) -> Iterator[s
     """What was assumed, and a table for each network."""
     here = setting["step_measured_here"]
     how = f"measured here: {setting['machine']}, threads {setting['threads']}" if here else "given"
+    its = setting["synchronised_step_seconds"]
+    synchronised = "" if its is None else f", one with global statistics {_told(its)}"
     yield "# Predicted rounds on more ranks"
     yield f"\n    {command}\n"
     yield (
@@ -59,7 +61,7 @@ def markdown(setting: Mapping[str, Any], rows: Rows, command: str) -> Iterator[s
         f"{setting['parameters']:,} parameters, {setting['batchnorm_layers']} BN layers with "
         f"{setting['channels']:,} channels; batches of {setting['batch_size']}, "
         f"{setting['local_steps']} local steps a round. A local step of a client takes "
-        f"{_told(setting['step_seconds'])} ({how}, torch {setting['torch']})."
+        f"{_told(setting['step_seconds'])}{synchronised} ({how}, torch {setting['torch']})."
     )
     if here:
         yield "For another machine give that one's: `compute_seconds=...`."
@@ -106,7 +108,9 @@ def _fit(network: Mapping[str, Any]) -> str:
 
 def _remarks(setting: Mapping[str, Any]) -> Iterator[str]:
     yield "\nAll of this is computed; nothing ran on so many ranks. What is taken to be so:\n"
-    yield "- A step takes as long on every rank, and nobody waits; real messages take longer."
+    yield "- A step takes as long on every rank. What messages wait for ranks that are late is in"
+    yield "  `waiting` where the network was measured; it is not known for the others, whose rounds"
+    yield "  are therefore the least that they can be."
     yield "- Clients of a rank take their steps in turn; messages overlap with nothing."
     yield "- Efficiency is the share of a round that the busiest rank spends on local steps."
     yield "- `average` has the sum of the clients' losses in it; evaluation and checks are apart."

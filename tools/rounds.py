@@ -1,0 +1,64 @@
+"""A round of a rank with one client, for timing: random samples of the data set's shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fedtan_hpc.config import Config
+
+
+def samples(config: Config, where: Any) -> Any:
+    """This rank's client's: enough for a round without a repetition."""
+    import torch
+
+    from fedtan_hpc import comm
+    from fedtan_hpc.data import Samples
+
+    facts, size = config.data.facts(), config.batch_size * config.local_steps
+    generator = torch.Generator().manual_seed(comm.rank())
+    inputs = torch.randn(size, *facts.shape, generator=generator)
+    labels = torch.randint(0, facts.classes, (size,), generator=generator)
+    return Samples(inputs, labels).to(where)
+
+
+def one_client(config: Config, where: Any) -> Callable[[], object]:
+    """The job's round on the device ``where``: local steps, statistics and average.
+
+    Without a process group a rank trains by itself, and nothing is sent.
+    """
+    import torch
+
+    from fedtan_hpc import comm
+    from fedtan_hpc.algorithms import plan
+    from fedtan_hpc.clients import Client
+    from fedtan_hpc.local_training import Round
+    from fedtan_hpc.prepare import DTYPES, host, network
+
+    facts = config.data.facts()
+    model = network(config, facts.shape, facts.classes).to(where, DTYPES[config.precision])
+    own = samples(config, where)
+    batch = own[torch.arange(config.batch_size, device=own.labels.device)]
+    cohort = host(config, model, own[:1], one_each=True, example=batch)
+    now = Round(1, config.optimizer.lr, plan(config, 1))
+
+    def run() -> object:
+        return cohort.train([Client(comm.rank(), 1 / comm.world_size(), own)], now)
+
+    return run
+
+
+def seconds(run: Callable[[], object], where: Any) -> float:
+    """From a common start to the end of the slowest rank."""
+    import torch
+
+    from fedtan_hpc import comm
+
+    comm.barrier()
+    start = time.perf_counter()
+    run()
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+    took = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=where)
+    return float(comm.max_over_ranks(took))
