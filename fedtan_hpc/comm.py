@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from . import environment, slurm
+from . import environment, slurm, stopwatch
 from .channel import Channel
 from .traffic import Progress, Traffic
 
@@ -164,20 +164,12 @@ def sum_for_training(message: Tensor, group: Group = None, of_models: bool = Fal
     training_traffic.sums += 1
     training_traffic.payload += message.nbytes
     if is_started():
-        begun = time.perf_counter()
-        with _joining():
+        training_traffic.messages += 1
+        training_traffic.bytes += message.nbytes
+        add = training_traffic.add_to_average if of_models else training_traffic.add_to_statistics
+        with stopwatch.timed(message.device, add), _joining():
             dist.all_reduce(message, group=group)
-        _count(message, time.perf_counter() - begun, of_models)
     return message
-
-
-def _count(message: Tensor, seconds: float, of_models: bool) -> None:
-    training_traffic.messages += 1
-    training_traffic.bytes += message.nbytes
-    if of_models:
-        training_traffic.average_seconds += seconds
-    else:
-        training_traffic.statistics_seconds += seconds
 
 
 def sum_for_moving(message: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ For CPU tensors only: on a GPU all backward passes share one thread, which canno
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import torch
@@ -41,14 +44,15 @@ class Lockstep(Generic[Result]):
 
     def run(self) -> list[Result]:
         """Results of all functions, in order; the first error of any of them is raised."""
-        modes, threads = _Modes(), []
-        for lane in range(len(self._functions)):
-            threads.append(threading.Thread(target=self._run_lane, args=(lane, modes), daemon=True))
-            threads[-1].start()
+        modes, number = _Modes(), len(self._functions)
+        threads = [_idle.pop() if _idle else _Thread() for _ in range(number)]
+        for lane, thread in enumerate(threads):
+            thread.work.put(partial(self._run_lane, lane, modes))
         self._turns[0].release()
         self._done.acquire()
         for thread in threads:
-            thread.join()
+            thread.done.acquire()
+        _idle.extend(threads)
         if self._error is not None:
             raise self._error
         return [self._results[lane] for lane in range(len(self._functions))]
@@ -99,6 +103,24 @@ class Lockstep(Generic[Result]):
         for turn in self._turns:  # after an error some may still wait for theirs
             turn.release()
         self._done.release()
+
+
+class _Thread:
+    """A thread that is kept for later steps: a new one would touch fresh memory in each of them."""
+
+    def __init__(self) -> None:
+        self.work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.done = threading.Semaphore(0)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self.work.get()()
+            self.done.release()
+
+
+_idle: list[_Thread] = []
+os.register_at_fork(after_in_child=_idle.clear)  # a child process has no threads but its own
 
 
 class _Modes:

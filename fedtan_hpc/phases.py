@@ -2,8 +2,7 @@
 
 A rank that comes late to a collective does not wait in it, so the least time that any rank spends
 in a round's collectives is what carrying takes; what others spend beyond it they wait for the
-slowest.  Times are the hosts': on a GPU, where collectives return before they are done, the wait
-for them is where values are read, and counts as computing.
+slowest.  On a GPU collectives are timed by events in its stream.
 """
 
 from __future__ import annotations

@@ -18,7 +18,15 @@ class Traffic:
     """The same two, counted in a single process too, which has nobody to send anything to."""
     statistics_seconds: float = 0.0
     average_seconds: float = 0.0
-    """Time of the host in those for statistics, and for models, gradients and private states."""
+    """Time in those for statistics, and for models, gradients and private states."""
+
+    def add_to_statistics(self, seconds: float) -> None:
+        """Count time in a collective of statistics."""
+        self.statistics_seconds += seconds
+
+    def add_to_average(self, seconds: float) -> None:
+        """Count time in a collective of models, gradients or private states."""
+        self.average_seconds += seconds
 
     def since(self, earlier: Traffic) -> Traffic:
         """What was added after ``earlier`` was copied from this counter."""

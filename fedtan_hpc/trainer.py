@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import agreement, comm, signals
+from . import agreement, comm, signals, stopwatch
 from .algorithms import plan
 from .clients import Client, ClientStore
 from .cohort import Cohort
@@ -106,6 +106,7 @@ class Trainer:
         losses = self.cohort.train(clients, now)
         # 3. All participants' losses; a round that went wrong stops the run here.
         train_loss = self._train_loss(weights, clients, losses, number)
+        stopwatch.read()
         seconds = time.perf_counter() - start
         spent = comm.training_traffic.since(traffic)
         evaluating = time.perf_counter()

@@ -33,6 +33,7 @@ ROOMS = [
     "mpi_buffers",
     "mpi_group",
     "mpi",
+    "stopwatch",
     "comm",
     "watchdog",
     "files",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
+import time
 from functools import partial
 
 import networks
@@ -169,3 +172,28 @@ def test_clients_in_lockstep_keep_the_callers_autocast() -> None:
         losses = [partial(loss, module) for module in modules]
         fedtan_hpc.federated_backward(modules, losses, [0.5, 0.5])
     assert seen == [torch.bfloat16] * 2
+
+
+def test_threads_are_kept_for_later_steps() -> None:
+    """Also after a failure; a process that is forked has none and makes its own."""
+
+    def idents(number: int) -> set[int]:
+        return set(Lockstep([threading.get_ident] * number, lambda _: torch.zeros(0)).run())
+
+    def fail() -> int:
+        raise ValueError("not today")
+
+    first = idents(3)
+    assert len(first) == 3
+    assert idents(2) < first
+    with pytest.raises(ValueError, match="not today"):
+        Lockstep([threading.get_ident, fail], lambda _: torch.zeros(0)).run()
+    assert idents(3) == first
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if len(idents(3)) == 3 else 1)
+    deadline = time.monotonic() + 30
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(found[1]) == 0
