@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # A real SLURM with two nodes (n1, n2) on this machine, for development and tests:
 #   tools/dev_slurm.sh start     bring it up (root; needs Debian's slurm-wlm and munge)
+#   tools/dev_slurm.sh start two_hosts    each node on one of the hosts of two_hosts.sh, which must
+#                                be up; sbatch and the like by `two_hosts.sh exec 0 sbatch ...`
 #   tools/dev_slurm.sh status    show its nodes; exit 1 if it is not running
 #   tools/dev_slurm.sh env       print what points sbatch and the like at it, to eval
 #   tools/dev_slurm.sh stop      cancel its jobs, end its daemons, remove its folder
@@ -15,8 +17,17 @@ export PATH=$PATH:/usr/sbin   # where the daemons are, also for those without it
 
 say() { echo "dev_slurm: $*"; }
 die() { say "$@" >&2; exit 1; }
-client() { SLURM_CONF=$conf timeout 10 "$@"; }
 ours() { grep -qsxF "$mark" "$conf"; }
+on_two_hosts() { grep -qs '^SlurmctldHost=th-a' "$conf"; }
+# What stands before a command so that it runs on the host of n1 or n2 (n1's: everything else's).
+place() {
+  there=(env)
+  on_two_hosts || return 0
+  local host=0
+  [[ $1 != n2 ]] || host=1
+  there=("$(dirname -- "${BASH_SOURCE[0]}")/two_hosts.sh" exec "$host")
+}
+client() { place n1 && "${there[@]}" env SLURM_CONF="$conf" timeout 10 "$@"; }
 
 # True if process $1 is a $2 with a file of our folder among its arguments, as all our daemons
 # have. A pid file alone proves nothing: its number may have a new owner.
@@ -61,12 +72,19 @@ make_folder() {
   chmod 755 "$dir"
   mkdir -p "$dir/state" "$dir/spool.n1" "$dir/spool.n2"
   [[ -s $dir/munge.key ]] || mungekey --create --keyfile="$dir/munge.key"
+  local first='localhost NodeAddr=127.0.0.1' second='localhost NodeAddr=127.0.0.1'
+  local master='localhost(127.0.0.1)'
+  if [[ ${1-} == two_hosts ]]; then
+    first='th-a NodeAddr=198.18.97.1' second='th-b NodeAddr=198.18.97.2' master='th-a(198.18.97.1)'
+  fi
+  # Nothing here uses cgroups; without this line slurmd looks for a mounted file system of them.
+  echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf"
   # config_overrides: the nodes have what is written here on a machine of any size (nothing
   # limits memory). cred_expire: how long a requeued job waits (else 120 s).
   cat >"$conf" <<END
 $mark
 ClusterName=dev
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost=$master
 SlurmctldPort=26817
 SlurmUser=root
 AuthInfo=socket=$dir/munge.socket,cred_expire=10
@@ -86,7 +104,8 @@ PreemptMode=REQUEUE
 KillWait=10
 MinJobAge=60
 ReturnToService=2
-NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[26818-26819] CPUs=2 RealMemory=64000
+NodeName=n1 NodeHostname=$first Port=26818 CPUs=2 RealMemory=64000
+NodeName=n2 NodeHostname=$second Port=26819 CPUs=2 RealMemory=64000
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=UNLIMITED PriorityTier=10 PreemptMode=OFF
 PartitionName=preempt Nodes=n[1-2] MaxTime=UNLIMITED PriorityTier=1 GraceTime=30
 END
@@ -102,6 +121,8 @@ launch() {
     --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munge.pid"
     --seed-file="$dir/munge.seed")
   pid_of "$1" >/dev/null && return
+  place "$1"
+  [[ $1 == munged ]] || command=("${there[@]}" "${command[@]}")
   setsid "${command[@]}" </dev/null >"$dir/$1.out" 2>&1 9>&- &
   echo $! >"$dir/$1.pid"
   disown
@@ -130,7 +151,7 @@ bring_up() {
 shut_down() {
   local pid
   if pid_of slurmctld >/dev/null; then
-    client squeue -h -o %A 2>/dev/null | SLURM_CONF=$conf xargs -r timeout 10 scancel || true
+    client squeue -h -o %A 2>/dev/null | client xargs -r scancel || true
     for _ in {1..40}; do [[ -n $(client squeue -h 2>/dev/null) ]] || break; sleep 0.5; done
   fi
   for name in n1 n2 slurmctld munged; do
@@ -147,7 +168,7 @@ start() {
   need_packages_and_root
   refuse_foreign
   if is_up; then say "already running"; return; fi
-  make_folder
+  make_folder "${1-}"
   if bring_up; then say "running; eval \"\$($0 env)\" points sbatch and the like at it"; return; fi
   tail -n 8 "$dir"/*.out >&2
   shut_down
@@ -163,11 +184,11 @@ stop() {
   say "stopped"
 }
 
-case $#:${1-} in
-  1:start | 1:stop)
+case $#:${*} in
+  1:start | "2:start two_hosts" | 1:stop)
     exec 9<"${BASH_SOURCE[0]}" && flock 9   # one at a time
-    "$1" ;;
+    "$@" ;;
   1:status) if ! is_up || ! client sinfo; then say "not running"; exit 1; fi ;;
   1:env) if is_up; then echo "export SLURM_CONF=$conf"; else die "not running"; fi ;;
-  *) echo "usage: $0 start|stop|status|env" >&2; exit 2 ;;
+  *) echo "usage: $0 start [two_hosts]|stop|status|env" >&2; exit 2 ;;
 esac
