@@ -25,6 +25,18 @@ def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
     assert "| fedtan | gloo | false |" in done.stderr
 
 
+@pytest.mark.slow
+def test_the_peak_of_every_variant_is_told(tmp_path: Path) -> None:
+    tool = str(commands.ROOT / "tools" / "bench_memory.py")
+    words = ("model=cnn", "data.shape=[3,16,16]", "local_steps=1", "batch_size=64", "repeats=1")
+    done = commands.forked("python", tool, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    names = [row["variant"] for row in results]
+    assert names == ["plain-eager", "local-eager", "fedavg-eager", "fedtan-eager"]
+    assert all(row["peak_MB"] > 0 and row["to_plain"] > 0 for row in results)
+
+
 def test_sums_of_every_size_are_timed(tmp_path: Path) -> None:
     tool = str(commands.ROOT / "tools" / "bench_allreduce.py")
     words = ("torchrun", "--nproc-per-node", "2", tool, "values=[1,64]", "repeats=2")

@@ -34,7 +34,7 @@ from fedtan_hpc.choices import AlgorithmName
 from fedtan_hpc.config import AlgorithmConfig, Config
 
 OWN = ("backends", "compile", "repeats")
-_DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
+DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def main() -> None:
         if overrides.shows_help(words, __doc__):
             return
         own, job = overrides.split(words, OWN)
-        config = overrides.composed([*_DEFAULTS, *job])
+        config = overrides.composed([*DEFAULTS, *job])
         compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
         repeats = benchmarks.repeats(own, 9)
         config.clients = environment.detect().world_size
@@ -92,11 +92,18 @@ def measure(
 
 def _variants(config: Config, carrier: Carrier, compiling: Sequence[bool]) -> Iterator[Variant]:
     backend, where = carrier.backend, carrier.device
-    yield Variant("plain", backend, False, _plain_round(config, where))
+    yield Variant("plain", backend, False, variant(config, "plain", False, where))
     for compiled in compiling:
         for name in ("local", "fedavg", "fedtan"):
-            options = replace(config, compile=compiled, algorithm=_algorithm(config, name))
-            yield Variant(name, backend, compiled, rounds.one_client(options, where))
+            yield Variant(name, backend, compiled, variant(config, name, compiled, where))
+
+
+def variant(config: Config, name: str, compiled: bool, where: Any) -> Callable[[], object]:
+    """A round of the loop ``name`` on the device ``where``."""
+    if name == "plain":
+        return _plain_round(config, where)
+    options = replace(config, compile=compiled, algorithm=_algorithm(config, name))
+    return rounds.one_client(options, where)
 
 
 def _algorithm(config: Config, name: str) -> AlgorithmConfig:
