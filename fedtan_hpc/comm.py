@@ -51,6 +51,11 @@ _served: list[Any] = []
 """Stores that end with their object; other ranks may come to them late."""
 
 
+_first: list[Any] = []
+"""The first store of this process, kept: where rank 0 serves it, a rank that is already at its next
+start may be connected to it, and later stores share its server."""
+
+
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> Channel:
     """Join the process group that the launcher's MASTER_ADDR and MASTER_PORT describe.
 
@@ -69,6 +74,8 @@ def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> C
         place = _mpi().share(place) if _is_by_mpirun() else slurm.meeting_place()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=limit))
+    if not _first:
+        _first.append(store)
     prefix = f"fedtan_hpc/restart{environment.restarts()}/start{next(_starts)}"
     own_keys = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     dist.init_process_group(
@@ -130,7 +137,7 @@ def end_job(code: int) -> None:
         mpi.abort(code)
 
 
-def has_lost_a_rank(error: Exception) -> bool:
+def has_lost_a_rank(error: BaseException) -> bool:
     """Whether a collective failed with ``error`` because another rank's process is gone."""
     signs = (
         "Connection closed by peer",

@@ -42,7 +42,7 @@ class Job:
 
     def __call__(self) -> None:
         """Run; asked to stop before the end, end with the exit code that has the job run again."""
-        from . import cli, job  # torch is for the ranks, not for those that submit
+        from . import cli, comm, job  # torch is for the ranks, not for those that submit
 
         where = submitit.JobEnvironment().cluster
         if where == "local":
@@ -54,6 +54,10 @@ class Job:
                 if where == "local" and stopped.signal == signal.SIGUSR2:  # the time limit
                     print(f"fedtan_hpc: {stopped}", file=sys.stderr, flush=True)
                     os._exit(_LOCAL_AGAIN)
+                raise
+            except Exception as error:
+                if not comm.has_lost_a_rank(error.__cause__ or error):
+                    requeue.has_said()
                 raise
 
     def checkpoint(self) -> DelayedSubmission:
@@ -142,8 +146,8 @@ def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
     """What submitit is told of a SLURM job; what is left out is the cluster's own."""
     more = dict(each.partition("=")[::2] for each in launch.sbatch)
     special: dict[str, Any] = {
-        "setup": list(requeue.BEFORE),
-        "teardown": list(requeue.AFTER),
+        "setup": requeue.before(Path(launch.folder)),
+        "teardown": requeue.AFTER,
         "partition": launch.partition,
         "account": launch.account,
         "qos": launch.qos,

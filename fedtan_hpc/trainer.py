@@ -96,6 +96,7 @@ class Trainer:
     def round(self, number: int) -> RoundRecord:
         """One round of all clients, evaluated if it is due."""
         comm.progress.round = number
+        stopwatch.read()  # what an interrupted round has left
         traffic, start = comm.training_traffic.copy(), time.perf_counter()
         # 1. Who takes part, and which of them this rank hosts: every rank finds the same.
         weights = self._participants(number)

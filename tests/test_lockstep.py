@@ -178,7 +178,7 @@ def test_threads_are_kept_for_later_steps() -> None:
     """Also after a failure; a process that is forked has none and makes its own."""
 
     def idents(number: int) -> set[int]:
-        return set(Lockstep([threading.get_ident] * number, lambda _: torch.zeros(0)).run())
+        return set(Lockstep([threading.get_native_id] * number, lambda _: torch.zeros(0)).run())
 
     def fail() -> int:
         raise ValueError("not today")
@@ -187,7 +187,7 @@ def test_threads_are_kept_for_later_steps() -> None:
     assert len(first) == 3
     assert idents(2) < first
     with pytest.raises(ValueError, match="not today"):
-        Lockstep([threading.get_ident, fail], lambda _: torch.zeros(0)).run()
+        Lockstep([threading.get_native_id, fail], lambda _: torch.zeros(0)).run()
     assert idents(3) == first
     child = os.fork()
     if child == 0:

@@ -33,7 +33,7 @@ Undisturbed = dict[tuple[str, ...], Path]
 """Runs that nothing happened to, by their options."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """The environment in which sbatch reaches it."""
     with slurm_user.running() as environment:

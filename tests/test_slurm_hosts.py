@@ -27,10 +27,12 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
     if started.returncode == 2:
         pytest.skip(f"no two hosts here: {started.stderr.strip()}")
     assert started.returncode == 0, started.stderr
-    with slurm_user.running("two_hosts") as environment:
-        yield Slurm(environment, tmp_path, (TWO_HOSTS, "exec", "0"))
-    link("up")
-    subprocess.run([TWO_HOSTS, "stop"], capture_output=True, check=True)
+    try:
+        with slurm_user.running("two_hosts") as environment:
+            yield Slurm(environment, tmp_path, (TWO_HOSTS, "exec", "0"))
+            link("up")
+    finally:
+        subprocess.run([TWO_HOSTS, "stop"], capture_output=True, check=True)
 
 
 def link(state: str) -> None:

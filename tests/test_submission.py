@@ -20,7 +20,7 @@ import jobs
 
 from fedtan_hpc.errors import ConfigError
 from fedtan_hpc.launch import ClusterName, LaunchConfig, SubmitConfig, check_launch
-from fedtan_hpc.requeue import AFTER, BEFORE
+from fedtan_hpc.requeue import AFTER, before, has_said
 from fedtan_hpc.submission import slurm_parameters
 
 SUBMIT = str(commands.ROOT / "slurm" / "submit.py")
@@ -51,7 +51,7 @@ SCRIPT = f"""\
 #SBATCH --wckey=submitit
 
 # setup
-{NEWLINE.join(BEFORE)}
+{NEWLINE.join(before(Path("FOLDER"))).replace(os.getcwd() + os.sep, "")}
 export SRUN_CPUS_PER_TASK=3
 
 # command
@@ -119,19 +119,22 @@ ENDS = [
     (137, {}, "kill $$; ", None),
     (139, {"SLURM_RESTART_COUNT": "19"}, "", "requeue 77"),
     (139, {"SLURM_RESTART_COUNT": "20"}, "", None),
+    (137, {}, 'touch "$FEDTAN_HPC_SAID"; ', None),  # srun has killed those that waited
+    (253, {}, "", None),  # out of memory
     (140, {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}, "", "requeue 75_2"),
 ]
 
 
-@pytest.mark.parametrize(("code", "variables", "before", "asked"), ENDS)
+@pytest.mark.parametrize(("code", "variables", "first", "asked"), ENDS)
 def test_a_job_is_queued_again(
-    code: int, variables: dict[str, str], before: str, asked: str | None, tmp_path: Path
+    code: int, variables: dict[str, str], first: str, asked: str | None, tmp_path: Path
 ) -> None:
     """By the lines around its ranks, if it was asked to stop or lost a rank."""
+    (tmp_path / "the logs").mkdir()
     lines = [
         "scontrol() { echo asked $@; }; sleep() { :; }",
-        *BEFORE,
-        f"bash -c '{before.replace('$$', '$PPID')}exit {code}'",
+        *before(tmp_path / "the logs"),
+        f"bash -c '{first.replace('$$', '$PPID')}exit {code}'",
         *AFTER,
     ]
     done = subprocess.run(
@@ -143,6 +146,14 @@ def test_a_job_is_queued_again(
     )
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout.split() == (["asked", *asked.split()] if asked else [])
+
+
+def test_a_rank_that_fails_leaves_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the script, which would take those that wait for it in vain for lost ones."""
+    has_said()  # not under the script: nobody asks
+    monkeypatch.setenv("FEDTAN_HPC_SAID", str(tmp_path / "7.said"))
+    has_said()
+    assert (tmp_path / "7.said").exists()
 
 
 def test_submission_needs_no_torch(fake_slurm: Path) -> None:

@@ -7,8 +7,8 @@ compile=[...]   false, true or both (default [false])
 repeats=N       processes of each variant, alternating (default 3)
 
 All other words are options of the job.  Variants as in tools/bench_round.py, for one client on one
-rank.  Counted is what rounds add to the process's peak, from when torch and the samples are there;
-on a GPU, torch's own peak.  Prints JSON, and a table on standard error.
+rank.  Counted is what model, samples and rounds add to the process's peak, from when torch is
+there; on a GPU, torch's own peak.  Prints JSON, and a table on standard error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import bench_round
@@ -92,10 +93,10 @@ def added(config: Config, loop: str, how: str) -> float:
 
     torch.set_num_threads(config.threads or 1)
     [carrier] = benchmarks.carriers(config, ["auto"])
-    run = bench_round.variant(config, loop, how == "compiled", carrier.device)
     if carrier.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = _peak(carrier.device)
+    run = bench_round.variant(config, loop, how == "compiled", carrier.device)
     for _ in range(_ROUNDS):
         run()
     return (_peak(carrier.device) - before) / 1e6
@@ -107,7 +108,11 @@ def _peak(where: Any) -> float:
 
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])  # of this process, not of the one that it was forked from
 
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:

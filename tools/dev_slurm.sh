@@ -167,7 +167,12 @@ shut_down() {
 start() {
   need_packages_and_root
   refuse_foreign
-  if is_up; then say "already running"; return; fi
+  if is_up; then
+    [[ -n ${1-} ]] && on_two_hosts || { [[ -z ${1-} ]] && ! on_two_hosts; } ||
+      die "it runs on other hosts: stop it first"
+    say "already running"
+    return
+  fi
   make_folder "${1-}"
   if bring_up; then say "running; eval \"\$($0 env)\" points sbatch and the like at it"; return; fi
   tail -n 8 "$dir"/*.out >&2

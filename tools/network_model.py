@@ -1,4 +1,4 @@
-"""What a sum over ranks costs, and a round made of such sums and of local steps; no torch.
+"""What a sum over ranks costs; no torch.
 
 A message from one rank to another takes alpha + n beta: alpha seconds whatever it holds, and beta
 seconds for each of its n bytes.  The ways to sum n bytes over p ranks (Thakur, Rabenseifner and

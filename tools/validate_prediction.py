@@ -62,9 +62,13 @@ def main() -> None:
 
 def configs(word: str, job: Sequence[str]) -> list[Config]:
     """A job for each network; raises ``ConfigError``."""
-    if chosen := [each for each in job if each.lstrip("+").startswith("model=")]:
-        value = chosen[0].partition("=")[2]
-        raise ConfigError(mistake("model", value, "models=[...] here", "set that instead"))
+    instead = {"model": "models=[...]", "clients": "one client a rank", "algorithm": "no algorithm"}
+    for each in job:
+        option, _, value = each.lstrip("+").partition("=")
+        if (first := option.partition(".")[0]) in instead and option in (first, "algorithm.name"):
+            raise ConfigError(mistake(option, value, f"{instead[first]} here", "leave it out"))
+        if option.startswith("algorithm."):
+            raise ConfigError(mistake(option, value, "its default here", "leave it out"))
     ranks, found = environment.detect().world_size, []
     for name in overrides.values(word, "[mlp,cnn]"):
         config = overrides.composed([*_DEFAULTS, *job, f"model={name}", f"clients={ranks}"])

@@ -38,7 +38,7 @@ def measure(config: Config, backends: Sequence[str], repeats: int) -> dict[str, 
                         pairs = found.setdefault(carrier.backend, {}).setdefault(wanted, [])
                         pairs.append(pair)
         benchmarks.tell(repeat, repeats)
-    return {name: [_middle(pairs) for pairs in of.values()] for name, of in found.items()}
+    return {name: sorted(_middle(pairs) for pairs in of.values()) for name, of in found.items()}
 
 
 def _middle(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
