@@ -45,8 +45,7 @@ class FedTANBatchNorm(_BatchNorm):
     def _forward_in_context(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if torch.compiler.is_compiling():
-            y: Tensor
-            y, *_ = operator.apply(x, self.weight, self.bias, self.eps, self._number)
+            y: Tensor = operator.normalise(x, self.weight, self.bias, self.eps, self._number)
             return y
         assert self._context is not None
         arguments = x, self.weight, self.bias, self.eps, self.next_call()

@@ -48,12 +48,10 @@ _SLACK = 1.5
 
 _ANSWER_SECONDS = 30.0
 _served: list[Any] = []
-"""Stores that end with their object; other ranks may come to them late."""
-
-
+"""Rank 0's stores of channels over MPI; each ends with its object, which goes when ranks stop."""
 _first: list[Any] = []
-"""The first store of this process, kept: where rank 0 serves it, a rank that is already at its next
-start may be connected to it, and later stores share its server."""
+"""The first store of this process, kept until it ends: where rank 0 serves it, a rank that is
+already at its next start may be connected to it, and later stores share its server."""
 
 
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> Channel:

@@ -78,7 +78,8 @@ class GlobalCall:
         """
         tag, shares = 2 * self.number, self.federation.shares(counts)
         message = messages.pack_moments(tag, shares, mean_KC, variance_KC)
-        moments = messages.unpack_moments(self._send(message, tag, messages.check_moments))
+        message = self._send(message, tag, messages.check_moments)
+        moments = messages.unpack_moments(message, mean_KC.size(-1))
         self._move_running_statistics(moments)
         return moments.mean_C, moments.variance_C
 

@@ -5,10 +5,10 @@ tells whether the ranks belong together: the layer's tag t (layer, call, directi
 for sum t^2 = (sum t)^2 / ranks only if all t are equal; and counts of bad weights and of empty
 batches.  All is float64, in which those integers are exact.
 
-Moments need more than float64 when a channel's mean is large against its spread: with
-mu = sum p m and s = sum p (v + m^2), the difference s - mu^2 loses (mean / spread)^2 of 2^53.
-Every sum is therefore carried as two halves, high (24 bits, as wide as float32, so that sums of
-products stay exact) and low (the rest), and the difference is taken between the halves.
+The sums are mu = sum p m and s = sum p (v + m^2), and the variance is s - mu^2, which loses
+(mean / spread)^2 of 2^53 where a channel's mean is large against its spread.  Values of 24 bits
+have lost as much to their own rounding, (mean / spread)^2 / 12 of 2^48; float64 values have not,
+and their sums are carried as two halves each (``halves``).
 
 Shapes: K clients of one message, C channels.
 """
@@ -16,16 +16,15 @@ Shapes: K clients of one message, C channels.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Halves: TypeAlias = tuple[Tensor, Tensor]
+from . import halves
 
 WEIGHT_TOLERANCE = 1e-6
 """How far from 1 the weights' sum may be."""
@@ -72,9 +71,18 @@ class Shares:
         return [p if part else 0.0 for p, part in zip(self.weights, self.taking_part, strict=True)]
 
     @cached_property
-    def values(self) -> int:
-        """Values per channel of the clients that take part."""
-        return sum(n for n, part in zip(self.counts, self.taking_part, strict=True) if part)
+    def weights_in_halves(self) -> Sequence[Sequence[float]]:
+        """The counted weights' high halves, and the low ones."""
+        return list(zip(*map(halves.split_number, self.counted_weights), strict=True))
+
+    @cached_property
+    def header(self) -> list[float]:
+        """What stands behind the tag: bad weights, empty batches, values, the weights' halves.
+
+        The values per channel are those of the clients that take part.
+        """
+        values = sum(n for n, part in zip(self.counts, self.taking_part, strict=True) if part)
+        return [self.bad_weights, self.empty_batches, values, *map(sum, self.weights_in_halves)]
 
 
 def _is_valid(weight: float) -> bool:
@@ -87,45 +95,70 @@ class GlobalMoments:
 
     mean_C: Tensor
     variance_C: Tensor
-    count: Tensor
-    """Values per channel on all ranks whose weight is not 0, float64, 0-d."""
+    count: float | Tensor
+    """Values per channel on all ranks whose weight is not 0; on a GPU float64, 0-d."""
 
 
 def pack_moments(tag: int, shares: Shares, mean_KC: Tensor, variance_KC: Tensor) -> Tensor:
-    """The forward message: header, then sum p m and sum p (v + m^2) in halves; (7 + 4C,) float64.
+    """The forward message, float64: header, then sum p m and sum p (v + m^2).
 
-    ``mean_KC`` and ``variance_KC`` (biased) are the clients' own; a client that does not take part
-    adds zeros whatever they are.
+    (7 + 2C,), or of float64 moments (7 + 4C,), in halves.  ``mean_KC`` and ``variance_KC`` (biased)
+    are the clients' own; a client that does not take part adds zeros whatever they are.
     """
     clients = len(shares.weights)
-    mean = _split(mean_KC.reshape(clients, -1).double())
-    highs, lows = zip(*map(_split_number, shares.counted_weights), strict=True)
-    p = _factors(highs, mean[0]), _factors(lows, mean[0])
-    square_high, square_low = _square(mean)
-    first = _multiply(p, mean)
-    second = _multiply(p, (square_high, square_low + variance_KC.reshape(clients, -1)))
-    numbers = [tag, tag * tag, shares.bad_weights, shares.empty_batches, shares.values]
-    header = mean[0].new_tensor([*numbers, sum(highs), sum(lows)])
-    bodies = _over_clients(torch.stack([*first, *second]), shares)
+    mean, variance = mean_KC.reshape(clients, -1), variance_KC.reshape(clients, -1)
+    sums = _sums_in_halves if mean.dtype is torch.float64 else _sums
+    bodies = _over_clients(sums(shares, mean, variance), shares)
+    header = bodies.new_tensor([tag, tag * tag, *shares.header])
     return torch.cat([header, bodies.flatten()])
 
 
-def unpack_moments(message: Tensor) -> GlobalMoments:
+def _sums(shares: Shares, mean_KC: Tensor, variance_KC: Tensor) -> Tensor:
+    """Each client's p m and p (v + m^2), (2, K, C) float64."""
+    first, second = mean_KC.double(), variance_KC.double()
+    both = torch.stack([first, second.addcmul_(first, first)])
+    return both.mul_(_factors(shares.counted_weights, both))
+
+
+def _sums_in_halves(shares: Shares, mean_KC: Tensor, variance_KC: Tensor) -> Tensor:
+    """The same in halves, (4, K, C)."""
+    mean = halves.split(mean_KC)
+    highs, lows = shares.weights_in_halves
+    p = _factors(highs, mean_KC), _factors(lows, mean_KC)
+    square_high, square_low = halves.square(mean)
+    first = halves.multiply(p, mean)
+    second = halves.multiply(p, (square_high, square_low + variance_KC))
+    return torch.stack([*first, *second])
+
+
+def unpack_moments(message: Tensor, channels: int) -> GlobalMoments:
     """Global mean sum p m and variance sum p (v + (m - mean)^2) from the summed message."""
     header, body = message[:_HEADER], message[_HEADER:]
-    total = _split(header[5], header[6])
-    halves_22C = body.view(2, 2, -1)
-    high_2C, low_2C = _split(halves_22C[:, 0], halves_22C[:, 1])
+    count, high, low = _numbers(header)[4:]
+    if len(body) == 4 * channels:
+        mean, variance = _moments_from_halves(header, body)
+    else:
+        mean, second = (body / (high + low)).view(2, -1).unbind()
+        variance = torch.addcmul(second, mean, mean, value=-1)
+    return GlobalMoments(mean, variance.clamp_min_(0.0), count)
+
+
+def _numbers(header: Tensor) -> Sequence[Any]:
+    """Plain ones on a CPU, where they are quicker to use; elsewhere reading them would wait."""
+    return header.tolist() if header.device.type == "cpu" else header.unbind()
+
+
+def _moments_from_halves(header: Tensor, body_4C: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance."""
+    total = halves.split(header[5], header[6])
+    halves_22C = body_4C.view(2, 2, -1)
+    high_2C, low_2C = halves.split(halves_22C[:, 0], halves_22C[:, 1])
     first, second = (high_2C[0], low_2C[0]), (high_2C[1], low_2C[1])
-    a_high, a_low = _multiply(total, second)
-    b_high, b_low = _square(first)
+    a_high, a_low = halves.multiply(total, second)
+    b_high, b_low = halves.square(first)
     weights = header[5] + header[6]
     difference = (a_high - b_high) + (a_low - b_low)
-    return GlobalMoments(
-        mean_C=(first[0] + first[1]) / weights,
-        variance_C=(difference / weights.square()).clamp_min(0.0),
-        count=header[4],
-    )
+    return (first[0] + first[1]) / weights, difference / weights.square()
 
 
 def pack_derivatives(tag: int, shares: Shares, sums_K2C: Tensor) -> Tensor:
@@ -189,28 +222,3 @@ def check_derivatives(message: Tensor, tag: int, ranks: int) -> None:
 def _check_tags(tags: float, squares: float, tag: int, ranks: int) -> None:
     if tags != ranks * tag or squares != ranks * tag * tag:
         raise RuntimeError(_MIXED)
-
-
-def _split_number(value: float) -> tuple[float, float]:
-    """``_split`` of a number."""
-    [high] = struct.unpack("f", struct.pack("f", value))
-    return high, value - high
-
-
-def _split(value: Tensor, low: Tensor | None = None) -> Halves:
-    """``value + low`` as a high half of float32's width and the rest."""
-    high = value.float().double()
-    rest = value - high
-    return high, rest if low is None else rest + low
-
-
-def _multiply(a: tuple[Tensor | float, Tensor | float], b: Halves) -> Halves:
-    """The product in halves; only the products with low halves are rounded, at their scale."""
-    high, rest = _split(b[0] * a[0])
-    return high, rest + (b[1] * a[0] + (b[0] + b[1]) * a[1])
-
-
-def _square(a: Halves) -> Halves:
-    """The same of ``a`` with itself."""
-    high, rest = _split(a[0].square())
-    return high, torch.addcmul(rest, a[1], torch.add(a[1], a[0], alpha=2))

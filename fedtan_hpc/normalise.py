@@ -67,7 +67,7 @@ class StackedNormalise(torch.autograd.Function):
     def forward(
         x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, call: LayerCall
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, and in float64 the shared mean_C and variance_C (biased)."""
+        """Return y and the shared mean_C and variance_C (biased)."""
         return normalise(x, gamma, beta, eps, call)
 
     @staticmethod
@@ -172,17 +172,17 @@ def normalise(
     call: LayerCall,
     clients: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, and in float64 the moments that ``call`` shares; one collective."""
+    """y like x, and the moments that ``call`` shares, at least float32; one collective."""
     counts = _counts(x, call, clients)
     moments = local_moments(x, call.mask_KN, clients, counts)
-    mean_C, variance_C = call.share_moments(counts, *moments)
     wide = statistics_dtype(x)
+    mean_C, variance_C = (v.to(wide) for v in call.share_moments(counts, *moments))
     y = torch.batch_norm(
         x,
         None if gamma is None else gamma.to(wide),
         None if beta is None else beta.to(wide),
-        _per_channel(mean_C, clients).to(wide),
-        _per_channel(variance_C, clients).to(wide),
+        _per_channel(mean_C, clients),
+        _per_channel(variance_C, clients),
         training=False,
         momentum=0.0,
         eps=eps,
@@ -219,15 +219,14 @@ def _derivatives(
     counts = _counts(x, call, clients)
     mean, variance = (_per_channel(moment, clients) for moment in moments)
     dbeta_KC, dgamma_KC = local_sums(g, x, mean, variance, eps, clients)
-    own = [dbeta_KC, dgamma_KC]
+    own_K2C = torch.stack([dbeta_KC, dgamma_KC], dim=1)
     if gamma is not None:
-        own = [value * gamma.to(value.dtype).view(clients, -1) for value in own]
-    sums = call.share_derivatives(counts, torch.cat(own, dim=1))
+        own_K2C = own_K2C * gamma.view(clients, 1, -1)
+    sums = call.share_derivatives(counts, own_K2C.flatten(1))
     dx = x.new_empty(0)
     if needs_dx:
-        n_K1 = sums.new_tensor(counts).clamp_min(1).unsqueeze(1)
-        s1, s2 = (sums / n_K1).chunk(2, dim=1)
-        dx = _input_derivative(g, x, gamma, mean, variance, eps, s1.flatten(), s2.flatten())
+        coefficients = _coefficients(gamma, mean, variance, eps, _per_value(sums, counts))
+        dx = _input_derivative(g, x, coefficients)
         if call.mask_KN is not None:  # nothing flows back into padding
             dx = dx.unflatten(1, (clients, -1)) * _like(call.mask_KN, x).to(dx.dtype)
             dx = dx.flatten(1, 2)
@@ -235,25 +234,34 @@ def _derivatives(
     return dx, dgamma_KC.to(dtype), dbeta_KC.to(dtype)
 
 
-def _input_derivative(
-    g: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    s1: Tensor,
-    s2: Tensor,
+def _per_value(sums: Tensor, counts: Sequence[int]) -> Tensor:
+    """s1 / n_k and s2 / n_k, (2, K C), from sums of all clients, (2C,), or each one's, (K, 2C)."""
+    if len(counts) == 1:  # a number divides quicker than a tensor
+        return sums.view(2, -1) / max(counts[0], 1)
+    n_K1 = sums.new_tensor(counts).clamp_min(1).unsqueeze(1)
+    per_value_K2C: Tensor = (sums / n_K1).unflatten(1, (2, -1))
+    return per_value_K2C.transpose(0, 1).flatten(1)
+
+
+def _coefficients(
+    gamma: Tensor | None, mean: Tensor, variance: Tensor, eps: float, per_value: Tensor
 ) -> Tensor:
-    """dx = scale g + slope x + offset, with one coefficient each per channel."""
+    """Per channel a, b, c of dx = a g - b x + c, (3, K C)."""
+    r = (variance + eps).rsqrt_()
+    first, second = (per_value * r).unbind()
+    slope = second * r
+    scale = r.to(slope.dtype) if gamma is None else r * gamma
+    return torch.stack([scale.to(slope.dtype), slope, torch.addcmul(-first, slope, mean)])
+
+
+def _input_derivative(g: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
+    """dx like x, in two passes over it."""
     wide = statistics_dtype(x)
-    r = (variance + eps).rsqrt()
-    scale = r if gamma is None else r * gamma
-    slope = -r * r * s2
-    offset = -r * s1 - slope * mean
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    scale, slope, offset = (v.to(wide).view(shape) for v in (scale, slope, offset))
-    return torch.addcmul(offset, x.to(wide), slope).addcmul_(g.to(wide), scale).to(x.dtype)
+    shape = [3, 1, -1] + [1] * (x.dim() - 2)
+    scale, slope, offset = coefficients.to(wide).view(shape).unbind()
+    return (
+        torch.addcmul(offset, x.to(wide), slope, value=-1).addcmul_(g.to(wide), scale).to(x.dtype)
+    )
 
 
 def _counts(x: Tensor, call: LayerCall, clients: int) -> Sequence[int]:

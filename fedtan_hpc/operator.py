@@ -1,8 +1,12 @@
-"""The layer with shared statistics as an operator: torch.compile takes it as one node each way.
+"""The layer with shared statistics as torch.compile sees it.
 
-What happens inside, collectives included, stays out of the graph: a compiled step has no breaks,
-and the graph is the same for every round and any backend.  A layer is known to the operator by a
-number, for operators take neither modules nor other objects.
+Its arithmetic is ordinary operations, which the compiler merges with those around them.  The
+exchange of statistics is an operator each way, and what happens inside, collectives included, stays
+out of the graph: a compiled step has no breaks, and the graph is the same for every round and any
+backend.  A layer is known to the operators by a number, for they take neither modules nor other
+objects.
+
+Shapes: x and y (N, C) or (N, C, ...).
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .federation import LayerCall
-from .normalise import derivatives, normalise
+from .moments import statistics_dtype
 
 
 class Caller(Protocol):
@@ -48,75 +52,77 @@ def exchange_uses(number: int, uses: list[LayerCall]) -> list[LayerCall]:
     return others
 
 
-@torch.library.custom_op("fedtan_hpc::normalise", mutates_args=())
-def apply(
+def normalise(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, caller: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``normalise`` of x; y, mean_C and variance_C as there, and which use of the layer it was."""
+) -> Tensor:
+    """y = gamma (x - mean) r + beta, r = 1 / sqrt(variance + eps), with ``caller``'s statistics."""
+    wide = x.to(statistics_dtype(x))
+    others = [dim for dim in range(x.dim()) if dim != 1]
+    own_variance, own_mean = torch.var_mean(wide, others, correction=0)
+    count = x.numel() // x.size(1)
+    shared: tuple[Tensor, ...] = share_moments(own_mean, own_variance, eps, count, caller)
+    mean, r, _ = shared
+    scale = r if gamma is None else r * gamma
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = (wide - mean.view(shape)) * scale.view(shape)
+    y = y if beta is None else y + beta.view(shape)
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op("fedtan_hpc::share_moments", mutates_args=())
+def share_moments(
+    mean_C: Tensor, variance_C: Tensor, eps: float, count: int, caller: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Global mean and r, (C,), from this client's own moments of ``count`` values; one collective.
+
+    Also returns which use of the layer it was.
+    """
     call = _CALLERS[caller].next_call()
     _USES[caller].append(call)
-    y, mean_C, variance_C = normalise(x, gamma, beta, eps, call)
     use = torch.tensor(len(_USES[caller]) - 1)  # on the CPU: reading it waits for no device
-    return y, mean_C, variance_C, use
+    mean, variance = call.share_moments([count], mean_C.unsqueeze(0), variance_C.unsqueeze(0))
+    r = (variance + eps).rsqrt_().to(mean_C.dtype)
+    return mean.to(mean_C.dtype, copy=True).view(-1), r.view(-1), use
 
 
-@apply.register_fake
+@share_moments.register_fake
 def _(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, caller: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels = x.size(1)
-    mean_C, variance_C = (x.new_empty(channels, dtype=torch.float64) for _ in range(2))
-    return torch.empty_like(x), mean_C, variance_C, torch.empty((), dtype=torch.int64)
-
-
-@torch.library.custom_op("fedtan_hpc::normalise_backward", mutates_args=())
-def _apply_backward(
-    g: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    mean_C: Tensor,
-    variance_C: Tensor,
-    use: Tensor,
-    eps: float,
-    caller: int,
-    needs_dx: bool,
+    mean_C: Tensor, variance_C: Tensor, eps: float, count: int, caller: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``derivatives`` of x, gamma and beta."""
-    call = _USES[caller][int(use)]
-    return derivatives(g, x, gamma, (mean_C, variance_C), eps, call, needs_dx)
+    use = torch.empty((), dtype=torch.int64)
+    return torch.empty_like(mean_C), torch.empty_like(variance_C), use
 
 
-@_apply_backward.register_fake
-def _(
-    g: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    mean_C: Tensor,
-    variance_C: Tensor,
-    use: Tensor,
-    eps: float,
-    caller: int,
-    needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
-    dtype = torch.promote_types(x.dtype, torch.float32) if gamma is None else gamma.dtype
-    dgamma, dbeta = (x.new_empty(x.size(1), dtype=dtype) for _ in range(2))
-    return dx, dgamma, dbeta
+@torch.library.custom_op("fedtan_hpc::share_derivatives", mutates_args=())
+def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
+    """s1 and s2 of ``normalise.py`` from this client's part of them; one collective."""
+    sums = _USES[caller][int(use)].share_derivatives([count], sums_2C.unsqueeze(0))
+    return sums.to(sums_2C.dtype, copy=True).view(-1)
+
+
+@_share_derivatives.register_fake
+def _(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
+    return torch.empty_like(sums_2C)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """The input and the moments; nothing else of the input's size."""
-    x, gamma, _, ctx.eps, ctx.caller = inputs
-    ctx.save_for_backward(x, gamma, *output[1:])
+    own_mean, _, _, ctx.count, ctx.caller = inputs
+    ctx.save_for_backward(own_mean, *output)
 
 
-def _differentiate(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gamma = ctx.saved_tensors[1]
-    needs_dx = ctx.needs_input_grad[0]
-    dx, dgamma, dbeta = _apply_backward(g, *ctx.saved_tensors, ctx.eps, ctx.caller, needs_dx)
-    own = (None, None) if gamma is None else (dgamma, dbeta)
-    return dx if needs_dx else None, *own, None, None
+def _differentiate(ctx: Any, by_mean: Tensor, by_r: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    """The derivatives of the client's own moments, for its own chain rule to go on from.
+
+    Own derivatives by the global mean and r are -r s1 and s2 / r, with the client's part of s1 and
+    s2.  With mean = sum p m and variance = sum p (v + m^2) - mean^2, the sums over clients give
+    -r (s1 + (m - mean) r s2) by m, and -r^2 s2 / 2 by v.
+    """
+    own_mean, mean, r, use = ctx.saved_tensors
+    parts = torch.cat([-by_mean / r, by_r * r])
+    s1, s2 = _share_derivatives(parts, use, ctx.count, ctx.caller).chunk(2)
+    slope = r * r * s2
+    return -r * s1 - (own_mean - mean) * slope, -0.5 * slope, None, None, None
 
 
-_register: Callable[..., None] = apply.register_autograd
+_register: Callable[..., None] = share_moments.register_autograd
 _register(_differentiate, setup_context=_keep)

@@ -38,6 +38,7 @@ ROOMS = [
     "watchdog",
     "files",
     "checkpoint",
+    "halves",
     "messages",
     "lockstep",
     "federation",

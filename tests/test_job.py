@@ -217,7 +217,7 @@ def test_messages_of_a_round_of_resnet20(
     line = json.loads((tmp_path / "rounds.jsonl").read_text())
     assert line["comm_messages"] == messages
     average = 4 * (269_722 + 2 * 688 + 19 + 2)  # values, running statistics, counters, header
-    statistics = 8 * (19 * (7 + 2) + (4 + 2) * 688)
+    statistics = 8 * (19 * (7 + 2) + (2 + 2) * 688)
     assert line["comm_bytes"] == average + (statistics if messages > 1 else 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import TypeAlias
@@ -46,7 +47,7 @@ def combine(p: list[float], xs: list[Tensor]) -> GlobalMoments:
         messages.pack_moments(4, Shares([p_k], [len(x)]), *moments(x))
         for p_k, x in zip(p, xs, strict=True)
     ]
-    return messages.unpack_moments(torch.stack(packed).sum(0))
+    return messages.unpack_moments(torch.stack(packed).sum(0), CHANNELS)
 
 
 def naive_variance(p: list[float], xs: list[Tensor]) -> Tensor:
@@ -142,11 +143,15 @@ def test_equal_values_everywhere_have_variance_zero() -> None:
     assert torch.all(found.variance_C < 1e-9)
 
 
-def test_float32_moments_are_read_without_further_loss() -> None:
-    p, xs = [0.4, 0.6], [x.float() for x in batches(2, 100.0)]
+@pytest.mark.parametrize("offset", [1.0, 1e2, 1e4, 1e6])
+def test_float32_moments_lose_less_than_values_of_24_bits_have_lost(offset: float) -> None:
+    """Rounding values adds a twelfth of their spacing, squared, to their variance."""
+    p, xs = [0.4, 0.6], [x.float() for x in batches(2, offset)]
     found, exact = combine(p, xs), exact_from_moments(p, xs)
     assert worst_error(found.mean_C, [mean for mean, _ in exact]) < 1e-15
-    assert worst_error(found.variance_C, [variance for _, variance in exact]) < 1e-14
+    for value, (mean, variance) in zip(found.variance_C.tolist(), exact, strict=True):
+        spacing = 2.0**-23 * 2.0 ** math.floor(math.log2(abs(mean) + variance))
+        assert abs(value - float(variance)) < spacing**2 / 12 + 1e-15 * float(variance)
 
 
 def test_the_count_leaves_out_clients_without_weight() -> None:
@@ -176,12 +181,14 @@ def test_derivatives_are_added_with_their_weights() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 16])
-def test_message_sizes_are_7_plus_4C_and_2_plus_2C(channels: int) -> None:
-    ones = torch.ones(channels)
-    forward = messages.pack_moments(2, Shares([1.0], [4]), ones, ones)
-    backward = messages.pack_derivatives(3, Shares([1.0], [4]), torch.ones(2 * channels))
-    assert (forward.numel(), backward.numel()) == (7 + 4 * channels, 2 + 2 * channels)
-    assert (forward.dtype, backward.dtype) == (torch.float64, torch.float64)
+@pytest.mark.parametrize(("dtype", "forward"), [(torch.float32, 2), (torch.float64, 4)])
+def test_message_sizes(channels: int, dtype: torch.dtype, forward: int) -> None:
+    """7 + 2C, or of float64 moments 7 + 4C, and 2 + 2C."""
+    ones = torch.ones(channels, dtype=dtype)
+    there = messages.pack_moments(2, Shares([1.0], [4]), ones, ones)
+    back = messages.pack_derivatives(3, Shares([1.0], [4]), ones.repeat(2))
+    assert (there.numel(), back.numel()) == (7 + forward * channels, 2 + 2 * channels)
+    assert (there.dtype, back.dtype) == (torch.float64, torch.float64)
 
 
 def forward_message(tag: int, ranks: int) -> Tensor:

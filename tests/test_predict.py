@@ -78,7 +78,9 @@ def test_a_round_is_the_sum_of_its_terms() -> None:
     assert pooled.statistics == 3 * (2 + 3)
 
 
-WAITING = replace(SIMPLE, waits=((1.0, 2.0), (3.0, 6.0)), ranks_measured=4)
+WAITING = replace(
+    SIMPLE, waits=((1.0, 2.0), (3.0, 6.0)), ranks_measured=4, median_error=0.1, worst_error=0.2
+)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +196,8 @@ def test_a_prediction_is_compared_with_rounds(tmp_path: Path) -> None:
 
 
 def test_networks_are_named_by_models(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model=cnn: allowed is models=\[\.\.\.\] here"):
-        validate_prediction.configs("models=[mlp]", ["model=cnn"])
-    for word in ("clients=3", "algorithm=fedbn", "algorithm.synchronised_steps=3"):
-        with pytest.raises(ConfigError, match=f"{word}: allowed is .* here; leave it out"):
+    for word in ("model=cnn", "clients=3", "algorithm=fedbn", "algorithm.synchronised_steps=3"):
+        with pytest.raises(ConfigError, match=rf"{word}: .*leave it out; models=\[...\] names"):
             validate_prediction.configs("models=[mlp]", [word])
 
 
@@ -311,6 +311,20 @@ def test_a_mistake_names_option_value_and_remedy(option: str) -> None:
             '"algorithms": ["star"]}]}',
             "doubling",
         ),
+        *[
+            (
+                '{"networks": [{"name": "n", "alpha_s": 1, "beta_s_per_byte": 0, '
+                f'"algorithms": ["ring"], {measured}}}]}}',
+                why,
+            )
+            for measured, why in (
+                ('"ranks_measured": 1', "ranks_measured"),
+                ('"ranks_measured": "two"', "ranks_measured"),
+                ('"ranks_measured": 2', "median_error"),
+                ('"median_error": 0.1, "worst_error": 0.2', "ranks_measured"),
+                ('"ranks_measured": 2, "median_error": 0.1, "worst_error": -1', "worst_error"),
+            )
+        ],
     ],
 )
 def test_a_file_that_is_no_network_is_a_mistake(content: str, why: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +217,18 @@ def test_a_time_limit_does_not_end_a_run(way: str, slurm: Slurm) -> None:
     assert (slurm.folder / "run" / "checkpoints" / f"round-{before[-1]:06d}.pt").exists()
 
 
+def begun(way: str, slurm: Slurm, options: Sequence[str]) -> str:
+    """The number of a job of two nodes with two ranks each."""
+    if way == "sbatch":
+        return slurm.sbatch(*TWO_BY_TWO, *options, "run_dir=run")
+    return slurm.submit(*SUBMIT_TWO_BY_TWO, *options, "run_dir=run")[0]
+
+
 @pytest.mark.parametrize("way", ["sbatch", "submitit"])
 def test_a_rank_that_is_killed_costs_the_rounds_since_the_last_checkpoint(
     way: str, slurm: Slurm, undisturbed: Undisturbed
 ) -> None:
-    job = (
-        slurm.sbatch(*TWO_BY_TWO, *LONG, "run_dir=run")
-        if way == "sbatch"
-        else slurm.submit(*SUBMIT_TWO_BY_TWO, *LONG, "run_dir=run")[0]
-    )
+    job = begun(way, slurm, LONG)
     slurm.wait_for_round(25)
     kill(job, rank=2)
     assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
@@ -240,11 +243,7 @@ def test_a_rank_that_is_killed_in_start_up_costs_the_start(
     way: str, slurm: Slurm, undisturbed: Undisturbed
 ) -> None:
     """The others, which have not met it, are ended a minute later."""
-    job = (
-        slurm.sbatch(*TWO_BY_TWO, *SHORT, "run_dir=run")
-        if way == "sbatch"
-        else slurm.submit(*SUBMIT_TWO_BY_TWO, *SHORT, "run_dir=run")[0]
-    )
+    job = begun(way, slurm, SHORT)
     kill(job, rank=2)
     assert slurm.ended(job, 200)["JobState"] == "COMPLETED", slurm.said()
     assert same_models(slurm.folder / "run", undisturbed[SHORT])

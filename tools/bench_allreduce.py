@@ -18,43 +18,40 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import benchmarks
 import overrides
 
-from fedtan_hpc import cli, environment
+from fedtan_hpc import environment
 from fedtan_hpc.checks import check
 from fedtan_hpc.config import Config
 from fedtan_hpc.errors import ConfigError, mistake
 
 OWN = ("backends", "values", "repeats")
+_USUAL = "values=[1,64,1024,16384,262144,1048576]"
 _BLOCK_SECONDS = 0.05
 
 
 def main() -> None:
     """Time all carriers and sizes, and print."""
-    with cli.exit_codes("bench_allreduce"):
-        words = sys.argv[1:]
-        first = environment.rank_hint() == 0
-        if overrides.shows_help(words, __doc__):
-            return
-        own, job = overrides.split(words, OWN)
-        config = overrides.composed(job)
-        check(config)
-        values = overrides.values(
-            own.get("values", "values=[1,64,1024,16384,262144,1048576]"), "[64,1024]"
-        )
-        if wrong := [size for size in values if not isinstance(size, int) or size < 1]:
-            allowed = "whole numbers >= 1"
-            raise ConfigError(mistake("values", wrong[0], allowed, "for example values=[64]"))
-        repeats = benchmarks.repeats(own, 5)
-        results = measure(config, benchmarks.backends(own), values, repeats)
-        if first:
-            show(results)
-            setting = benchmarks.setting(config, repeats=repeats)
-            print(json.dumps({"setting": setting, "results": results}))
+    benchmarks.command("bench_allreduce", __doc__, OWN, _time)
+
+
+def _time(own: Mapping[str, str], job: list[str]) -> None:
+    config = overrides.composed(job)
+    check(config)
+    values = overrides.values(own.get("values", _USUAL), "[64,1024]")
+    if wrong := [size for size in values if not isinstance(size, int) or size < 1]:
+        allowed = "whole numbers >= 1"
+        raise ConfigError(mistake("values", wrong[0], allowed, "for example values=[64]"))
+    repeats = benchmarks.repeats(own, 5)
+    results = measure(config, benchmarks.backends(own), values, repeats)
+    if environment.rank_hint() == 0:
+        show(results)
+        setting = benchmarks.setting(config, repeats=repeats)
+        print(json.dumps({"setting": setting, "results": results}))
 
 
 def measure(
@@ -62,14 +59,11 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Microseconds of a sum of each size over each carrier, the slowest rank's."""
     found: dict[tuple[str, int], list[float]] = {}
-    for repeat in range(repeats + 1):  # the first warms up
-        for carrier in benchmarks.carriers(config, backends):
-            with carrier.started(config):
-                for size in sizes:
-                    took = _block(size, carrier.device)
-                    if repeat:
-                        found.setdefault((carrier.backend, size), []).append(took)
-        benchmarks.tell(repeat, repeats)
+    for carrier, counts in benchmarks.turns(config, backends, repeats):
+        for size in sizes:
+            took = _block(size, carrier.device)
+            if counts:
+                found.setdefault((carrier.backend, size), []).append(took)
     return [_result(backend, size, times) for (backend, size), times in found.items()]
 
 

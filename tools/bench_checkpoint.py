@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import benchmarks
 import overrides
 from benchmarks import Carrier
 
-from fedtan_hpc import cli, environment
+from fedtan_hpc import environment
 from fedtan_hpc.checks import check
 from fedtan_hpc.config import Config, to_dict
 
@@ -34,26 +33,25 @@ WAYS = ("none", "beside", "waiting")
 
 def main() -> None:
     """Time the ways and print."""
-    with cli.exit_codes("bench_checkpoint"):
-        words, first = sys.argv[1:], environment.rank_hint() == 0
-        if overrides.shows_help(words, __doc__):
-            return
-        own, job = overrides.split(words, ("repeats",))
-        config = overrides.composed(job)
-        repeats = benchmarks.repeats(own, 15)
-        check(config)
-        [carrier] = benchmarks.carriers(config, [str(config.comm.backend)])
-        with carrier.started(config), tempfile.TemporaryDirectory() as folder:
-            results = measure(config, carrier, Path(folder), repeats)
-        if first:
-            setting = benchmarks.setting(
-                config,
-                clients=config.clients,
-                algorithm=str(config.algorithm.name),
-                model=config.model.name,
-                repeats=repeats,
-            )
-            print(json.dumps({"setting": setting, **results}))
+    benchmarks.command("bench_checkpoint", __doc__, ("repeats",), _time)
+
+
+def _time(own: Mapping[str, str], job: list[str]) -> None:
+    config = overrides.composed(job)
+    repeats = benchmarks.repeats(own, 15)
+    check(config)
+    [carrier] = benchmarks.carriers(config, [str(config.comm.backend)])
+    with carrier.started(config), tempfile.TemporaryDirectory() as folder:
+        results = measure(config, carrier, Path(folder), repeats)
+    if environment.rank_hint() == 0:
+        setting = benchmarks.setting(
+            config,
+            clients=config.clients,
+            algorithm=str(config.algorithm.name),
+            model=config.model.name,
+            repeats=repeats,
+        )
+        print(json.dumps({"setting": setting, **results}))
 
 
 def measure(config: Config, carrier: Carrier, folder: Path, repeats: int) -> dict[str, Any]:

@@ -26,7 +26,6 @@ import bench_round
 import benchmarks
 import overrides
 
-from fedtan_hpc import cli
 from fedtan_hpc.checks import check
 from fedtan_hpc.config import Config
 from fedtan_hpc.errors import RunError
@@ -38,20 +37,19 @@ _LOOPS = ("plain", "local", "fedavg", "fedtan")
 
 def main() -> None:
     """Start a process for each variant, or be one of them (``only=...``)."""
-    with cli.exit_codes("bench_memory"):
-        words = sys.argv[1:]
-        if overrides.shows_help(words, __doc__):
-            return
-        own, job = overrides.split(words, OWN)
-        config = overrides.composed([*bench_round.DEFAULTS, "clients=1", *job])
-        check(config)
-        if "only" in own:
-            print(added(config, *own["only"].partition("=")[2].split("-")))
-            return
-        compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
-        results = measure(job, compiling, benchmarks.repeats(own, 3))
-        show(results)
-        print(json.dumps({"setting": benchmarks.setting(config), "results": results}))
+    benchmarks.command("bench_memory", __doc__, OWN, _measure_or_be_measured)
+
+
+def _measure_or_be_measured(own: Mapping[str, str], job: list[str]) -> None:
+    config = overrides.composed([*bench_round.DEFAULTS, "clients=1", *job])
+    check(config)
+    if "only" in own:
+        print(added(config, *own["only"].partition("=")[2].split("-")))
+        return
+    compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
+    results = measure(job, compiling, benchmarks.repeats(own, 3))
+    show(results)
+    print(json.dumps({"setting": benchmarks.setting(config), "results": results}))
 
 
 def measure(job: Sequence[str], compiling: Sequence[bool], repeats: int) -> list[dict[str, Any]]:

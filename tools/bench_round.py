@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ import overrides
 import rounds
 from benchmarks import Carrier
 
-from fedtan_hpc import cli, environment
+from fedtan_hpc import environment
 from fedtan_hpc.checks import check
 from fedtan_hpc.choices import AlgorithmName
 from fedtan_hpc.config import AlgorithmConfig, Config
@@ -50,21 +50,19 @@ class Variant:
 
 def main() -> None:
     """Time all variants and print."""
-    with cli.exit_codes("bench_round"):
-        words = sys.argv[1:]
-        first = environment.rank_hint() == 0
-        if overrides.shows_help(words, __doc__):
-            return
-        own, job = overrides.split(words, OWN)
-        config = overrides.composed([*DEFAULTS, *job])
-        compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
-        repeats = benchmarks.repeats(own, 9)
-        config.clients = environment.detect().world_size
-        check(config)
-        results = measure(config, benchmarks.backends(own), compiling, repeats)
-        if first:
-            show(results)
-            print(json.dumps({"setting": setting(config, repeats), "results": results}))
+    benchmarks.command("bench_round", __doc__, OWN, _time)
+
+
+def _time(own: Mapping[str, str], job: list[str]) -> None:
+    config = overrides.composed([*DEFAULTS, *job])
+    compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
+    repeats = benchmarks.repeats(own, 9)
+    config.clients = environment.detect().world_size
+    check(config)
+    results = measure(config, benchmarks.backends(own), compiling, repeats)
+    if environment.rank_hint() == 0:
+        show(results)
+        print(json.dumps({"setting": setting(config, repeats), "results": results}))
 
 
 def measure(

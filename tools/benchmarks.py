@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import overrides
 
-from fedtan_hpc import environment
+from fedtan_hpc import cli, environment
 from fedtan_hpc.choices import BackendName
 from fedtan_hpc.config import CommConfig, Config
 from fedtan_hpc.errors import ConfigError, mistake
+
+
+def command(
+    name: str,
+    text: str | None,
+    options: Sequence[str],
+    body: Callable[[Mapping[str, str], list[str]], None],
+) -> None:
+    """Run ``body`` with the tool's ``options`` by name and the words of the job, or show ``text``.
+
+    The process ends as all commands of the package do.
+    """
+    with cli.exit_codes(name):
+        words = sys.argv[1:]
+        if not overrides.shows_help(words, text):
+            body(*overrides.split(words, options))
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,15 @@ def carriers(config: Config, backends: Sequence[str]) -> list[Carrier]:
         place = device.choose(replace(config, comm=comm), info)
         found[place.backend] = Carrier(place.backend, place.device)
     return list(found.values())
+
+
+def turns(config: Config, backends: Sequence[str], repeats: int) -> Iterator[tuple[Carrier, bool]]:
+    """Each carrier, started, in turn, and whether this turn counts: the first of each warms up."""
+    for repeat in range(repeats + 1):
+        for carrier in carriers(config, backends):
+            with carrier.started(config):
+                yield carrier, repeat > 0
+        tell(repeat, repeats)
 
 
 def backends(own: Mapping[str, str]) -> list[str]:

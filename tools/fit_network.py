@@ -19,7 +19,6 @@ nodes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ import overrides
 import waits
 from network_model import Network, steps
 
-from fedtan_hpc import cli, environment
+from fedtan_hpc import environment
 from fedtan_hpc.checks import check
 from fedtan_hpc.config import Config
 
@@ -47,23 +46,21 @@ ranks some of these have nothing to send."""
 
 def main() -> None:
     """Time, fit and write."""
-    with cli.exit_codes("fit_network"):
-        words = sys.argv[1:]
-        first = environment.rank_hint() == 0
-        if overrides.shows_help(words, __doc__):
-            return
-        own, job = overrides.split(words, OWN)
-        config = overrides.composed(job)
-        check(config)
-        out = Path(overrides.folder(own.get("out", "out=network.json")))
-        backends, repeats = benchmarks.backends(own), benchmarks.repeats(own, 5)
-        ranks = environment.detect().world_size
-        if first:
-            overrides.check_writable(out)
-        timings, networks = measure(config, backends, ranks, repeats)
-        if first:
-            bench_allreduce.show(timings)
-            write(out, config, networks, timings, repeats)
+    benchmarks.command("fit_network", __doc__, OWN, _fit_and_write)
+
+
+def _fit_and_write(own: Mapping[str, str], job: list[str]) -> None:
+    config = overrides.composed(job)
+    check(config)
+    out = Path(overrides.folder(own.get("out", "out=network.json")))
+    backends, repeats = benchmarks.backends(own), benchmarks.repeats(own, 5)
+    ranks, first = environment.detect().world_size, environment.rank_hint() == 0
+    if first:
+        overrides.check_writable(out)
+    timings, networks = measure(config, backends, ranks, repeats)
+    if first:
+        bench_allreduce.show(timings)
+        write(out, config, networks, timings, repeats)
 
 
 def measure(

@@ -15,7 +15,7 @@ from fedtan_hpc.choices import AlgorithmName
 from fedtan_hpc.config import AlgorithmConfig, Config
 
 _ROUNDS = 5
-"""Rounds of local steps that are timed, after one that warms up."""
+"""Rounds of each kind that are timed, after one that warms up."""
 
 
 def methods(config: Config, model: Any, channels: Sequence[int], clients: int) -> list[Method]:

@@ -168,4 +168,16 @@ def _network(values: Any) -> Network:
         raise ValueError(f"algorithms are some of {', '.join(ALGORITHMS)}")
     if not isinstance(network.ranks_a_node, int) or network.ranks_a_node < 1:
         raise ValueError("ranks_a_node is to be a whole number >= 1")
+    _check_measurement(network)
     return network
+
+
+def _check_measurement(network: Network) -> None:
+    """Raise ``ValueError`` unless it is a whole one, or none."""
+    ranks, errors = network.ranks_measured, (network.median_error, network.worst_error)
+    if ranks is None and errors == (None, None):
+        return
+    if not isinstance(ranks, int) or ranks < 2:
+        raise ValueError("ranks_measured is to be a whole number >= 2")
+    if not all(isinstance(error, float | int) and error >= 0 for error in errors):
+        raise ValueError("median_error and worst_error are to be numbers >= 0")

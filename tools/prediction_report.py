@@ -52,8 +52,12 @@ def markdown(setting: Mapping[str, Any], rows: Rows, command: str) -> Iterator[s
     """What was assumed, and a table for each network."""
     here = setting["step_measured_here"]
     how = f"measured here: {setting['machine']}, threads {setting['threads']}" if here else "given"
-    its = setting["synchronised_step_seconds"]
-    synchronised = "" if its is None else f", one with global statistics {_told(its)}"
+    others = ("synchronised", "one with global statistics"), ("pooled", "one of pooled gradients")
+    more = "".join(
+        f", {what} {_told(setting[f'{kind}_step_seconds'])}"
+        for kind, what in others
+        if setting[f"{kind}_step_seconds"] is not None
+    )
     yield "# Predicted rounds on more ranks"
     yield f"\n    {command}\n"
     yield (
@@ -61,7 +65,7 @@ def markdown(setting: Mapping[str, Any], rows: Rows, command: str) -> Iterator[s
         f"{setting['parameters']:,} parameters, {setting['batchnorm_layers']} BN layers with "
         f"{setting['channels']:,} channels; batches of {setting['batch_size']}, "
         f"{setting['local_steps']} local steps a round. A local step of a client takes "
-        f"{_told(setting['step_seconds'])}{synchronised} ({how}, torch {setting['torch']})."
+        f"{_told(setting['step_seconds'])}{more} ({how}, torch {setting['torch']})."
     )
     if here:
         yield "For another machine give that one's: `compute_seconds=...`."
@@ -99,10 +103,12 @@ def _fit(network: Mapping[str, Any]) -> str:
     """How far a fit is from its measurements, and that more ranks are more than it knows."""
     if network["ranks_measured"] is None:
         return ""
+    waits = ", ".join(f"{_told(wait)} after {_told(taken)}" for taken, wait in network["waits"])
+    median, worst = 100 * network["median_error"], 100 * network["worst_error"]
     return (
-        f" Off by {100 * network['median_error']:.0f} % (median) and "
-        f"{100 * network['worst_error']:.0f} % (worst) on the {network['ranks_measured']} ranks "
-        "it was measured on; more of them are an extrapolation along the same links."
+        f" A sum after computing waits {waits}. Off by {median:.0f} % (median) and {worst:.0f} % "
+        f"(worst) on the {network['ranks_measured']} ranks it was measured on; more of them are an "
+        "extrapolation along the same links."
     )
 
 

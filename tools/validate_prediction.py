@@ -31,7 +31,7 @@ from benchmarks import Carrier
 from network_model import Network
 from round_model import Method, terms
 
-from fedtan_hpc import cli, environment
+from fedtan_hpc import environment
 from fedtan_hpc.checks import check
 from fedtan_hpc.choices import AlgorithmName
 from fedtan_hpc.config import AlgorithmConfig, Config
@@ -46,29 +46,25 @@ Times = dict[tuple[str, str], list[float]]
 
 def main() -> None:
     """Fit, time, compare and print."""
-    with cli.exit_codes("validate_prediction"):
-        words = sys.argv[1:]
-        first = environment.rank_hint() == 0
-        if overrides.shows_help(words, __doc__):
-            return
-        own, job = overrides.split(words, OWN)
-        backends, repeats = benchmarks.backends(own), benchmarks.repeats(own, 9)
-        jobs = configs(own.get("models", "models=[mlp,cnn,resnet20]"), job)
-        results = validate(jobs, backends, repeats)
-        if first:
-            show(results)
-            print(json.dumps({"setting": setting(jobs[0], repeats), "results": results}))
+    benchmarks.command("validate_prediction", __doc__, OWN, _compare)
+
+
+def _compare(own: Mapping[str, str], job: list[str]) -> None:
+    backends, repeats = benchmarks.backends(own), benchmarks.repeats(own, 9)
+    jobs = configs(own.get("models", "models=[mlp,cnn,resnet20]"), job)
+    results = validate(jobs, backends, repeats)
+    if environment.rank_hint() == 0:
+        show(results)
+        print(json.dumps({"setting": setting(jobs[0], repeats), "results": results}))
 
 
 def configs(word: str, job: Sequence[str]) -> list[Config]:
     """A job for each network; raises ``ConfigError``."""
-    instead = {"model": "models=[...]", "clients": "one client a rank", "algorithm": "no algorithm"}
     for each in job:
         option, _, value = each.lstrip("+").partition("=")
-        if (first := option.partition(".")[0]) in instead and option in (first, "algorithm.name"):
-            raise ConfigError(mistake(option, value, f"{instead[first]} here", "leave it out"))
-        if option.startswith("algorithm."):
-            raise ConfigError(mistake(option, value, "its default here", "leave it out"))
+        if option in ("model", "clients") or option.partition(".")[0] == "algorithm":
+            remedy = "leave it out; models=[...] names networks"
+            raise ConfigError(mistake(option, value, "no value (this tool sets it)", remedy))
     ranks, found = environment.detect().world_size, []
     for name in overrides.values(word, "[mlp,cnn]"):
         config = overrides.composed([*_DEFAULTS, *job, f"model={name}", f"clients={ranks}"])

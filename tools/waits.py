@@ -29,15 +29,11 @@ def measure(config: Config, backends: Sequence[str], repeats: int) -> dict[str, 
 
     torch.set_num_threads(config.threads or 1)
     found: dict[str, dict[float, list[tuple[float, float]]]] = {}
-    for repeat in range(repeats + 1):  # the first warms up
-        for carrier in benchmarks.carriers(config, backends):
-            with carrier.started(config):
-                for wanted in COMPUTED:
-                    pair = _pair(wanted, carrier.device)
-                    if repeat:
-                        pairs = found.setdefault(carrier.backend, {}).setdefault(wanted, [])
-                        pairs.append(pair)
-        benchmarks.tell(repeat, repeats)
+    for carrier, counts in benchmarks.turns(config, backends, repeats):
+        for wanted in COMPUTED:
+            pair = _pair(wanted, carrier.device)
+            if counts:
+                found.setdefault(carrier.backend, {}).setdefault(wanted, []).append(pair)
     return {name: sorted(_middle(pairs) for pairs in of.values()) for name, of in found.items()}
 
 
