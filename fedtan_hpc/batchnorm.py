@@ -66,9 +66,11 @@ class FedTANBatchNorm(_BatchNorm):
             state.pop(name, None)
         return {**state, "_has_context": False}
 
-    @torch.no_grad()
     def _update_running_statistics(self, mean_C: Tensor, variance_C: Tensor) -> None:
-        """Move towards the global mean and unbiased variance, the same bits on every rank."""
+        """Move towards the global mean and unbiased variance, the same bits on every rank.
+
+        No gradient is recorded where this is called: inside of the layer's own function.
+        """
         if self.running_mean is None or self.running_var is None:
             return
         share = self.momentum
@@ -79,7 +81,7 @@ class FedTANBatchNorm(_BatchNorm):
         if share is None:
             raise ValueError("momentum=None needs num_batches_tracked")
         for running, now in ((self.running_mean, mean_C), (self.running_var, variance_C)):
-            running.mul_(1 - share).add_(now.to(running.dtype), alpha=share)
+            running.lerp_(now.to(running.dtype), share)
 
     def _check_input_dim(self, input: Tensor) -> None:
         self._kind._check_input_dim(self, input)

@@ -84,8 +84,8 @@ class Rehearsal:
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What came in, in float64."""
-        return mean_KC[0].double(), variance_KC[0].double()
+        """What came in."""
+        return mean_KC[0], variance_KC[0]
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
         """What came in, in float64."""

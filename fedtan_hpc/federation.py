@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import comm, messages
 from .lockstep import Lockstep
-from .messages import GlobalMoments, Shares
+from .messages import Shares
 
 Update = Callable[[Tensor, Tensor], None]
 """Moves a layer's running statistics towards a mean and an unbiased variance, (C,) or (K, C)."""
@@ -40,7 +40,7 @@ class LayerCall(Protocol):
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The clients' own moments in, those to normalise by out: (C,) or (K, C), float64."""
+        """The clients' own moments in, those to normalise by out, (C,) or (K, C); one dtype."""
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
         """The clients' own two sums per channel in, those to use out: (2C,) or (K, 2C)."""
@@ -71,7 +71,7 @@ class GlobalCall:
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One collective: the clients' moments in, the global ones out, (C,) float64 each.
+        """One collective: the clients' moments in, the global ones out, (C,) each.
 
         Moves the running statistics too: this is the one place that all ways of running a layer
         pass exactly once, outside of any tracing.
@@ -80,18 +80,16 @@ class GlobalCall:
         message = messages.pack_moments(tag, shares, mean_KC, variance_KC)
         message = self._send(message, tag, messages.check_moments)
         moments = messages.unpack_moments(message, mean_KC.size(-1))
-        self._move_running_statistics(moments)
-        return moments.mean_C, moments.variance_C
+        mean_C, variance_C = (v.to(mean_KC.dtype) for v in (moments.mean_C, moments.variance_C))
+        n = moments.count
+        self.update(mean_C, variance_C * (n / (n - 1)))
+        return mean_C, variance_C
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
         """One collective: the clients' two sums per channel in, sum_k p_k sums_k out; float64."""
         tag, shares = 2 * self.number + 1, self.federation.shares(counts)
         message = messages.pack_derivatives(tag, shares, sums_K2C)
         return messages.unpack_derivatives(self._send(message, tag, messages.check_derivatives))
-
-    def _move_running_statistics(self, moments: GlobalMoments) -> None:
-        n = moments.count
-        self.update(moments.mean_C, moments.variance_C * (n / (n - 1)))
 
     def _send(self, message: Tensor, tag: int, check: Callable[[Tensor, int, int], None]) -> Tensor:
         message = self.federation.sum(message)

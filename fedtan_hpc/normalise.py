@@ -176,7 +176,7 @@ def normalise(
     counts = _counts(x, call, clients)
     moments = local_moments(x, call.mask_KN, clients, counts)
     wide = statistics_dtype(x)
-    mean_C, variance_C = (v.to(wide) for v in call.share_moments(counts, *moments))
+    mean_C, variance_C = call.share_moments(counts, *moments)
     y = torch.batch_norm(
         x,
         None if gamma is None else gamma.to(wide),

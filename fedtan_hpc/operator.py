@@ -81,8 +81,7 @@ def share_moments(
     _USES[caller].append(call)
     use = torch.tensor(len(_USES[caller]) - 1)  # on the CPU: reading it waits for no device
     mean, variance = call.share_moments([count], mean_C.unsqueeze(0), variance_C.unsqueeze(0))
-    r = (variance + eps).rsqrt_().to(mean_C.dtype)
-    return mean.to(mean_C.dtype, copy=True).view(-1), r.view(-1), use
+    return mean.clone().view(-1), (variance + eps).rsqrt_().view(-1), use
 
 
 @share_moments.register_fake

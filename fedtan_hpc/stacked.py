@@ -266,12 +266,12 @@ class LocalCall:
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What came in, in float64."""
+        """What came in."""
         if min(counts) < 2:
             raise ValueError("one value per channel in a client's batch; a variance needs two")
         n_K1 = mean_KC.new_tensor(counts).unsqueeze(1)
         self.running.move(mean_KC, variance_KC * (n_K1 / (n_K1 - 1)), self.lanes)
-        return mean_KC.double(), variance_KC.double()
+        return mean_KC, variance_KC
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
         """What came in, in float64."""
