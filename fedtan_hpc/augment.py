@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from . import streams
 from .config import DataConfig
+from .transfer import send
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Decisions:
 
     def to(self, device: torch.device) -> Decisions:
         """The same decisions on ``device``."""
-        flips = None if self.flips_EB is None else self.flips_EB.to(device)
-        offsets = None if self.offsets_EB2 is None else self.offsets_EB2.to(device)
+        flips = None if self.flips_EB is None else send(self.flips_EB, device)
+        offsets = None if self.offsets_EB2 is None else send(self.offsets_EB2, device)
         return Decisions(self.padding, flips, offsets)
 
     def apply(self, step: int, inputs_BCHW: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import comm
+from .transfer import send
 
 _HEADER = 2
 
@@ -100,7 +101,8 @@ class ModelSum:
         Raises ``ValueError`` on every rank for weights that are not shares of 1.
         """
         for message in self._messages:
-            message[:_HEADER] = message.new_tensor([self._weight, self._bad])
+            header = torch.tensor([self._weight, self._bad], dtype=message.dtype)
+            message[:_HEADER] = send(header, message.device)
             comm.sum_for_training(message, group, of_models=True)
         for message in self._messages:
             _check_weights(message[:_HEADER], comm.world_size(group))

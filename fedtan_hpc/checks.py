@@ -100,6 +100,9 @@ def _schedule(schedule: LrScheduleConfig) -> Iterator[str]:
 
 
 def _places(config: Config) -> Iterator[str]:
+    if config.tf32 and (config.device is DeviceName.cpu or config.precision != "float32"):
+        allowed = "false, unless device is auto or cuda and precision is float32"
+        yield mistake("tf32", "true", allowed, "leave it out")
     if config.run_dir is not None and not config.run_dir.strip():
         remedy = "name a folder or leave it out"
         yield mistake("run_dir", config.run_dir, "the name of a folder, or null", remedy)

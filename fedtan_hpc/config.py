@@ -255,6 +255,8 @@ class Config:
     """Where ranks compute: auto is cuda where there is one, else cpu."""
     precision: PrecisionName = PrecisionName.float32
     """float64: exact comparisons; bfloat16: training's large operations alone, by autocast."""
+    tf32: bool = False
+    """On a GPU: float32's products and convolutions in TensorFloat-32, quicker, of 11 bits."""
     compile: bool = False
     """Compile training steps (torch.compile); if a rank cannot, all go on eagerly, and say so."""
     channels_last: bool = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -57,6 +59,21 @@ def choose(config: Config, info: RankInfo) -> Place:
         return Place(device, "mpi", threads)
     gloo = shared or config.comm.backend is BackendName.gloo
     return Place(device, "gloo" if gloo else "nccl", threads)
+
+
+@contextmanager
+def tensor_float(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may round the inputs of float32 products and convolutions to TensorFloat-32.
+
+    torch lets convolutions do so unless told otherwise.  The caller's choice is put back.
+    """
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def _on_cpu(config: Config, info: RankInfo) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from . import comm, messages
@@ -94,13 +95,13 @@ class GlobalCall:
     def _send(self, message: Tensor, tag: int, check: Callable[[Tensor, int, int], None]) -> Tensor:
         message = self.federation.sum(message)
 
-        def verify() -> None:
+        def verify(header: Tensor) -> None:
             try:
-                check(message, tag, comm.world_size(self.federation.group))
+                check(header, tag, comm.world_size(self.federation.group))
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"layer {self.layer}: {error}") from None
 
-        self.federation.verify_soon(verify, now=message.device.type == "cpu")
+        self.federation.verify_soon(message[: messages.HEADER], verify)
         return message
 
 
@@ -123,7 +124,7 @@ class Federation:
     is_stacked: bool = False
     is_open: bool = True
     _calls: list[int] = field(default_factory=list)
-    _unverified: list[Callable[[], None]] = field(default_factory=list)
+    _unverified: list[tuple[Tensor, Callable[[Tensor], None]]] = field(default_factory=list)
     _shares: dict[tuple[int, ...], Shares] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,13 +153,10 @@ class Federation:
         mine = update if self.updates is None else self.updates[index]
         return GlobalCall(self, self.layers[index], number, mine, self.mask_KN, self.sizes)
 
-    def verify_soon(self, verify: Callable[[], None], now: bool) -> None:
-        """Run ``verify`` at once, or when the context ends if that spares waiting for a device."""
-        if now or not self.is_open:
-            verify()
-        else:
-            self._unverified.append(verify)
-        if len(self._unverified) > _CALLS:
+    def verify_soon(self, header: Tensor, verify: Callable[[Tensor], None]) -> None:
+        """Run ``verify`` at once, or with all others when the context ends: a GPU is waited for."""
+        self._unverified.append((header, verify))
+        if header.device.type == "cpu" or not self.is_open or len(self._unverified) > _CALLS:
             self._verify()
 
     def close(self) -> None:
@@ -167,6 +165,13 @@ class Federation:
         self._verify()
 
     def _verify(self) -> None:
+        """All headers are read at once."""
         unverified, self._unverified = self._unverified, []
-        for verify in unverified:
-            verify()
+        if len(unverified) > 1:
+            headers = torch.cat([header for header, _ in unverified]).cpu()
+            sizes = [len(header) for header, _ in unverified]
+            read = headers.split(sizes)
+        else:
+            read = tuple(header for header, _ in unverified)
+        for header, (_, verify) in zip(read, unverified, strict=True):
+            verify(header)

@@ -14,7 +14,7 @@ import torch
 from . import comm, device, environment, outcome, resume, run_folder, signals, trial
 from .checks import check
 from .config import Config, to_dict
-from .device import Place
+from .device import Place, tensor_float
 from .display import Display, show_result
 from .environment import RankInfo
 from .errors import AgreedError, ConfigError, RunError, Stopped
@@ -101,6 +101,7 @@ def _run(config: Config, log: NullLog | None, stop: Stop) -> Summary:
         _process_group(config, info, place, folder),
         ExitStack() as held,
         _random_state(place),
+        tensor_float(config.tf32),
     ):
         summary, taken = _claim(folder, config, held)
         if summary is None:

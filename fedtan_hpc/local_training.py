@@ -18,6 +18,7 @@ from .clients import Client
 from .data import Samples, batch_indices
 from .loss import Loss
 from .running import held
+from .transfer import send
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class LocalTraining:
             round_number,
             self.sampling,
         )
-        return indices_EB.to(client.samples.labels.device)
+        return send(indices_EB, client.samples.labels.device)
 
     def _decisions(self, client: Client, round_number: int, batches_EB: Tensor) -> Decisions | None:
         """What is done to the images of those batches."""

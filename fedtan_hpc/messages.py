@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import halves
+from . import halves, transfer
 
 WEIGHT_TOLERANCE = 1e-6
 """How far from 1 the weights' sum may be."""
 
-_HEADER = 7
+HEADER = 7
+"""Numbers before those of the channels; on the way back there are two."""
 
 _MIXED = (
     "another rank sent the statistics of another layer: all ranks must run the same layers in the "
@@ -109,7 +110,7 @@ def pack_moments(tag: int, shares: Shares, mean_KC: Tensor, variance_KC: Tensor)
     mean, variance = mean_KC.reshape(clients, -1), variance_KC.reshape(clients, -1)
     sums = _sums_in_halves if mean.dtype is torch.float64 else _sums
     bodies = _over_clients(sums(shares, mean, variance), shares)
-    header = bodies.new_tensor([tag, tag * tag, *shares.header])
+    header = _numbers((tag, tag * tag, *shares.header), bodies)
     return torch.cat([header, bodies.flatten()])
 
 
@@ -133,8 +134,8 @@ def _sums_in_halves(shares: Shares, mean_KC: Tensor, variance_KC: Tensor) -> Ten
 
 def unpack_moments(message: Tensor, channels: int) -> GlobalMoments:
     """Global mean sum p m and variance sum p (v + (m - mean)^2) from the summed message."""
-    header, body = message[:_HEADER], message[_HEADER:]
-    count, high, low = _numbers(header)[4:]
+    header, body = message[:HEADER], message[HEADER:]
+    count, high, low = _values(header)[4:]
     if len(body) == 4 * channels:
         mean, variance = _moments_from_halves(header, body)
     else:
@@ -143,7 +144,7 @@ def unpack_moments(message: Tensor, channels: int) -> GlobalMoments:
     return GlobalMoments(mean, variance.clamp_min_(0.0), count)
 
 
-def _numbers(header: Tensor) -> Sequence[Any]:
+def _values(header: Tensor) -> Sequence[Any]:
     """Plain ones on a CPU, where they are quicker to use; elsewhere reading them would wait."""
     return header.tolist() if header.device.type == "cpu" else header.unbind()
 
@@ -165,19 +166,24 @@ def pack_derivatives(tag: int, shares: Shares, sums_K2C: Tensor) -> Tensor:
     """The backward message: tag, then p times the two sums per channel; (2 + 2C,) float64."""
     sums = sums_K2C.reshape(len(shares.weights), -1).double()
     weighted = sums * _factors(shares.counted_weights, sums)
-    return torch.cat([sums.new_tensor([tag, tag * tag]), _over_clients(weighted, shares)])
+    return torch.cat([_numbers((tag, tag * tag), sums), _over_clients(weighted, shares)])
 
 
 def _factors(numbers: Sequence[float], like: Tensor) -> Tensor | float:
     """One for each client: (K, 1), or a number, which is quicker to multiply by."""
-    return numbers[0] if len(numbers) == 1 else like.new_tensor(numbers).unsqueeze(1)
+    return numbers[0] if len(numbers) == 1 else _numbers(tuple(numbers), like).unsqueeze(1)
+
+
+def _numbers(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    return transfer.constant(numbers, like.dtype, like.device)
 
 
 def _over_clients(values: Tensor, shares: Shares) -> Tensor:
     """Sums (..., C) of (..., K, C) over the clients that take part."""
     if not all(shares.taking_part):  # zeros, whatever they are
-        out = [not part for part in shares.taking_part]
-        values = values.masked_fill(torch.tensor(out, device=values.device).unsqueeze(1), 0.0)
+        absent = tuple(not part for part in shares.taking_part)
+        out = transfer.constant(absent, torch.bool, values.device)
+        values = values.masked_fill(out.unsqueeze(1), 0.0)
     return values.squeeze(-2) if len(shares.weights) == 1 else values.sum(-2)
 
 
@@ -201,7 +207,7 @@ def check_moments(message: Tensor, tag: int, ranks: int) -> None:
 
     ``ValueError`` for weights and batches, ``RuntimeError`` for ranks at different layers.
     """
-    tags, squares, bad_weights, empty_batches, count, high, low = message[:_HEADER].tolist()
+    tags, squares, bad_weights, empty_batches, count, high, low = message[:HEADER].tolist()
     _check_tags(tags, squares, tag, ranks)
     if bad_weights:
         raise ValueError(f"{bad_weights:.0f} weights on {ranks} ranks are negative or not finite")

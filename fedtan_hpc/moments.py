@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .transfer import constant
+
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """At least float32."""
@@ -36,7 +38,7 @@ def _masked_moments(
     """By plain operations; padding must be finite."""
     values = x.reshape(len(x), clients, x.size(1) // clients, -1)  # (N, K, C, values of a sample)
     mask = mask_KN.t()[:, :, None, None].to(x.dtype)
-    n_K1 = x.new_tensor(counts).unsqueeze(1)
+    n_K1 = constant(tuple(counts), x.dtype, x.device).unsqueeze(1)
     mean_KC = (values * mask).sum((0, 3)) / n_K1
     deviations = (values - mean_KC[:, :, None]) * mask
     return mean_KC, deviations.square().sum((0, 3)) / n_K1

@@ -29,6 +29,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .federation import LayerCall
 from .moments import local_moments, local_sums, statistics_dtype
+from .transfer import constant
 
 
 class Normalise(torch.autograd.Function):
@@ -238,7 +239,7 @@ def _per_value(sums: Tensor, counts: Sequence[int]) -> Tensor:
     """s1 / n_k and s2 / n_k, (2, K C), from sums of all clients, (2C,), or each one's, (K, 2C)."""
     if len(counts) == 1:  # a number divides quicker than a tensor
         return sums.view(2, -1) / max(counts[0], 1)
-    n_K1 = sums.new_tensor(counts).clamp_min(1).unsqueeze(1)
+    n_K1 = constant(tuple(counts), sums.dtype, sums.device).clamp_min(1).unsqueeze(1)
     per_value_K2C: Tensor = (sums / n_K1).unflatten(1, (2, -1))
     return per_value_K2C.transpose(0, 1).flatten(1)
 

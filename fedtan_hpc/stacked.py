@@ -25,6 +25,7 @@ from .batchnorm import FedTANBatchNorm, batchnorm_layers, normalised_by
 from .federation import Federation, LayerCall, Update
 from .local_training import LocalRun, Pull
 from .pooled_gradients import mean_over_ranks
+from .transfer import constant
 
 _PLAIN = torch.contiguous_format
 """Of a stack's parameters: vmap has no quick way for images that are channels last."""
@@ -129,7 +130,7 @@ class Stack:
         mask = None
         if min(sizes) < max(sizes):
             place = torch.arange(max(sizes), device=labels.device)
-            mask = place < torch.tensor(sizes, device=labels.device).unsqueeze(1)
+            mask = place < constant(tuple(sizes), torch.int64, labels.device).unsqueeze(1)
         return Padded(inputs, labels, mask, sizes)
 
     def _gradients(
@@ -151,7 +152,8 @@ class Stack:
     def _pool(self, gradients: dict[str, Tensor]) -> None:
         """Give all clients sum_k p_k g_k over the stack and all ranks."""
         weights = [run.client.weight for run in self._runs]
-        p_K = next(iter(gradients.values())).new_tensor(weights)
+        like = next(iter(gradients.values()))
+        p_K = constant(tuple(weights), like.dtype, like.device)
         means = [torch.tensordot(p_K, value, dims=1) for value in gradients.values()]
         mean_over_ranks(means)
         for name, mean in zip(gradients, means, strict=True):
@@ -183,7 +185,7 @@ class RunningStatistics:
             assert layer.num_batches_tracked is not None
             both = (layer.running_mean, layer.running_var)
             self._buffers = [value.expand(clients, -1).clone() for value in both]
-            self._counts += layer.num_batches_tracked.cpu()
+            self._counts = layer.num_batches_tracked.repeat(clients)
 
     def move(self, mean: Tensor, variance: Tensor, lanes: slice = slice(None)) -> None:
         """Towards the given moments, (C,) for all clients or (K, C) for those of ``lanes``."""
@@ -204,7 +206,7 @@ class RunningStatistics:
             assert layer.num_batches_tracked is not None
             self._buffers[0][lane] = layer.running_mean
             self._buffers[1][lane] = layer.running_var
-            self._counts[lane] = layer.num_batches_tracked.cpu()
+            self._counts[lane] = layer.num_batches_tracked
 
     def copy_to(self, layer: FedTANBatchNorm, lane: int) -> None:
         """The statistics of one client, and the batches that all have seen."""
@@ -214,7 +216,7 @@ class RunningStatistics:
             assert layer.num_batches_tracked is not None
             layer.running_mean.copy_(self._buffers[0][lane])
             layer.running_var.copy_(self._buffers[1][lane])
-            layer.num_batches_tracked.fill_(int(self._counts[lane]))
+            layer.num_batches_tracked.copy_(self._counts[lane])
 
 
 def why_not(model: nn.Module, sample: Tensor) -> Exception | None:
@@ -269,7 +271,7 @@ class LocalCall:
         """What came in."""
         if min(counts) < 2:
             raise ValueError("one value per channel in a client's batch; a variance needs two")
-        n_K1 = mean_KC.new_tensor(counts).unsqueeze(1)
+        n_K1 = constant(tuple(counts), mean_KC.dtype, mean_KC.device).unsqueeze(1)
         self.running.move(mean_KC, variance_KC * (n_K1 / (n_K1 - 1)), self.lanes)
         return mean_KC, variance_KC
 

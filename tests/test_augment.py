@@ -113,7 +113,8 @@ def test_nothing_else_changes() -> None:
     assert augmented.shape == before.shape
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_gpu_gives_the_same_bits() -> None:
     device = torch.device("cuda")
     augmented = drawn().to(device).apply(2, inputs().to(device))

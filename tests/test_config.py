@@ -125,6 +125,8 @@ WRONG = [
     (["device=tpu"], "device", "tpu"),
     (["comm.backend=mpich"], "comm.backend", "mpich"),
     (["comm.backend=nccl", "device=cpu"], "comm.backend", "nccl"),
+    (["tf32=true", "device=cpu"], "tf32", "true"),
+    (["tf32=true", "precision=bfloat16"], "tf32", "true"),
     (["comm.timeout_seconds=-1"], "comm.timeout_seconds", "-1.0"),
     (["optimizer.lr=0"], "optimizer.lr", "0.0"),
     (["optimizer.lr=nan"], "optimizer.lr", "nan"),

@@ -29,6 +29,7 @@ ROOMS = [
     "explain",
     "manual",
     "device",
+    "transfer",
     "mpi_library",
     "mpi_buffers",
     "mpi_group",

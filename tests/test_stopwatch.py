@@ -74,6 +74,7 @@ def test_a_gpu_hands_over_what_it_has_passed(gpu: torch.device) -> None:
     assert len(found) == 3
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_a_real_gpu_times_what_is_done_in_its_stream() -> None:
     found: list[float] = []

@@ -59,7 +59,10 @@ def _time(own: Mapping[str, str], job: list[str]) -> None:
     repeats = benchmarks.repeats(own, 9)
     config.clients = environment.detect().world_size
     check(config)
-    results = measure(config, benchmarks.backends(own), compiling, repeats)
+    from fedtan_hpc.device import tensor_float
+
+    with tensor_float(config.tf32):
+        results = measure(config, benchmarks.backends(own), compiling, repeats)
     if environment.rank_hint() == 0:
         show(results)
         print(json.dumps({"setting": setting(config, repeats), "results": results}))

@@ -1,0 +1,124 @@
+"""On one GPU: the results of a CPU, and no waiting for the device inside of a round.
+
+pytest -n 1 -m gpu
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import commands
+import pytest
+import torch
+from ranks import on_ranks
+from test_compile import config, distance
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from fedtan_hpc.algorithms import plan
+from fedtan_hpc.choices import CohortMode, PrecisionName
+from fedtan_hpc.config import CohortConfig, Config
+from fedtan_hpc.device import Place, tensor_float
+from fedtan_hpc.local_training import Round
+from fedtan_hpc.prepare import prepare
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+ON_CPU = Place(torch.device("cpu"), "gloo")
+ON_GPU = Place(torch.device("cuda", 0), "gloo")
+
+
+def trained(options: Config, place: Place) -> dict[str, Tensor]:
+    trainer = prepare(options, place)
+    trainer.train([])
+    return {name: value.cpu() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+@pytest.mark.parametrize(
+    "algorithm", ["fedtan", "fedavg", "fixbn", "silobn", "fbn", "hbn", "centralised"]
+)
+def test_a_gpu_trains_the_model_that_a_cpu_trains(algorithm: str, clients: int) -> None:
+    """One client, and three that are stacked."""
+    options = config(algorithm, clients=clients)
+    assert distance(trained(options, ON_GPU), trained(options, ON_CPU)) < 1e-10
+
+
+@pytest.mark.parametrize("clients", [2, 5])
+def test_ranks_that_share_a_gpu_train_the_same_model(clients: int) -> None:
+    options = config(clients=clients)
+    alone = trained(options, ON_CPU)
+    for state in on_ranks(2, trained, options, ON_GPU):
+        assert distance(state, alone) < 1e-10
+
+
+def test_bfloat16_trains_close_to_float32() -> None:
+    states = [
+        trained(config(precision=precision, rounds=1), ON_GPU)
+        for precision in (PrecisionName.bfloat16, PrecisionName.float32)
+    ]
+    assert 1e-6 < distance(*states) < 0.3
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_a_job_over_nccl_and_a_compiled_one_end_where_a_cpu_does(
+    algorithm: str, tmp_path: Path
+) -> None:
+    losses = []
+    words = ["clients=1", "partition=iid", "rounds=3", "precision=float64"]
+    ways = {"cpu": ["device=cpu"], "nccl": ["device=cuda"], "compiled": ["compile=true"]}
+    for name, more in ways.items():
+        start = ("torchrun", "--nproc-per-node", "1", "-m", "fedtan_hpc", f"algorithm={algorithm}")
+        done = commands.run(*start, f"run_dir={name}", *words, *more, cwd=tmp_path, seconds=300)
+        assert done.returncode == 0, done.stderr
+        assert "cannot compile" not in done.stderr
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["backend"] == ("gloo" if name == "cpu" else "nccl")
+        losses.append(summary["test_loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(("algorithm", "reads"), [("fedtan", 2), ("fedavg", 1)])
+@pytest.mark.parametrize("mode", [CohortMode.auto, CohortMode.stacked])
+def test_a_round_waits_for_the_device_at_its_checks_alone(
+    algorithm: str, reads: int, mode: CohortMode
+) -> None:
+    """Of the statistics' headers, all in one, and of the average's."""
+    clients = 3 if mode is CohortMode.stacked else 1
+    options = config(algorithm, clients=clients, local_steps=5, cohort=CohortConfig(mode=mode))
+    trainer = prepare(options, ON_GPU)
+    hosted = trainer._hosted(trainer._participants(1))
+    for number in (1, 2, 3):
+        now = Round(number, 0.05, plan(options, number))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                trainer.cohort.train(hosted, now)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in said if "synchronizing" in str(each.message)]
+    assert len(waits) <= reads, waits
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
+    reason="this GPU has no TensorFloat-32",
+)
+def test_convolutions_are_of_24_bits_unless_tf32_is_asked_for() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    exact = conv2d(x.double(), weight.double())
+    errors = {}
+    for allowed in (False, True):
+        with tensor_float(allowed):
+            found = conv2d(x.cuda(), weight.cuda()).cpu().double()
+        errors[allowed] = float((found - exact).norm() / exact.norm())
+    assert errors[False] < 1e-6
+    assert 1e-5 < errors[True] < 1e-2
