@@ -8,9 +8,9 @@ models=[...]    networks (default [mlp,cnn,resnet20])
 repeats=N       rounds of each kind that count, alternating (default 9)
 
 All other words are options of the job.  Every rank has one client with random samples.  First the
-network is fitted as by tools/fit_network.py; then rounds of every rank by itself, all at the same
-time, tell what steps take.  They alternate with rounds of fedtan, fedavg and centralised, which are
-what is predicted.  Prints JSON, and a table on standard error.
+network is fitted as by tools/fit_network.py, with 5 repeats at most; then rounds of every rank by
+itself, all at the same time, tell what steps take.  They alternate with fedtan, fedavg and
+centralised rounds, which are what is predicted.  Prints JSON, and a table on standard error.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from fedtan_hpc.errors import ConfigError, mistake
 
 OWN = ("backends", "models", "repeats")
 _DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]"]
+_FITTED = 5
+"""Repeats that a fit needs at most."""
 _METHODS = ("fedtan", "fedavg", "centralised")
 Times = dict[tuple[str, str], list[float]]
 """Seconds of rounds by carrier and kind; those of a rank by itself have the carrier ""."""
@@ -76,7 +78,7 @@ def configs(word: str, job: Sequence[str]) -> list[Config]:
 def validate(jobs: Sequence[Config], backends: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """A row for each network, carrier and method; every rank calls it."""
     ranks = environment.detect().world_size
-    _, fitted = fit_network.measure(jobs[0], backends, ranks, 5)
+    _, fitted = fit_network.measure(jobs[0], backends, ranks, min(repeats, _FITTED))
     networks = {network.name: network for network in fitted}
     found: list[dict[str, Any]] = []
     for config in jobs:
