@@ -3,6 +3,10 @@
 The collectives inside a synchronised step are opaque to the compiler (``operator``).  Compiled code
 may run the backward pass of parallel branches in another order than eager code, so that ranks must
 not mix the two: they agree by one collective.
+
+On a GPU a step is replayed as CUDA graphs: one for a local step's forward pass and one for its
+backward pass, while a synchronised step has one for each stretch between exchanges.  Those stay
+outside, for the weights and tags that they send change from round to round.
 """
 
 from __future__ import annotations
@@ -15,12 +19,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import comm
+from . import comm, operator
 from .average import model_tensors
 from .batchnorm import normalised_by
 from .data import Samples
 from .federation import LayerCall, Update
-from .loss import Loss, Mean, mean_loss
+from .loss import Loss, mean_loss
+
+GRAPHS = "reduce-overhead"
+"""torch's name for compiling with CUDA graphs."""
+_TAKES = {GRAPHS: 3, "default": 1}
+"""Steps of a kind before it is known to work: graphs are warmed up, recorded and replayed."""
 
 
 def compiled(loss: Loss, model: nn.Module, batch: Samples, synchronised: bool) -> Loss:
@@ -31,23 +40,44 @@ def compiled(loss: Loss, model: nn.Module, batch: Samples, synchronised: bool) -
     the next run on the same machine takes it from there.
     """
     start = time.perf_counter()
-    compiled_mean: Mean | None = None
+    for mode in _modes(batch.inputs.device):
+        found, reason = _attempt(mode, loss, model, batch, synchronised)
+        reasons = comm.all_gather_object(reason)
+        if not any(reasons):
+            return replace(found, compile_seconds=time.perf_counter() - start)
+        _tell(mode, reasons)
+    return loss
+
+
+def _modes(device: torch.device) -> list[str]:
+    """torch's names for ways to compile, the best first."""
+    has_graphs = device.type == "cuda" and operator.CAN_CUT_GRAPHS
+    return [GRAPHS, "default"] if has_graphs else ["default"]
+
+
+def _attempt(
+    mode: str, loss: Loss, model: nn.Module, batch: Samples, synchronised: bool
+) -> tuple[Loss, str]:
+    """``loss`` compiled, and why it cannot be, if so."""
     torch.compiler.reset()  # of a sweep's earlier points, which count against a limit
     try:
-        compiled_mean = torch.compile(mean_loss)
-        _rehearse(replace(loss, compiled=compiled_mean), model, batch, synchronised)
-        reason = ""
+        loss = replace(loss, compiled=torch.compile(mean_loss, mode=mode))
+        for _ in range(_TAKES[mode]):
+            _rehearse(loss, model, batch, synchronised)
     except Exception as error:  # of the compiler, of the C++ compiler, of the network
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    reasons = comm.all_gather_object(reason)
-    for rank, why in enumerate(reasons):
-        if why:
-            if comm.rank() == 0:
-                message = f"compile=true: rank {rank} cannot compile ({why}): all go on eagerly"
-                print(message, file=sys.stderr, flush=True)
-            return loss
-    seconds = time.perf_counter() - start
-    return replace(loss, compiled=compiled_mean, compile_seconds=seconds)
+        return loss, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return loss, ""
+
+
+def _tell(mode: str, reasons: Sequence[str]) -> None:
+    """Why the first rank that cannot compile cannot, from rank 0."""
+    if comm.rank() == 0:
+        rank, why = next((rank, why) for rank, why in enumerate(reasons) if why)
+        what, instead = "compile", "eagerly"
+        if mode == GRAPHS:
+            what, instead = "use CUDA graphs", "without them"
+        message = f"compile=true: rank {rank} cannot {what} ({why}): all go on {instead}"
+        print(message, file=sys.stderr, flush=True)
 
 
 def _rehearse(loss: Loss, model: nn.Module, batch: Samples, synchronised: bool) -> None:
@@ -59,6 +89,7 @@ def _rehearse(loss: Loss, model: nn.Module, batch: Samples, synchronised: bool) 
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             model.train()
             loss(model, batch).backward()
+            model.zero_grad()  # as steps do: graphs write gradients where the last ones are
             if synchronised:
                 with normalised_by(model, Rehearsal()):
                     loss(model, batch).backward()

@@ -134,7 +134,7 @@ class LocalRun:
                 value.grad = torch.zeros_like(value)
         self.pull.add_to_gradients()
         sgd.step(self.optimizer)
-        self.losses.append(loss.detach())
+        self.losses.append(loss.detach().clone())  # where it is, CUDA graphs write the next one
 
     def finish(self) -> Tensor:
         """All steps that are left, by the client itself; the mean loss of all, 0-d float64.

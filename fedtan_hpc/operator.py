@@ -35,6 +35,10 @@ _CALLERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _USES: dict[int, list[LayerCall]] = defaultdict(list)
 """By layer those that the backward pass may still ask for."""
 _numbers = itertools.count()
+CAN_CUT_GRAPHS = hasattr(torch.Tag, "cudagraph_unsafe")
+"""Whether this torch knows operators that CUDA graphs are cut at (2.9 on)."""
+_CUTS: dict[str, Any] = {"tags": torch.Tag.cudagraph_unsafe} if CAN_CUT_GRAPHS else {}
+"""Of an exchange: a replay would send once more what the first step sent."""
 
 
 def register(caller: Caller) -> int:
@@ -69,7 +73,7 @@ def normalise(
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("fedtan_hpc::share_moments", mutates_args=())
+@torch.library.custom_op("fedtan_hpc::share_moments", mutates_args=(), **_CUTS)
 def share_moments(
     mean_C: Tensor, variance_C: Tensor, eps: float, count: int, caller: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +96,7 @@ def _(
     return torch.empty_like(mean_C), torch.empty_like(variance_C), use
 
 
-@torch.library.custom_op("fedtan_hpc::share_derivatives", mutates_args=())
+@torch.library.custom_op("fedtan_hpc::share_derivatives", mutates_args=(), **_CUTS)
 def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
     """s1 and s2 of ``normalise.py`` from this client's part of them; one collective."""
     sums = _USES[caller][int(use)].share_derivatives([count], sums_2C.unsqueeze(0))

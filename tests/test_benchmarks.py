@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import commands
 import pytest
+import torch
+from ranks import on_ranks
+from torch import nn
+
+sys.path.insert(0, str(commands.ROOT / "tools"))
+
+import bench_round
+import data_parallel
+import overrides
 
 TINY = ("model=mlp", "data.shape=[1,4,4]", "local_steps=2", "batch_size=4", "repeats=1")
 
@@ -35,6 +45,29 @@ def test_the_peak_of_every_variant_is_told(tmp_path: Path) -> None:
     names = [row["variant"] for row in results]
     assert names == ["plain-eager", "local-eager", "fedavg-eager", "fedtan-eager"]
     assert all(row["peak_MB"] > 0 and row["to_plain"] > 0 for row in results)
+
+
+def trained_in_parallel() -> tuple[list[float], list[float]]:
+    """Sums of the parameters before and after rounds in two process groups, as repeats are.
+
+    SyncBatchNorm needs a GPU: BN has statistics of its own here.
+    """
+    config = overrides.composed([*bench_round.DEFAULTS, *TINY[:-1]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: model)
+        parallel = data_parallel.DataParallelRound(config, torch.device("cpu"))
+    first = [float(value.sum()) for value in parallel.model.parameters()]
+    for _ in range(2):
+        parallel.begin()
+        parallel()
+    return first, [float(value.sum()) for value in parallel.model.parameters()]
+
+
+def test_torchs_data_parallelism_is_a_variant() -> None:
+    """Ranks end with the same parameters, though each has samples of its own."""
+    (first, one), (_, other) = on_ranks(2, trained_in_parallel)
+    assert one == other
+    assert one != first
 
 
 def test_sums_of_every_size_are_timed(tmp_path: Path) -> None:

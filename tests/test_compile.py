@@ -7,6 +7,7 @@ import json
 import shutil
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
@@ -106,6 +107,35 @@ def test_it_is_said_why_steps_are_not_compiled(capsys: pytest.CaptureFixture[str
     line = capsys.readouterr().err
     assert line.startswith("compile=true: rank 0 cannot compile (")
     assert "no_such_backend" in line
+
+
+def test_graphs_that_cannot_be_recorded_are_done_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for CUDA graphs: the third step, which replays them, fails."""
+    kept, steps = compilation._rehearse, []
+
+    def rehearse(loss: Loss, *rest: Any) -> None:
+        steps.append(loss)
+        if len(steps) == 3:
+            raise RuntimeError("capture failed")
+        kept(loss, *rest)
+
+    monkeypatch.setattr(compilation, "_rehearse", rehearse)
+    monkeypatch.setattr(compilation, "_modes", lambda device: [compilation.GRAPHS, "default"])
+    options = config(clients=1, compile=True)
+    state, compiled = trained(options)
+    assert compiled
+    assert len(steps) == 4
+    assert distance(state, eager("fedtan", 1)) < 1e-10
+    line = "compile=true: rank 0 cannot use CUDA graphs (RuntimeError: capture failed)"
+    assert capsys.readouterr().err == f"{line}: all go on without them\n"
+
+
+def test_graphs_are_cut_where_statistics_are_exchanged() -> None:
+    exchanges = torch.ops.fedtan_hpc
+    for name in ("share_moments", "share_derivatives"):
+        assert torch.Tag.cudagraph_unsafe in getattr(exchanges, name).default.tags
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:

@@ -2,7 +2,7 @@
 
     mpirun -n 2 python tools/bench_round.py backends=[mpi,gloo]
     torchrun --nproc-per-node 2 tools/bench_round.py compile=[false,true]
-    python tools/bench_round.py device=cuda compile=[false,true]
+    torchrun --nproc-per-node 1 tools/bench_round.py device=cuda compile=[false,true]
 
 backends=[...]  carriers of the collectives (default: that of the launcher)
 compile=[...]   false, true or both (default [false])
@@ -11,7 +11,9 @@ repeats=N       rounds of each variant that count, alternating (default 9)
 All other words are options of the job.  Every rank has one client with random samples of the data
 set's shape.  Variants: plain (a loop of one's own: contiguous, torch's BN and SGD, no collectives),
 local (ours without collectives), fedavg, fedtan; on several ranks plain and local also wait for
-each other, so that a round is the slowest rank's.  Prints JSON, and a table on standard error.
+each other, so that a round is the slowest rank's.  On GPUs, by a launcher, also ddp: torch's
+SyncBatchNorm and DistributedDataParallel, which do in every step what fedtan does in its first:
+compare them with local_steps=1.  Prints JSON, and a table on standard error.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import benchmarks
 import overrides
 import rounds
 from benchmarks import Carrier
+from data_parallel import DataParallelRound
 
 from fedtan_hpc import environment
 from fedtan_hpc.checks import check
@@ -42,10 +45,12 @@ class Variant:
     """What is timed."""
 
     name: str
-    """plain, local, fedavg or fedtan."""
+    """plain, local, fedavg, fedtan or ddp."""
     backend: str
     compiled: bool
     round: Callable[[], object]
+    begin: Callable[[], object] = lambda: None
+    """What goes before in every process group, and is not timed."""
 
 
 def main() -> None:
@@ -86,6 +91,7 @@ def measure(
                     seconds += [[] for _ in range(len(variants) - len(seconds))]
                 for variant, times in zip(variants, seconds, strict=True):
                     if variant.backend == carrier.backend:
+                        variant.begin()
                         times.append(rounds.seconds(variant.round, carrier.device))
         benchmarks.tell(repeat, repeats)
     return list(_results(variants, [times[1:] for times in seconds]))
@@ -97,6 +103,9 @@ def _variants(config: Config, carrier: Carrier, compiling: Sequence[bool]) -> It
     for compiled in compiling:
         for name in ("local", "fedavg", "fedtan"):
             yield Variant(name, backend, compiled, variant(config, name, compiled, where))
+    if where.type == "cuda" and environment.detect().launcher != "none":
+        parallel = DataParallelRound(config, where)
+        yield Variant("ddp", backend, False, parallel, parallel.begin)
 
 
 def variant(config: Config, name: str, compiled: bool, where: Any) -> Callable[[], object]:
@@ -117,37 +126,22 @@ def _algorithm(config: Config, name: str) -> AlgorithmConfig:
 
 
 def _plain_round(config: Config, where: Any) -> Callable[[], object]:
-    """A loop as one writes it: contiguous images, torch's own BN, an optimizer for the round."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
+    """Of contiguous images, and torch's own BN."""
     from fedtan_hpc import models
 
     facts = config.data.facts()
     model = models.build(config.model, facts.shape, facts.classes, seed=0).to(where).train()
-    samples = rounds.samples(config, where)
-    options = config.optimizer
-
-    def run() -> None:
-        order = torch.randperm(len(samples), device=where).split(config.batch_size)
-        optimizer = torch.optim.SGD(
-            model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
-        )
-        for batch in order:
-            optimizer.zero_grad()
-            cross_entropy(model(samples.inputs[batch]), samples.labels[batch]).backward()
-            optimizer.step()
-
-    return run
+    return rounds.plain(config, model, rounds.samples(config, where))
 
 
 def _results(variants: list[Variant], seconds: list[list[float]]) -> Iterator[dict[str, Any]]:
     """Medians, and medians of the ratios within a repeat."""
     of = {(v.name, v.backend, v.compiled): t for v, t in zip(variants, seconds, strict=True)}
 
-    def ratio(times: list[float], name: str, backend: str, compiled: bool) -> float:
-        others = of[name, backend, compiled]
-        return statistics.median(a / b for a, b in zip(times, others, strict=True))
+    def ratio(times: list[float], name: str, backend: str, compiled: bool) -> float | None:
+        others = of.get((name, backend, compiled), [])
+        ratios = [a / b for a, b in zip(times, others, strict=False)]
+        return statistics.median(ratios) if ratios else None
 
     for (name, backend, compiled), times in of.items():
         yield {

@@ -42,11 +42,15 @@ class Carrier:
 
     @contextmanager
     def started(self, config: Config) -> Iterator[None]:
-        """All ranks as a process group; a single one has none."""
+        """All ranks as a process group; without a launcher there is none."""
+        import torch
+
         from fedtan_hpc import comm
 
         info = environment.detect()
-        if info.world_size == 1:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if info.launcher == "none":
             yield
             return
         comm.start(info.rank, info.world_size, self.backend, config.comm.timeout_seconds)

@@ -49,6 +49,26 @@ def one_client(config: Config, where: Any) -> Callable[[], object]:
     return run
 
 
+def plain(config: Config, model: Any, data: Any) -> Callable[[], None]:
+    """Local steps of ``model`` as one writes them: torch's own SGD, made for the round."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    options = config.optimizer
+
+    def run() -> None:
+        order = torch.randperm(len(data), device=data.labels.device).split(config.batch_size)
+        optimizer = torch.optim.SGD(
+            model.parameters(), options.lr, options.momentum, weight_decay=options.weight_decay
+        )
+        for batch in order:
+            optimizer.zero_grad()
+            cross_entropy(model(data.inputs[batch]), data.labels[batch]).backward()
+            optimizer.step()
+
+    return run
+
+
 def seconds(run: Callable[[], object], where: Any) -> float:
     """From a common start to the end of the slowest rank."""
     import torch
