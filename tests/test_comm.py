@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import commands
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor
+
+from fedtan_hpc import comm
 
 STARTS = 40
 SCRIPT = f"""
@@ -27,3 +33,40 @@ def test_a_process_may_start_many_times(tmp_path: Path) -> None:
     done = commands.run("torchrun", "--nproc-per-node", "2", "starts.py", cwd=tmp_path, seconds=50)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done") == 2
+
+
+def parts(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A rank's, of values whose sum depends on the order of adding."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return (values * 10.0 ** (4 * rank)).to(dtype)
+
+
+def sums(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """By ``comm``, in place, over all ranks; and over a group of the last two."""
+    message = parts(comm.rank(), shape, dtype)
+    place = message.data_ptr()
+    found = comm.sum_over_ranks(message)
+    assert found is message
+    assert found.data_ptr() == place
+    import torch.distributed as dist
+
+    some = dist.new_group([1, 2])
+    of_some = parts(comm.rank(), shape, dtype)
+    if comm.rank() > 0:
+        comm.sum_for_training(of_some, some)
+    return found, of_some
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(), (71,), (3, 5), (10_000,)], ids=str)
+def test_a_sum_has_the_same_bits_on_every_rank(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whether it goes round or to all at once, as small messages over gloo do."""
+    exact = [parts(rank, shape, dtype) for rank in range(3)]
+    found = on_ranks(3, sums, shape, dtype)
+    for of_all, _ in found:
+        assert of_all.dtype is dtype
+        assert torch.equal(of_all, found[0][0])
+        torch.testing.assert_close(of_all, exact[0] + exact[1] + exact[2])
+    for _, of_some in found[1:]:
+        assert torch.equal(of_some, found[1][1])
+        torch.testing.assert_close(of_some, exact[1] + exact[2])
