@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from . import environment, slurm, stopwatch
 from .channel import Channel
-from .traffic import Progress, Traffic
+from .traffic import EXCHANGED, Progress, Traffic
 
 Group: TypeAlias = dist.ProcessGroup | None
 
@@ -46,8 +46,6 @@ _starts = itertools.count(1)
 _SLACK = 1.5
 """A collective's own time-out over that of the watchdog, which names the rank that is missing."""
 
-_EXCHANGED = 65536
-"""Bytes that a rank sends to the others together, at most, to sum a message in one step."""
 _ANSWER_SECONDS = 30.0
 _served: list[Any] = []
 """Rank 0's stores of channels over MPI; each ends with its object, which goes when ranks stop."""
@@ -187,8 +185,8 @@ def _add(message: Tensor, group: Group = None) -> None:
     got, in the order of the ranks: one step, and the same bits everywhere.
     """
     ranks = dist.get_world_size(group)
-    small = ranks * message.nbytes <= _EXCHANGED and message.device.type == "cpu"
-    if not small or ranks == 1 or dist.get_backend(group) != "gloo":
+    is_small = message.nbytes <= EXCHANGED and message.device.type == "cpu"
+    if not is_small or ranks == 1 or dist.get_backend(group) != "gloo":
         dist.all_reduce(message, group=group)
         return
     own = message.detach().reshape(-1).repeat(ranks)

@@ -30,15 +30,15 @@ import network_model
 import numpy as np
 import overrides
 import waits
-from network_model import Network, steps
+from network_model import Network, steps, taken
 
 from fedtan_hpc import environment
 from fedtan_hpc.checks import check
 from fedtan_hpc.config import Config
 
 OWN = ("out", "backends", "repeats")
-WAYS = {"gloo": ("ring",), "nccl": ("tree", "ring")}
-"""How a carrier sums (gloo: what its source has without a choice); others double, or use a ring."""
+WAYS = {"gloo": ("exchange",), "nccl": ("tree", "ring")}
+"""How a carrier sums; others double, or use a ring."""
 _VALUES = [4**power for power in range(3, 11)]
 """Sizes, in float64 values, from a small layer's statistics to a model; with fewer values than
 ranks some of these have nothing to send."""
@@ -150,7 +150,7 @@ def fit(name: str, sizes: Sequence[int], seconds: Sequence[float], ranks: int) -
 
 def _row(way: str, size: float, ranks: int) -> tuple[float, float]:
     """What alpha and beta are multiplied by."""
-    outer, _, factor = steps(way, ranks)
+    outer, _, factor = steps(taken(way, size), ranks)
     return outer, factor * size
 
 

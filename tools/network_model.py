@@ -7,7 +7,9 @@ Gropp 2005, Optimization of collective communication operations in MPICH), L = c
     doubling    L alpha + L n beta                       every rank sends all, L times
     tree        2 L alpha + 2 n beta                     up and down a tree, cut into pieces
     ring        2 (p - 1) alpha + 2 (p - 1) / p n beta   every rank sends pieces to its neighbour
+    exchange    alpha + (p - 1) n beta                   every rank sends all to every other
 
+Exchange is the package's own over gloo, for small messages; its larger ones take the ring.
 A network has some of them and takes the quickest.  Steps inside a node may have an alpha of their
 own.  A sum after computing takes longer than one in a row of sums: ranks do not arrive together,
 and what carries the sum has to be woken.  That wait is measured, by how long was computed before;
@@ -29,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from fedtan_hpc import files
+from fedtan_hpc.traffic import EXCHANGED
 
-ALGORITHMS = ("doubling", "tree", "ring")
+ALGORITHMS = ("doubling", "tree", "ring", "exchange")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class Network:
         return grown * float(np.interp(computed, seconds, waits))
 
     def _seconds(self, way: str, size: float, ranks: int) -> float:
-        outer, inner, factor = steps(way, ranks, self.ranks_a_node)
+        outer, inner, factor = steps(taken(way, size), ranks, self.ranks_a_node)
         latency = outer * self.alpha_s + inner * self.node_alpha_s
         return latency + factor * size * self.beta_s_per_byte
 
@@ -86,11 +89,18 @@ def _largest(ranks: int) -> float:
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
+def taken(way: str, size: float) -> str:
+    """The way that a message of ``size`` bytes takes."""
+    return "ring" if way == "exchange" and size > EXCHANGED else way
+
+
 def steps(way: str, ranks: int, ranks_a_node: int = 1) -> tuple[float, float, float]:
     """Steps between nodes, steps inside them, and how often each byte is sent."""
     nodes = math.ceil(ranks / ranks_a_node)
     if way == "ring":
         return 2 * (nodes - 1), 2 * (ranks - nodes), 2 * (ranks - 1) / ranks
+    if way == "exchange":
+        return float(nodes > 1), float(nodes == 1), float(ranks - 1)
     outer = math.ceil(math.log2(nodes))
     inner = math.ceil(math.log2(min(ranks, ranks_a_node)))
     if way == "tree":
