@@ -15,6 +15,7 @@ from torch import nn
 sys.path.insert(0, str(commands.ROOT / "tools"))
 
 import bench_round
+import convolutions
 import data_parallel
 import overrides
 
@@ -45,6 +46,23 @@ def test_the_peak_of_every_variant_is_told(tmp_path: Path) -> None:
     names = [row["variant"] for row in results]
     assert names == ["plain-eager", "local-eager", "fedavg-eager", "fedtan-eager"]
     assert all(row["peak_MB"] > 0 and row["to_plain"] > 0 for row in results)
+
+
+def test_the_convolutions_of_every_step_are_a_floor() -> None:
+    """As many operations as the network has layers, on what the network gives them."""
+    words = ("model=resnet20", "data.shape=[3,8,8]", "batch_size=4", "local_steps=2")
+    config = overrides.composed([*bench_round.DEFAULTS, *words])
+    run = convolutions.round_of(config, torch.device("cpu"))
+    assert run is not None
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run()
+    calls = [event for event in profile.events() if event.name == "aten::convolution"]
+    back = [event for event in profile.events() if event.name == "aten::convolution_backward"]
+    assert len(calls) == len(back) == 2 * 19
+    assert calls[0].input_shapes[:2] == [[4, 3, 8, 8], [16, 3, 3, 3]]
+    assert calls[18].input_shapes[:2] == [[4, 64, 2, 2], [64, 64, 3, 3]]
+    no_images = overrides.composed([*bench_round.DEFAULTS, "model=mlp"])
+    assert convolutions.round_of(no_images, torch.device("cpu")) is None
 
 
 def trained_in_parallel() -> tuple[list[float], list[float]]:

@@ -93,7 +93,8 @@ def test_a_step_is_timed_against_torchs_own_data_parallelism(
     done = commands.run("torchrun", "--nproc-per-node", ranks, tool, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
-    assert [row["variant"] for row in rows] == ["plain", "local", "fedavg", "fedtan", "ddp"]
+    names = ["plain", "convolutions", "local", "fedavg", "fedtan", "ddp"]
+    assert [row["variant"] for row in rows] == names
     assert all(row["round_ms"] > 0 for row in rows)
 
 

@@ -10,8 +10,9 @@ repeats=N       rounds of each variant that count, alternating (default 9)
 
 All other words are options of the job.  Every rank has one client with random samples of the data
 set's shape.  Variants: plain (a loop of one's own: contiguous, torch's BN and SGD, no collectives),
-local (ours without collectives), fedavg, fedtan; on several ranks plain and local also wait for
-each other, so that a round is the slowest rank's.  On GPUs, by a launcher, also ddp: torch's
+convolutions (of the network, forward and backward, and nothing else), local (ours without
+collectives), fedavg, fedtan; those without collectives also wait for the other ranks, so that a
+round is the slowest rank's.  On GPUs, by a launcher, also ddp: torch's
 SyncBatchNorm and DistributedDataParallel, which do in every step what fedtan does in its first:
 compare them with local_steps=1.  Prints JSON, and a table on standard error.
 """
@@ -26,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import benchmarks
+import convolutions
 import overrides
 import rounds
 from benchmarks import Carrier
@@ -45,7 +47,7 @@ class Variant:
     """What is timed."""
 
     name: str
-    """plain, local, fedavg, fedtan or ddp."""
+    """plain, convolutions, local, fedavg, fedtan or ddp."""
     backend: str
     compiled: bool
     round: Callable[[], object]
@@ -100,6 +102,8 @@ def measure(
 def _variants(config: Config, carrier: Carrier, compiling: Sequence[bool]) -> Iterator[Variant]:
     backend, where = carrier.backend, carrier.device
     yield Variant("plain", backend, False, variant(config, "plain", False, where))
+    if floor := convolutions.round_of(config, where):
+        yield Variant("convolutions", backend, False, floor)
     for compiled in compiling:
         for name in ("local", "fedavg", "fedtan"):
             yield Variant(name, backend, compiled, variant(config, name, compiled, where))
@@ -144,14 +148,15 @@ def _results(variants: list[Variant], seconds: list[list[float]]) -> Iterator[di
         return statistics.median(ratios) if ratios else None
 
     for (name, backend, compiled), times in of.items():
+        is_floor = name in ("plain", "convolutions")
         yield {
             "variant": name,
             "backend": backend,
             "compile": compiled,
             "round_ms": 1000 * statistics.median(times),
             "to_plain": ratio(times, "plain", backend, False),
-            "to_local": None if name == "plain" else ratio(times, "local", backend, compiled),
-            "to_fedavg": None if name == "plain" else ratio(times, "fedavg", backend, compiled),
+            "to_local": None if is_floor else ratio(times, "local", backend, compiled),
+            "to_fedavg": None if is_floor else ratio(times, "fedavg", backend, compiled),
             "all_ms": [1000 * t for t in times],
         }
 
