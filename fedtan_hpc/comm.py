@@ -189,10 +189,11 @@ def _add(message: Tensor, group: Group = None) -> None:
     if not is_small or ranks == 1 or dist.get_backend(group) != "gloo":
         dist.all_reduce(message, group=group)
         return
-    own = message.detach().reshape(-1).repeat(ranks)
-    of_all = torch.empty_like(own)
-    dist.all_to_all_single(of_all, own, group=group)
-    torch.sum(of_all.view(ranks, *message.shape), 0, dtype=message.dtype, out=message)
+    own = message.detach()
+    sent = own.reshape(-1).repeat(ranks)
+    of_all = torch.empty_like(sent)
+    dist.all_to_all_single(of_all, sent, group=group)
+    torch.sum(of_all.view(ranks, *own.shape), 0, dtype=own.dtype, out=own)
 
 
 def sum_for_moving(message: Tensor) -> Tensor:

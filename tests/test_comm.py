@@ -44,6 +44,7 @@ def parts(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def sums(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """By ``comm``, in place, over all ranks; and over a group of the last two."""
     message = parts(comm.rank(), shape, dtype)
+    message.requires_grad_(dtype.is_floating_point)
     place = message.data_ptr()
     found = comm.sum_over_ranks(message)
     assert found is message
@@ -54,7 +55,7 @@ def sums(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     of_some = parts(comm.rank(), shape, dtype)
     if comm.rank() > 0:
         comm.sum_for_training(of_some, some)
-    return found, of_some
+    return found.detach(), of_some
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64], ids=str)
