@@ -153,8 +153,8 @@ def federated_backward(
 
     Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
     are not equally many, a module serves two clients, or several clients are on a GPU: lock-step
-    threads cannot meet in its backward pass.  They inherit the gradient mode and autocast of the
-    caller, and no other mode of a thread.
+    threads cannot meet in its backward pass.  They inherit the gradient mode, autocast and number
+    of threads of the caller, and no other mode of a thread.
     """
     if not len(modules) == len(losses) == len(weights) >= 1:
         raise ValueError("modules, losses and weights must be equally many, and at least one")

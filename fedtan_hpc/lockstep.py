@@ -45,7 +45,7 @@ class Lockstep(Generic[Result]):
     def run(self) -> list[Result]:
         """Results of all functions, in order; the first error of any of them is raised."""
         modes, number = _Modes(), len(self._functions)
-        threads = [_idle.pop() if _idle else _Thread() for _ in range(number)]
+        threads = [_idle_thread() for _ in range(number)]
         for lane, thread in enumerate(threads):
             thread.work.put(partial(self._run_lane, lane, modes))
         self._turns[0].release()
@@ -123,17 +123,28 @@ _idle: list[_Thread] = []
 os.register_at_fork(after_in_child=_idle.clear)  # a child process has no threads but its own
 
 
+def _idle_thread() -> _Thread:
+    """One that is kept, or a new one."""
+    try:
+        return _idle.pop()  # two threads of the caller's may both run clients
+    except IndexError:
+        return _Thread()
+
+
 class _Modes:
-    """The calling thread's gradient mode and autocast, which a new thread does not inherit."""
+    """What other threads do not inherit of the calling one."""
 
     def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
         self._grad = torch.is_grad_enabled()
         self._autocast = torch.is_autocast_enabled("cpu")
         self._dtype = torch.get_autocast_dtype("cpu")
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The same modes in this thread."""
+        """The same gradient mode, autocast and number of threads in this thread."""
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         autocast = torch.autocast("cpu", self._dtype, enabled=self._autocast)
         with torch.set_grad_enabled(self._grad), autocast:
             yield

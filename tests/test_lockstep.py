@@ -174,6 +174,18 @@ def test_clients_in_lockstep_keep_the_callers_autocast() -> None:
     assert seen == [torch.bfloat16] * 2
 
 
+def test_clients_in_lockstep_keep_the_callers_number_of_threads() -> None:
+    """Also in threads that an earlier step, with another number, has left."""
+    steps = partial(Lockstep, [torch.get_num_threads] * 2, lambda _: torch.zeros(0))
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            assert steps().run() == [number] * 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_are_kept_for_later_steps() -> None:
     """Also after a failure; a process that is forked has none and makes its own."""
 
