@@ -152,16 +152,13 @@ def federated_backward(
     sample and the weight 0.
 
     Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
-    are not equally many, a module serves two clients, or several clients are on a GPU: lock-step
-    threads cannot meet in its backward pass.  They inherit the gradient mode, autocast and number
-    of threads of the caller, and no other mode of a thread.
+    are not equally many, or a module serves two clients.  The clients run in threads, which inherit
+    the GPU, gradient mode, autocast and number of threads of the caller, and no other mode.
     """
     if not len(modules) == len(losses) == len(weights) >= 1:
         raise ValueError("modules, losses and weights must be equally many, and at least one")
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("every client needs a module of its own, for example a copy.deepcopy")
-    if len(modules) > 1 and any(value.is_cuda for value in modules[0].parameters()):
-        raise ValueError("several clients of a rank in lock-step must be on the CPU")
     passes = [partial(_forward_and_backward, loss) for loss in losses]
     if len(modules) == 1:
         with federated_statistics(modules[0], weights[0], group):

@@ -3,8 +3,9 @@
 Steps with global statistics need all clients of the rank together.  On a CPU they run in lock-step
 threads, each on a replica of the model, or stacked where batches are so small that changing from
 thread to thread would take longer; all other steps are taken one client after another, which is
-faster there than stacking them.  On a GPU all are stacked.  One client on a rank runs by itself,
-and a rank without a client takes part in the synchronised steps with one sample and the weight 0.
+faster there than stacking them.  On a GPU all are stacked, if the network can be.  One client on a
+rank runs by itself, and a rank without a client takes part in the synchronised steps with one
+sample and the weight 0.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Place:
     device: torch.device
     backend: str
     threads: int = 1
+    sharing: int = 1
+    """Ranks that share the device's memory, this one included."""
 
 
 def choose(config: Config, info: RankInfo) -> Place:
@@ -47,18 +50,32 @@ def choose(config: Config, info: RankInfo) -> Place:
             remedy = "set comm.backend=gloo or auto"
             allowed = "auto or gloo, for the ranks have no GPU"
             raise ConfigError(mistake("comm.backend", "nccl", allowed, remedy))
-        return Place(torch.device("cpu"), _on_cpu(config, info), threads)
-    shared = info.local_world_size > gpus and not gpus_are_of_a_task()
-    if config.comm.backend is BackendName.nccl and shared:
+        return Place(torch.device("cpu"), _on_cpu(config, info), threads, info.local_world_size)
+    sharing = _ranks_of_a_gpu(config, info, gpus)
+    if config.comm.backend is BackendName.nccl and sharing > 1:
         allowed = f"auto or gloo, for {info.local_world_size} ranks share {gpus} GPUs"
         remedy = "set comm.backend=gloo or start one rank per GPU"
         raise ConfigError(mistake("comm.backend", "nccl", allowed, remedy))
     device = torch.device("cuda", info.local_rank % gpus)
     if config.comm.backend is BackendName.mpi:
         _check_cuda_aware()
-        return Place(device, "mpi", threads)
-    gloo = shared or config.comm.backend is BackendName.gloo
-    return Place(device, "gloo" if gloo else "nccl", threads)
+        return Place(device, "mpi", threads, sharing)
+    gloo = sharing > 1 or config.comm.backend is BackendName.gloo
+    return Place(device, "gloo" if gloo else "nccl", threads, sharing)
+
+
+def _ranks_of_a_gpu(config: Config, info: RankInfo, gpus: int) -> int:
+    """How many ranks of this machine share each of the ``gpus`` that this one sees.
+
+    Where a script has chosen one for each rank nothing shows that they are not the same one: there
+    NCCL, which refuses to share, is taken only if asked for.
+    """
+    chosen = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if chosen and config.comm.backend is BackendName.nccl:
+        return 1
+    if gpus_are_of_a_task() and info.launcher != "torchrun":  # which starts ranks inside a task
+        return 1
+    return -(-info.local_world_size // gpus)
 
 
 @contextmanager

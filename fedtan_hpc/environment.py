@@ -174,7 +174,12 @@ def threads(wanted: int | None, variables: Mapping[str, str] = os.environ) -> in
 
 def gpus_are_of_a_task(variables: Mapping[str, str] = os.environ) -> bool:
     """Whether SLURM shows each task GPUs of its own, so that no two share those that they see."""
-    return "SLURM_GPUS_PER_TASK" in variables and "SLURM_STEP_NUM_TASKS" in variables
+    own = (
+        "SLURM_GPUS_PER_TASK" in variables
+        or "gpu" in variables.get("SLURM_TRES_PER_TASK", "")
+        or variables.get("SLURM_NTASKS_PER_GPU") == "1"
+    )
+    return own and "SLURM_STEP_NUM_TASKS" in variables
 
 
 def mpi_takes_gpu_memory(variables: Mapping[str, str] = os.environ) -> bool:

@@ -209,7 +209,7 @@ def _train(
     if info.rank == 0 and log is None:
         print(_what_was_found(info, place, folder, taken), flush=True)
     _fetch(config, info)
-    trainer = prepare(config, place, info.local_world_size)
+    trainer = prepare(config, place)
     trainer.stop = stop
     history, facts, earlier = _take_up(config, trainer, taken)
     startup = time.perf_counter() - started

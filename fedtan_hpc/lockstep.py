@@ -5,7 +5,8 @@ statistics it leaves its message and lets the next client run; the last one send
 messages, and each goes on with the answer.  Clients may have batches of any size, and the order
 of the collectives is that of a single client, whatever the number of clients.
 
-For CPU tensors only: on a GPU all backward passes share one thread, which cannot wait for itself.
+On a GPU torch would run all backward passes in one thread, which cannot wait for itself: the
+clients' threads are told to run their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -59,8 +60,6 @@ class Lockstep(Generic[Result]):
 
     def meet(self, message: Tensor) -> Tensor:
         """Called by every function at the same points: the answer to all their messages."""
-        if message.device.type != "cpu":
-            raise RuntimeError("clients in lock-step threads must be on the CPU")
         lane: int = self._lane_of_thread.number
         if lane != len(self._brought) or self._results:
             raise RuntimeError(_UNLIKE)
@@ -77,10 +76,11 @@ class Lockstep(Generic[Result]):
 
         Each client goes on in its own sequence of random numbers.
         """
-        random = torch.default_generator.get_state()
+        random = _random_states()
         self._turns[(lane + 1) % len(self._turns)].release()
         self._turns[lane].acquire()
-        torch.default_generator.set_state(random)
+        for generator, state in random:
+            generator.set_state(state)
         if self._error is not None:
             raise _OtherFailed
 
@@ -131,22 +131,38 @@ def _idle_thread() -> _Thread:
         return _Thread()
 
 
+def _random_states() -> list[tuple[torch.Generator, Tensor]]:
+    """Of the CPU, and of the GPU that the calling thread uses."""
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    return [(generator, generator.get_state()) for generator in generators]
+
+
 class _Modes:
     """What other threads do not inherit of the calling one."""
 
     def __init__(self) -> None:
         self._threads = torch.get_num_threads()
         self._grad = torch.is_grad_enabled()
-        self._autocast = torch.is_autocast_enabled("cpu")
-        self._dtype = torch.get_autocast_dtype("cpu")
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in ("cpu", *(() if self._gpu is None else ("cuda",)))
+        ]
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The same gradient mode, autocast and number of threads in this thread."""
+        """The same GPU, gradient mode, autocast and number of threads in this thread."""
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        autocast = torch.autocast("cpu", self._dtype, enabled=self._autocast)
-        with torch.set_grad_enabled(self._grad), autocast:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self._grad))
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            for kind, dtype, enabled in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype, enabled=enabled))
             yield
 
 

@@ -24,10 +24,10 @@ class Budget:
     """Memory of the clients that a rank runs together."""
 
     def __init__(
-        self, model: nn.Module, dummy: Samples, training: LocalTraining, ranks_here: int
+        self, model: nn.Module, dummy: Samples, training: LocalTraining, sharing: int
     ) -> None:
         self._device = dummy.inputs.device
-        self._ranks_here = ranks_here
+        self._sharing = sharing
         self._checked = 0
         values = sum(value.nbytes for value in model_tensors(model))
         self.bytes_held = values * (3 if training.momentum else 2)
@@ -44,7 +44,7 @@ class Budget:
         always may try.
         """
         needed = held * self.bytes_held + at_once * self.bytes_at_once
-        free = free_bytes(self._device, self._ranks_here)
+        free = free_bytes(self._device, self._sharing)
         if free is not None and needed > free and needed > self._checked and at_once > 1:
             raise self._error(at_once, needed, free, round_number)
         try:
@@ -57,7 +57,7 @@ class Budget:
 
     def leaves_room_for(self, more: int) -> bool:
         """Whether so many bytes can stay on the device beside a round like those until now."""
-        free = free_bytes(self._device, self._ranks_here)
+        free = free_bytes(self._device, self._sharing)
         return free is None or free - self._checked >= more
 
     def _error(self, at_once: int, needed: int, free: int, round_number: int) -> RunError:
@@ -98,15 +98,14 @@ def saved_bytes_per_sample(model: nn.Module, sample: Samples) -> int:
     return sum(kept.values()) // len(pair)
 
 
-def free_bytes(device: torch.device, ranks_here: int) -> int | None:
-    """Memory that one of this machine's ranks may still take; None if it cannot be told."""
+def free_bytes(device: torch.device, sharing: int) -> int | None:
+    """Memory that each of the ranks sharing the device's may take; None if it cannot be told."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        sharing = -(-ranks_here // torch.cuda.device_count())
         return int(free) // sharing + cached
     candidates = [*_available(Path("/proc/meminfo")), *_within_cgroups(Path("/"))]
-    return min(candidates) // ranks_here if candidates else None
+    return min(candidates) // sharing if candidates else None
 
 
 def _available(meminfo: Path) -> list[int]:

@@ -28,7 +28,8 @@ def local_moments(
     if x.numel() == 0:
         zeros = x.new_zeros(clients, x.size(1) // clients, dtype=wide)
         return zeros, zeros
-    mean, variance = torch.batch_norm_update_stats(x.to(wide), None, None, 0.0)
+    values = x if x.is_cuda else x.to(wide)  # the kernels of a GPU widen what they read
+    mean, variance = torch.batch_norm_update_stats(values, None, None, 0.0)
     return mean.view(clients, -1), variance.view(clients, -1)
 
 
@@ -45,23 +46,27 @@ def _masked_moments(
 
 
 def local_sums(
-    g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float, clients: int
+    g: Tensor, x: Tensor, mean: Tensor, r: Tensor, clients: int
 ) -> tuple[Tensor, Tensor]:
-    """Per client and channel sum g and sum g xhat; ``mean`` and ``variance`` are (K C,)."""
-    wide = statistics_dtype(x)
+    """Per client and channel sum g and sum g xhat, xhat = (x - mean) r; those are (K C,)."""
     if x.numel() == 0:
-        zeros = x.new_zeros(clients, x.size(1) // clients, dtype=wide)
+        zeros = x.new_zeros(clients, x.size(1) // clients, dtype=statistics_dtype(x))
         return zeros, zeros
-    _, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        g.to(wide),
-        x.to(wide),
-        None,
-        mean,
-        variance,
-        None,
-        None,
-        False,
-        eps,
-        [False, True, True],
+    of_g, of_g_xhat = (_sums_on_gpu if x.is_cuda else _sums_on_cpu)(g, x, mean, r)
+    return of_g.view(clients, -1), of_g_xhat.view(clients, -1)
+
+
+def _sums_on_cpu(g: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    wide = statistics_dtype(x)
+    _, of_g_xhat, of_g = torch.ops.aten.native_batch_norm_backward(
+        g.to(wide), x.to(wide), None, None, None, mean, r, True, 0.0, [False, True, True]
     )
-    return dbeta.view(clients, -1), dgamma.view(clients, -1)
+    return of_g, of_g_xhat
+
+
+def _sums_on_gpu(g: Tensor, x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """By the kernel of torch's SyncBatchNorm: the one above fails there without gamma and dx."""
+    of_g, of_g_deviation, *_ = torch.batch_norm_backward_reduce(
+        g, x, mean, r, None, True, False, False
+    )
+    return of_g, of_g_deviation * r

@@ -219,15 +219,15 @@ def _derivatives(
     """dx like x, or empty; dgamma and dbeta, (K, C) each, in gamma's dtype."""
     counts = _counts(x, call, clients)
     mean, variance = (_per_channel(moment, clients) for moment in moments)
-    dbeta_KC, dgamma_KC = local_sums(g, x, mean, variance, eps, clients)
+    r = (variance + eps).rsqrt_()
+    dbeta_KC, dgamma_KC = local_sums(g, x, mean, r, clients)
     own_K2C = torch.stack([dbeta_KC, dgamma_KC], dim=1)
     if gamma is not None:
         own_K2C = own_K2C * gamma.view(clients, 1, -1)
     sums = call.share_derivatives(counts, own_K2C.flatten(1))
     dx = x.new_empty(0)
     if needs_dx:
-        coefficients = _coefficients(gamma, mean, variance, eps, _per_value(sums, counts))
-        dx = _input_derivative(g, x, coefficients)
+        dx = _input_derivative(g, x, _coefficients(gamma, mean, r, _per_value(sums, counts)))
         if call.mask_KN is not None:  # nothing flows back into padding
             dx = dx.unflatten(1, (clients, -1)) * _like(call.mask_KN, x).to(dx.dtype)
             dx = dx.flatten(1, 2)
@@ -236,33 +236,29 @@ def _derivatives(
 
 
 def _per_value(sums: Tensor, counts: Sequence[int]) -> Tensor:
-    """s1 / n_k and s2 / n_k, (2, K C), from sums of all clients, (2C,), or each one's, (K, 2C)."""
+    """-s1 / n_k, -s2 / n_k, (2, K C), from sums of all clients, (2C,), or each one's, (K, 2C)."""
     if len(counts) == 1:  # a number divides quicker than a tensor
-        return sums.view(2, -1) / max(counts[0], 1)
+        return sums.view(2, -1) / -max(counts[0], 1)
     n_K1 = constant(tuple(counts), sums.dtype, sums.device).clamp_min(1).unsqueeze(1)
-    per_value_K2C: Tensor = (sums / n_K1).unflatten(1, (2, -1))
+    per_value_K2C: Tensor = (sums / -n_K1).unflatten(1, (2, -1))
     return per_value_K2C.transpose(0, 1).flatten(1)
 
 
 def _coefficients(
-    gamma: Tensor | None, mean: Tensor, variance: Tensor, eps: float, per_value: Tensor
-) -> Tensor:
-    """Per channel a, b, c of dx = a g - b x + c, (3, K C)."""
-    r = (variance + eps).rsqrt_()
-    first, second = (per_value * r).unbind()
+    gamma: Tensor | None, mean: Tensor, r: Tensor, per_value: Tensor
+) -> Sequence[Tensor]:
+    """Per channel a, b, c of dx = a g + b x + c, (K C,) each, in r's dtype."""
+    first, second = (per_value.to(r.dtype) * r).unbind()
     slope = second * r
-    scale = r.to(slope.dtype) if gamma is None else r * gamma
-    return torch.stack([scale.to(slope.dtype), slope, torch.addcmul(-first, slope, mean)])
+    scale = r if gamma is None else (r * gamma).to(r.dtype)
+    return scale, slope, torch.addcmul(first, slope, mean, value=-1)
 
 
-def _input_derivative(g: Tensor, x: Tensor, coefficients: Tensor) -> Tensor:
+def _input_derivative(g: Tensor, x: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
     """dx like x, in two passes over it."""
-    wide = statistics_dtype(x)
-    shape = [3, 1, -1] + [1] * (x.dim() - 2)
-    scale, slope, offset = coefficients.to(wide).view(shape).unbind()
-    return (
-        torch.addcmul(offset, x.to(wide), slope, value=-1).addcmul_(g.to(wide), scale).to(x.dtype)
-    )
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    scale, slope, offset = (value.view(shape) for value in coefficients)
+    return torch.addcmul(offset, x, slope).addcmul_(g, scale).to(x.dtype)
 
 
 def _counts(x: Tensor, call: LayerCall, clients: int) -> Sequence[int]:

@@ -35,18 +35,16 @@ DTYPES = {
 """Of model and data; with bfloat16 autocast has the rest."""
 
 
-def prepare(config: Config, place: Place, ranks_here: int = 1) -> Trainer:
-    """Every rank derives the same data, partition and model; samples come as clients do.
-
-    ``ranks_here`` ranks share this machine's memory.
-    """
+def prepare(config: Config, place: Place) -> Trainer:
+    """Every rank derives the same data, partition and model; samples come as clients do."""
     dtype = DTYPES[config.precision]
     dataset = data.load(config.data, config.seed)
     store = _store(config, dataset, place.device, dtype)
     model = network(config, dataset.shape, dataset.classes).to(place.device, dtype)
     comm.broadcast_tensors(model_tensors(model))
     example = store.example(config.batch_size)
-    cohort = host(config, model, store.dummy(), ranks_here, _one_each(config, store), example)
+    one_each = _one_each(config, store)
+    cohort = host(config, model, store.dummy(), place.sharing, one_each, example)
     judge = Judge(model, dataset, store, cohort.states, config)
     return Trainer(config=config, store=store, cohort=cohort, judge=judge)
 
@@ -55,12 +53,13 @@ def host(
     config: Config,
     model: nn.Module,
     dummy: data.Samples,
-    ranks_here: int = 1,
+    sharing: int = 1,
     one_each: bool = False,
     example: data.Samples | None = None,
 ) -> Cohort:
     """The part of a rank that trains ``model`` with its clients; ``dummy`` is a single sample.
 
+    ``sharing`` ranks share the device's memory.
     ``one_each``: every rank has one client in every round, and whole batches.  Steps are compiled
     for batches like ``example``.
     """
@@ -81,7 +80,7 @@ def host(
         loss=loss,
     )
     private = ALGORITHMS[config.algorithm.name].private
-    budget = Budget(model, dummy, training, ranks_here)
+    budget = Budget(model, dummy, training, sharing)
     states = PrivateStates(model, private, budget.leaves_room_for)
     shared = Selection(model, set(Part) - {Part.statistics, Part.buffers} - private)
     server = Server(config.server, shared)

@@ -5,18 +5,21 @@ pytest -n 1 -m gpu
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
 
 import commands
+import networks
 import pytest
 import torch
 from ranks import on_ranks
 from test_compile import config, distance
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, cross_entropy
 
+import fedtan_hpc
 from fedtan_hpc.algorithms import plan
 from fedtan_hpc.choices import CohortMode, PrecisionName
 from fedtan_hpc.config import CohortConfig, Config
@@ -54,6 +57,25 @@ def test_ranks_that_share_a_gpu_train_the_same_model(clients: int) -> None:
     alone = trained(options, ON_CPU)
     for state in on_ranks(2, trained, options, ON_GPU):
         assert distance(state, alone) < 1e-10
+
+
+def gradients_in_lockstep(device: str) -> list[Tensor]:
+    module = fedtan_hpc.convert_batchnorm(networks.network("branches")).to(device)
+    replicas = [copy.deepcopy(module) for _ in range(3)]
+    batches = [(x.to(device), y.to(device)) for x, y in networks.batches("branches", 3)]
+    losses = [
+        lambda model=model, x=x, y=y: cross_entropy(model(x), y)
+        for model, (x, y) in zip(replicas, batches, strict=True)
+    ]
+    fedtan_hpc.federated_backward(replicas, losses, networks.weights(3))
+    values = [value for replica in replicas for value in replica.parameters()]
+    return [value.grad.cpu() for value in values if value.grad is not None]
+
+
+def test_clients_in_lockstep_have_the_gradients_of_a_cpu() -> None:
+    """Each backward pass in its client's thread: one for all could not wait for itself."""
+    for found, expected in zip(*map(gradients_in_lockstep, ("cuda", "cpu")), strict=True):
+        assert float((found - expected).norm()) <= 1e-10 * float(expected.norm())
 
 
 def test_bfloat16_trains_close_to_float32() -> None:

@@ -1,0 +1,78 @@
+"""Which GPU and backend a rank takes, on machines that are described to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedtan_hpc import device
+from fedtan_hpc.choices import BackendName
+from fedtan_hpc.config import CommConfig, Config
+from fedtan_hpc.environment import RankInfo
+from fedtan_hpc.errors import ConfigError
+
+TASKS = {"SLURM_STEP_NUM_TASKS": "4"}
+MACHINES = {
+    "a GPU a rank": (4, {}, "torchrun", ("cuda:3", "nccl", 1)),
+    "two ranks a GPU": (2, {}, "torchrun", ("cuda:1", "gloo", 2)),
+    "GPUs of a task": (1, {**TASKS, "SLURM_GPUS_PER_TASK": "1"}, "srun", ("cuda:0", "nccl", 1)),
+    "of a task by TRES": (
+        1,
+        {**TASKS, "SLURM_TRES_PER_TASK": "cpu=2,gres/gpu:1"},
+        "srun",
+        ("cuda:0", "nccl", 1),
+    ),
+    "a task a GPU": (1, {**TASKS, "SLURM_NTASKS_PER_GPU": "1"}, "srun", ("cuda:0", "nccl", 1)),
+    "two tasks a GPU": (1, {**TASKS, "SLURM_NTASKS_PER_GPU": "2"}, "srun", ("cuda:0", "gloo", 4)),
+    "ranks of one task": (
+        2,
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_GPUS_PER_TASK": "2"},
+        "torchrun",
+        ("cuda:1", "gloo", 2),
+    ),
+}
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    variables: dict[str, str],
+    launcher: str = "torchrun",
+    backend: BackendName = BackendName.auto,
+) -> device.Place:
+    for name in ("SLURM_GPUS_PER_TASK", "SLURM_STEP_NUM_TASKS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    info = RankInfo(3, 4, 3, 4, launcher)
+    return device.choose(Config(comm=CommConfig(backend=backend)), info)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_rank_takes_the_gpu_of_its_place(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of four ranks; NCCL cannot serve two ranks on one GPU."""
+    gpus, variables, launcher, expected = MACHINES[machine]
+    place = chosen(monkeypatch, gpus, variables, launcher)
+    assert (str(place.device), place.backend, place.sharing) == expected
+
+
+def test_ranks_without_gpus_share_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = chosen(monkeypatch, 0, {})
+    assert (place.device.type, place.backend, place.sharing) == ("cpu", "gloo", 4)
+
+
+def test_nccl_is_refused_to_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="4 ranks share 2 GPUs"):
+        chosen(monkeypatch, 2, {}, backend=BackendName.nccl)
+
+
+def test_nccl_is_taken_where_a_script_chose_each_ranks_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be the same one for all, which only NCCL itself can tell."""
+    seen = {"CUDA_VISIBLE_DEVICES": "3"}
+    place = chosen(monkeypatch, 1, seen, backend=BackendName.nccl)
+    assert (str(place.device), place.backend, place.sharing) == ("cuda:0", "nccl", 1)
+    assert chosen(monkeypatch, 1, seen).backend == "gloo"
