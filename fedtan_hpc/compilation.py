@@ -14,17 +14,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from . import comm, operator
+from .algorithms import Normaliser, Plan
 from .average import model_tensors
 from .batchnorm import normalised_by
 from .data import Samples
 from .federation import LayerCall, Update
+from .local_training import set_training_mode
 from .loss import Loss, mean_loss
+from .running import held
 
 GRAPHS = "reduce-overhead"
 """torch's name for compiling with CUDA graphs."""
@@ -32,16 +36,20 @@ _TAKES = {GRAPHS: 3, "default": 1}
 """Steps of a kind before it is known to work: graphs are warmed up, recorded and replayed."""
 
 
-def compiled(loss: Loss, model: nn.Module, batch: Samples, synchronised: bool) -> Loss:
-    """``loss`` compiled for batches like ``batch``, with and (if ``synchronised``) without BN's own
-    statistics; or ``loss`` itself, and a line that says why, if any rank cannot compile.
+def compiled(
+    loss: Loss, model: nn.Module, batch: Samples, plans: Sequence[Plan], synchronised: bool
+) -> Loss:
+    """``loss`` compiled for batches like ``batch`` and local steps of all ``plans``, and (if
+    ``synchronised``) for global statistics; or ``loss`` itself, and a line that says why, if any
+    rank cannot compile.
 
     The model and the random state are as before.  Compiled code is kept on disk by torch, so that
     the next run on the same machine takes it from there.
     """
     start = time.perf_counter()
+    plans = list({plan.normaliser: plan for plan in plans}.values())
     for mode in _modes(batch.inputs.device):
-        found, reason = _attempt(mode, loss, model, batch, synchronised)
+        found, reason = _attempt(mode, loss, model, batch, plans, synchronised)
         reasons = comm.all_gather_object(reason)
         if not any(reasons):
             return replace(found, compile_seconds=time.perf_counter() - start)
@@ -56,14 +64,19 @@ def _modes(device: torch.device) -> list[str]:
 
 
 def _attempt(
-    mode: str, loss: Loss, model: nn.Module, batch: Samples, synchronised: bool
+    mode: str,
+    loss: Loss,
+    model: nn.Module,
+    batch: Samples,
+    plans: Sequence[Plan],
+    synchronised: bool,
 ) -> tuple[Loss, str]:
     """``loss`` compiled, and why it cannot be, if so."""
     torch.compiler.reset()  # of a sweep's earlier points, which count against a limit
     try:
         loss = replace(loss, compiled=torch.compile(mean_loss, mode=mode))
         for _ in range(_TAKES[mode]):
-            _rehearse(loss, model, batch, synchronised)
+            _rehearse(loss, model, batch, plans, synchronised)
     except Exception as error:  # of the compiler, of the C++ compiler, of the network
         return loss, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return loss, ""
@@ -80,17 +93,22 @@ def _tell(mode: str, reasons: Sequence[str]) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def _rehearse(loss: Loss, model: nn.Module, batch: Samples, synchronised: bool) -> None:
+def _rehearse(
+    loss: Loss, model: nn.Module, batch: Samples, plans: Sequence[Plan], synchronised: bool
+) -> None:
     """Run a step of each kind, which compiles it; nothing that it does remains."""
     before = [value.detach().clone() for value in model_tensors(model)]
     was_training = model.training
     device = batch.inputs.device
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.train()
-            loss(model, batch).backward()
-            model.zero_grad()  # as steps do: graphs write gradients where the last ones are
+            for plan in plans:
+                set_training_mode(model, plan)
+                with held(model) if plan.normaliser is Normaliser.running else nullcontext():
+                    loss(model, batch).backward()
+                model.zero_grad()  # as steps do: graphs write gradients where the last ones are
             if synchronised:
+                set_training_mode(model, plans[0])
                 with normalised_by(model, Rehearsal()):
                     loss(model, batch).backward()
     finally:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -80,17 +82,44 @@ def _ranks_of_a_gpu(config: Config, info: RankInfo, gpus: int) -> int:
 
 @contextmanager
 def tensor_float(allowed: bool) -> Iterator[None]:
-    """Whether a GPU may round the inputs of float32 products and convolutions to TensorFloat-32.
-
-    torch lets convolutions do so unless told otherwise.  The caller's choice is put back.
-    """
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    """``allow_tensor_float`` for a while; then the caller's choice is put back."""
+    put_back = allow_tensor_float(allowed)
     try:
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
+        put_back()
+
+
+def allow_tensor_float(allowed: bool) -> Callable[[], None]:
+    """Whether a GPU may round the inputs of float32 products and convolutions to TensorFloat-32.
+
+    torch lets convolutions do so unless told otherwise.  Returns what puts the choice back that was
+    there before.
+    """
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the caller chose by torch's newer settings, which bar the older ones
+        parts = _newer_settings()
+        precisions = [part.fp32_precision for part in parts]
+        _choose_newer(["tf32" if allowed else "ieee"] * len(parts))
+        return partial(_choose_newer, precisions)
+    _choose("high" if allowed else "highest", allowed)
+    return partial(_choose, *before)
+
+
+def _choose(products: str, convolutions: bool) -> None:
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _newer_settings() -> Sequence[Any]:
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+
+
+def _choose_newer(precisions: Sequence[str]) -> None:
+    for part, precision in zip(_newer_settings(), precisions, strict=True):
+        part.fp32_precision = precision
 
 
 def _on_cpu(config: Config, info: RankInfo) -> str:

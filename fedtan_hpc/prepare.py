@@ -66,8 +66,9 @@ def host(
     loss = Loss(mixed=config.precision is PrecisionName.bfloat16)
     if config.compile:
         assert example is not None, "steps are compiled for batches like an example"
-        synchronised = one_each and plan(config, 1).synchronised_steps > 0
-        loss = compilation.compiled(loss, model, example, synchronised)
+        plans = plan(config, 1), plan(config, config.rounds)
+        synchronised = one_each and plans[0].synchronised_steps > 0
+        loss = compilation.compiled(loss, model, example, plans, synchronised)
     training = LocalTraining(
         local_steps=config.local_steps,
         batch_size=config.batch_size,

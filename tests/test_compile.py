@@ -24,6 +24,7 @@ from fedtan_hpc import (
     models,
     sgd,
 )
+from fedtan_hpc.algorithms import plan
 from fedtan_hpc.choices import AlgorithmName, ModelName, PartitionName, PrecisionName
 from fedtan_hpc.config import (
     AlgorithmConfig,
@@ -145,7 +146,8 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     batch = Samples(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
     state = torch.random.get_rng_state()
     loss = Loss(compiled=mean_loss)
-    compilation._rehearse(loss, model, batch, synchronised=True)
+    plans = plan(config("fixbn"), 1), plan(config("fixbn"), 3)
+    compilation._rehearse(loss, model, batch, plans, synchronised=True)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -169,9 +171,14 @@ def graphs_before_and_after(options: Config) -> tuple[int, int]:
     return prepared, len(graphs)
 
 
-def test_all_is_compiled_before_the_first_round() -> None:
-    """A graph with and one without global statistics."""
-    assert on_ranks(2, graphs_before_and_after, config(compile=True)) == [(2, 2), (2, 2)]
+@pytest.mark.parametrize(
+    ("algorithm", "graphs"),
+    [("fedtan", 2), ("fedavg", 1), ("fixbn", 2), ("fbn", 1), ("hbn", 1)],
+)
+def test_all_is_compiled_before_the_first_round(algorithm: str, graphs: int) -> None:
+    """A graph with and one without global statistics, or without and with frozen ones."""
+    found = on_ranks(2, graphs_before_and_after, config(algorithm, compile=True))
+    assert found == [(graphs, graphs)] * 2
 
 
 def one_graph() -> list[int]:

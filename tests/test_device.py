@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import commands
 import pytest
 import torch
 
@@ -76,3 +79,38 @@ def test_nccl_is_taken_where_a_script_chose_each_ranks_gpu(
     place = chosen(monkeypatch, 1, seen, backend=BackendName.nccl)
     assert (str(place.device), place.backend, place.sharing) == ("cuda:0", "nccl", 1)
     assert chosen(monkeypatch, 1, seen).backend == "gloo"
+
+
+CHOICES = {
+    "torch's own": "",
+    "precision": "torch.set_float32_matmul_precision('medium')",
+    "older": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "newer": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "newer, convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "newer, cuDNN": "torch.backends.cudnn.fp32_precision = 'ieee'",
+    "newer, everywhere": "torch.backends.fp32_precision = 'tf32'",
+}
+PROBE = """
+import torch
+from fedtan_hpc.device import tensor_float
+
+PARTS = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+
+def rounds():
+    return [part.fp32_precision == "tf32" for part in PARTS]
+
+{choice}
+before = rounds()
+for allowed in (True, False):
+    with tensor_float(allowed):
+        assert rounds() == [allowed] * 2, rounds()
+assert rounds() == before, rounds()
+"""
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_callers_choice_of_tensor_float_is_put_back(choice: str, tmp_path: Path) -> None:
+    """However the caller made it: torch's ways to choose bar each other, for a whole process."""
+    (tmp_path / "probe.py").write_text(PROBE.format(choice=CHOICES[choice]), encoding="utf-8")
+    done = commands.run("python", "probe.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fedtan_hpc import transfer
-from fedtan_hpc.device import tensor_float
 from fedtan_hpc.federation import Federation
 
 CPU = torch.device("cpu")
@@ -53,12 +52,3 @@ def test_checks_that_are_put_off_are_read_together() -> None:
         federation._unverified.append((header, lambda h: found.append(h.tolist())))
     federation.close()
     assert found == [[1.0, 2.0, 3.0], [4.0, 5.0]]
-
-
-def test_the_callers_choice_of_tensor_float_is_put_back() -> None:
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
-    for allowed in (True, False):
-        with tensor_float(allowed):
-            assert [flag.allow_tf32 for flag in flags] == [allowed, allowed]
-    assert [flag.allow_tf32 for flag in flags] == before

@@ -56,14 +56,13 @@ def _time(own: Mapping[str, str], job: list[str]) -> None:
 
 def measure(config: Config, carrier: Carrier, folder: Path, repeats: int) -> dict[str, Any]:
     """Rounds of the job, each followed by a checkpoint in one of the ways, in turn."""
-    import torch
 
     from fedtan_hpc import checkpoint, comm
     from fedtan_hpc.device import Place
     from fedtan_hpc.keeper import Keeper
     from fedtan_hpc.prepare import prepare
 
-    torch.set_num_threads(config.threads or 1)
+    benchmarks.settle(config)
     config.rounds, config.eval_every = 10**6, 10**6
     trainer = prepare(config, Place(carrier.device, carrier.backend))
     (folder / "rounds.jsonl").touch()

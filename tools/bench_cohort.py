@@ -23,20 +23,21 @@ from dataclasses import replace
 
 import torch
 
-from fedtan_hpc import convert_batchnorm, models
 from fedtan_hpc.algorithms import plan
 from fedtan_hpc.choices import AlgorithmName, CohortMode, ModelName
 from fedtan_hpc.clients import Client
 from fedtan_hpc.config import AlgorithmConfig, CohortConfig, Config, ModelConfig, OptimizerConfig
 from fedtan_hpc.data import Samples
+from fedtan_hpc.device import allow_tensor_float
 from fedtan_hpc.local_training import Round
-from fedtan_hpc.prepare import host
+from fedtan_hpc.prepare import host, network
 
 
 def main() -> None:
     """Time all variants and print."""
     arguments = parse()
     torch.set_num_threads(1)
+    allow_tensor_float(False)
     variants = {
         (algorithm, mode, clients): round_of(arguments, algorithm, mode, clients)
         for algorithm in ("fedtan", "fedavg")
@@ -81,19 +82,19 @@ def round_of(
 ) -> Callable[[], object]:
     """A function that runs a round of the variant, on random 3x32x32 images."""
     device, batch = torch.device(arguments.device), arguments.batch_size
-    model = models.build(ModelConfig(name=ModelName(arguments.model)), (3, 32, 32), 10, seed=0)
     inputs = torch.randn(clients, batch, 3, 32, 32, device=device)
     labels = torch.randint(0, 10, (clients, batch), device=device)
     hosted = [Client(k, 1 / clients, Samples(inputs[k], labels[k])) for k in range(clients)]
     way = CohortMode.stacked if mode == "stacked" else CohortMode.sequential
     config = Config(
+        model=ModelConfig(name=ModelName(arguments.model)),
         algorithm=AlgorithmConfig(name=AlgorithmName(algorithm)),
         optimizer=OptimizerConfig(momentum=0.9, weight_decay=1e-4),
         cohort=CohortConfig(mode=way, max_stacked=max(arguments.clients)),
         local_steps=arguments.local_steps,
         batch_size=batch,
     )
-    model = convert_batchnorm(model).to(device)
+    model = network(config, (3, 32, 32), 10).to(device)
     cohort = host(config, model, hosted[0].samples[:1])
     now = Round(1, 0.01, plan(config, 1))
     if mode == "alone":

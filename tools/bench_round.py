@@ -40,6 +40,9 @@ from fedtan_hpc.config import AlgorithmConfig, Config
 
 OWN = ("backends", "compile", "repeats")
 DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
+_WARM = 3
+"""Repeats that do not count where steps are compiled: to compile a variant is to forget those
+before it, and CUDA graphs are recorded in a second run."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,7 @@ def _time(own: Mapping[str, str], job: list[str]) -> None:
     repeats = benchmarks.repeats(own, 9)
     config.clients = environment.detect().world_size
     check(config)
-    from fedtan_hpc.device import tensor_float
-
-    with tensor_float(config.tf32):
-        results = measure(config, benchmarks.backends(own), compiling, repeats)
+    results = measure(config, benchmarks.backends(own), compiling, repeats)
     if environment.rank_hint() == 0:
         show(results)
         print(json.dumps({"setting": setting(config, repeats), "results": results}))
@@ -79,24 +79,24 @@ def measure(
     config: Config, backends: Sequence[str], compiling: Sequence[bool], repeats: int
 ) -> list[dict[str, Any]]:
     """Seconds of a round of each variant in each repeat, and ratios to plain, local and FedAvg."""
-    import torch
 
-    torch.set_num_threads(config.threads or 1)
+    benchmarks.settle(config)
     carriers = benchmarks.carriers(config, backends)
     variants: list[Variant] = []
     seconds: list[list[float]] = []
-    for repeat in range(repeats + 1):  # the first warms up
+    warm = _WARM if any(compiling) else 1
+    for repeat in range(1 - warm, repeats + 1):
         for carrier in carriers:
             with carrier.started(config):
-                if repeat == 0:
+                if repeat == 1 - warm:
                     variants += _variants(config, carrier, compiling)
                     seconds += [[] for _ in range(len(variants) - len(seconds))]
                 for variant, times in zip(variants, seconds, strict=True):
                     if variant.backend == carrier.backend:
                         variant.begin()
                         times.append(rounds.seconds(variant.round, carrier.device))
-        benchmarks.tell(repeat, repeats)
-    return list(_results(variants, [times[1:] for times in seconds]))
+        benchmarks.tell(max(repeat, 0), repeats)
+    return list(_results(variants, [times[warm:] for times in seconds]))
 
 
 def _variants(config: Config, carrier: Carrier, compiling: Sequence[bool]) -> Iterator[Variant]:

@@ -33,6 +33,16 @@ def command(
             body(*overrides.split(words, options))
 
 
+def settle(config: Config) -> None:
+    """Let this process compute as the job of ``config`` would: its threads, and TF32 or not."""
+    import torch
+
+    from fedtan_hpc import device
+
+    torch.set_num_threads(config.threads or 1)
+    device.allow_tensor_float(config.tf32)
+
+
 @dataclass(frozen=True)
 class Carrier:
     """A backend of torch.distributed, and the device on which this rank's messages are."""

@@ -88,9 +88,8 @@ def of_one_client(config: Config) -> Load:
     As in the job, a round's first step also draws the batches and makes the optimizer.  Messages
     are made and read, and sent to nobody.
     """
-    import torch
 
-    torch.set_num_threads(config.threads or 1)
+    benchmarks.settle(config)
     [carrier] = benchmarks.carriers(config, ["auto"])
     runs = alone(config, carrier.device)
     taken = [[rounds.seconds(run, carrier.device) for run in runs] for _ in range(1 + _ROUNDS)]

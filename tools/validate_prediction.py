@@ -88,9 +88,8 @@ def validate(jobs: Sequence[Config], backends: Sequence[str], repeats: int) -> l
 
 
 def _times(config: Config, carriers: Sequence[Carrier], repeats: int) -> Times:
-    import torch
 
-    torch.set_num_threads(config.threads or 1)
+    benchmarks.settle(config)
     where = carriers[0].device
     by_itself = job_costs.alone(config, where)
     together = _together(config, where)

@@ -25,9 +25,8 @@ def measure(config: Config, backends: Sequence[str], repeats: int) -> dict[str, 
     Medians over ``repeats`` blocks of the mean time in a sum that follows computing, less that of
     one that follows a sum.  It has in it what a rank waits for those that are later.
     """
-    import torch
 
-    torch.set_num_threads(config.threads or 1)
+    benchmarks.settle(config)
     found: dict[str, dict[float, list[tuple[float, float]]]] = {}
     for carrier, counts in benchmarks.turns(config, backends, repeats):
         for wanted in COMPUTED:
