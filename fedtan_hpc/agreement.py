@@ -21,10 +21,12 @@ def ranks_that_differ(module: nn.Module) -> list[int]:
     if not tensors:
         return []
     checksum = _checksum(tensors)
-    largest, smallest_negated = comm.max_over_ranks(torch.stack([checksum, -checksum]))
+    largest, smallest_negated = comm.on_host(
+        comm.max_over_ranks(torch.stack([checksum, -checksum]))
+    )
     if largest == -smallest_negated:
         return []
-    gathered = comm.all_gather(checksum)
+    gathered = comm.on_host(torch.stack(comm.all_gather(checksum)))
     return [number for number, other in enumerate(gathered) if other != gathered[0]]
 
 

@@ -105,7 +105,7 @@ class ModelSum:
             message[:_HEADER] = send(header, message.device)
             comm.sum_for_training(message, group, of_models=True)
         for message in self._messages:
-            _check_weights(message[:_HEADER], comm.world_size(group))
+            _check_weights(comm.on_host(message[:_HEADER]), comm.world_size(group))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

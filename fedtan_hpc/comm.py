@@ -33,13 +33,19 @@ progress = Progress()
 
 
 @contextmanager
-def _joining() -> Iterator[None]:
-    progress.joined += 1
+def _waiting() -> Iterator[None]:
     progress.waiting_since = time.monotonic()
     try:
         yield
     finally:
         progress.waiting_since = None
+
+
+@contextmanager
+def _joining() -> Iterator[None]:
+    progress.joined += 1
+    with _waiting():
+        yield
 
 
 _starts = itertools.count(1)
@@ -213,16 +219,18 @@ def sum_over_ranks(message: Tensor) -> Tensor:
 
 
 def values_of_sum(message: Tensor) -> list[float]:
-    """The sum of a 1-d ``message`` over all ranks.
+    """The sum of a 1-d ``message`` over all ranks."""
+    return on_host(sum_over_ranks(message)).tolist()
 
-    On a GPU a collective returns at once and a rank waits where it reads the values: a watchdog
-    sees that it does.
+
+def on_host(message: Tensor) -> Tensor:
+    """What collectives have left, on the CPU.
+
+    On a GPU they return at once, and a rank waits where it reads: here a watchdog sees that it
+    does.
     """
-    if is_started():
-        with _joining():
-            _add(message)
-            return message.tolist()
-    return message.tolist()
+    with _waiting():
+        return message.cpu()
 
 
 def max_over_ranks(message: Tensor) -> Tensor:

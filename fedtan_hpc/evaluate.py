@@ -47,7 +47,7 @@ class OverClients:
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples) -> Evaluation:
     """Judge ``model`` on the union of all ranks' ``samples`` (some ranks may have none)."""
-    loss, right, count = comm.sum_over_ranks(table(model, samples, 1).sum(0)).tolist()
+    loss, right, count = comm.values_of_sum(table(model, samples, 1).sum(0))
     return Evaluation(loss / count, right / count)
 
 
@@ -89,7 +89,7 @@ def over_clients(rows: Mapping[int, Tensor], clients: Sequence[int], like: Tenso
     for place, client in enumerate(clients):
         if client in rows:
             all_K4[place] = rows[client]
-    comm.sum_over_ranks(all_K4)
+    all_K4 = comm.on_host(comm.sum_over_ranks(all_K4))
     loss, accuracy, own_loss, own_accuracy = all_K4.mean(0).tolist()
     spread = all_K4.std(0).tolist() if len(clients) > 1 else [0.0] * 4
     finite = all_K4.isfinite().all(1).tolist()

@@ -168,10 +168,10 @@ class Federation:
         """All headers are read at once."""
         unverified, self._unverified = self._unverified, []
         if len(unverified) > 1:
-            headers = torch.cat([header for header, _ in unverified]).cpu()
+            headers = comm.on_host(torch.cat([header for header, _ in unverified]))
             sizes = [len(header) for header, _ in unverified]
             read = headers.split(sizes)
         else:
-            read = tuple(header for header, _ in unverified)
+            read = tuple(comm.on_host(header) for header, _ in unverified)
         for header, (_, verify) in zip(read, unverified, strict=True):
             verify(header)

@@ -87,7 +87,7 @@ class Judge:
                 samples = self._store.of_clients(mine, np.full(len(mine), client))
                 totals += table(model, samples, 1)[0]
         found = over_clients(rows, judged, self._test.labels)
-        loss, _, count = comm.sum_over_ranks(totals).tolist()
+        loss, _, count = comm.values_of_sum(totals)
         return Judgement(found.test, found, loss / count if count else None)
 
     def _row(self, client: int, model: nn.Module) -> Tensor:

@@ -129,5 +129,5 @@ def _gathered(states: PrivateStates) -> tuple[list[int], Tensor]:
     message = states_KD.new_zeros(max(map(len, held)), states_KD.shape[1])
     message[: len(clients)] = states_KD
     parts = comm.gather_to_first(states.on_device(message))
-    rows = [part[: len(own)].cpu() for part, own in zip(parts, held, strict=False)]
+    rows = [comm.on_host(part[: len(own)]) for part, own in zip(parts, held, strict=False)]
     return [client for own in held for client in own], torch.cat([*rows, states_KD[:0]])

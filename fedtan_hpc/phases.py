@@ -28,7 +28,7 @@ def phases(records: Sequence[RoundRecord], device: torch.device) -> dict[str, fl
         for each in records
     ]
     own_R4 = torch.tensor(rows, dtype=torch.float64, device=device).view(-1, 4)
-    by_rank_PR4 = torch.stack(comm.all_gather(own_R4)).cpu()
+    by_rank_PR4 = comm.on_host(torch.stack(comm.all_gather(own_R4)))
     middle = _by_phase(by_rank_PR4).median(0).values if rows else torch.zeros(len(NAMES))
     return dict(zip(NAMES, middle.tolist(), strict=True))
 

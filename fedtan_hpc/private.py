@@ -89,7 +89,7 @@ class PrivateStates:
 
     def _keep(self, client: int, state: Tensor) -> None:
         on_host = state.is_cuda and not self._fits(state.nbytes)
-        self._states[client] = state.cpu() if on_host else state
+        self._states[client] = comm.on_host(state) if on_host else state
 
     def memory(self) -> tuple[list[int], Tensor]:
         """Clients whose states this rank has, ascending, and the states, (K, D) on the CPU."""
@@ -127,5 +127,5 @@ class PrivateStates:
             comm.sum_over_ranks(state)
         like = self._select(module)
         values = {name: torch.empty_like(value, device="cpu") for name, value in like.items()}
-        unpack(state.cpu(), values.values())
+        unpack(comm.on_host(state), values.values())
         return {name: value.detach() for name, value in values.items()}

@@ -26,6 +26,7 @@ from .metrics import NullLog, RoundRecord
 from .participation import assign, draw
 from .signals import ASKING, Stop
 from .traffic import Traffic
+from .transfer import send
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -155,9 +156,10 @@ class Trainer:
         for client, loss in zip(clients, losses, strict=True):
             of_all[place[client.number]] = loss
         asked = self.stop.signal
-        of_all[-2:] = of_all.new_tensor([asked, bool(asked)])
-        *every, signals, ranks = comm.values_of_sum(of_all)
-        self.stop.agreed = _common(signals, ranks)
+        asking = torch.tensor([asked, bool(asked)], dtype=of_all.dtype)
+        of_all[-2:] = send(asking, of_all.device)
+        *every, total, ranks = comm.values_of_sum(of_all)
+        self.stop.agreed = _common(total, ranks)
         values = dict(zip(weights, every, strict=True))
         bad = [client for client, value in values.items() if not math.isfinite(value)]
         if bad:
@@ -177,7 +179,7 @@ class Trainer:
         found = self._zeros(len(weights))
         for client in clients:
             found[place[client.number]] = not bool(client.samples.inputs.isfinite().all())
-        counts = comm.sum_over_ranks(found).tolist()
+        counts = comm.values_of_sum(found)
         return [client for client, count in zip(weights, counts, strict=True) if count]
 
     def _zeros(self, number: int) -> Tensor:

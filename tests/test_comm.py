@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import commands
@@ -71,3 +72,34 @@ def test_a_sum_has_the_same_bits_on_every_rank(shape: tuple[int, ...], dtype: to
     for _, of_some in found[1:]:
         assert torch.equal(of_some, found[1][1])
         torch.testing.assert_close(of_some, exact[1] + exact[2])
+
+
+class OnGpu:
+    """A stand-in for a tensor there: the host waits in ``cpu``."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def cpu(self) -> Tensor:
+        self.seen.append(comm.progress.waiting_since is not None)
+        return torch.zeros(1)
+
+
+def test_a_watchdog_sees_a_rank_wait_where_it_reads() -> None:
+    """And not that it has begun another collective, which others have not."""
+    message, joined = OnGpu(), comm.progress.joined
+    comm.on_host(message)  # type: ignore[arg-type]
+    assert message.seen == [True]
+    assert comm.progress.waiting_since is None
+    assert comm.progress.joined == joined
+
+
+READING = re.compile(r"\.(tolist|item|cpu)\(\)|\b(float|int|bool)\(comm\.")
+
+
+def test_what_collectives_leave_is_read_where_a_watchdog_sees_it() -> None:
+    """A naked read of a sum is a place to hang unseen on a GPU."""
+    for path in sorted(Path(comm.__file__).parent.glob("*.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if re.search(r"comm\.(sum_|max_|all_gather\(|gather_)", line):
+                assert not READING.search(line) or "on_host" in line, (path.name, line)
