@@ -70,8 +70,6 @@ def _array(tensor: Tensor) -> Any:
 def bytes_of(tensor: Tensor, writes: bool = True) -> Iterator[Any]:
     """The bytes of ``tensor``, where only they count and not the type; or of a copy."""
     tensor = tensor.detach()
-    if tensor.is_cuda:
-        _check_cuda()
     contiguous = tensor.contiguous()
     yield raw(contiguous)
     if writes and contiguous is not tensor:
@@ -80,6 +78,8 @@ def bytes_of(tensor: Tensor, writes: bool = True) -> Iterator[Any]:
 
 def raw(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor as bytes."""
+    if tensor.is_cuda:
+        _check_cuda()
     memory = tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
     return [memory if memory.is_cuda else memory.numpy(), MPI.BYTE]
 

@@ -171,7 +171,7 @@ class MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], options: Any) -> Any:
         """Output r becomes rank r's input for this rank; shapes may differ from pair to pair."""
-        received = [torch.empty(output.shape, dtype=output.dtype) for output in outputs]
+        received = [output.new_empty(output.shape) for output in outputs]
         sent = [tensor.detach().contiguous() for tensor in inputs]
         requests = [self._comm.Irecv(raw(t), source=rank) for rank, t in enumerate(received)]
         requests += [self._comm.Isend(raw(t), dest=rank) for rank, t in enumerate(sent)]

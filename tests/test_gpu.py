@@ -29,7 +29,9 @@ from fedtan_hpc.prepare import prepare
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU here, or none asked for (-m gpu)"
+    ),
 ]
 ON_CPU = Place(torch.device("cpu"), "gloo")
 ON_GPU = Place(torch.device("cuda", 0), "gloo")
@@ -76,6 +78,15 @@ def test_clients_in_lockstep_have_the_gradients_of_a_cpu() -> None:
     """Each backward pass in its client's thread: one for all could not wait for itself."""
     for found, expected in zip(*map(gradients_in_lockstep, ("cuda", "cpu")), strict=True):
         assert float((found - expected).norm()) <= 1e-10 * float(expected.norm())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fixbn"])
+def test_compiled_steps_are_replayed_as_graphs(algorithm: str) -> None:
+    torch._dynamo.utils.counters.clear()
+    options = config(algorithm, clients=1, compile=True)
+    assert distance(trained(options, ON_GPU), trained(config(algorithm, clients=1), ON_CPU)) < 1e-10
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_bfloat16_trains_close_to_float32() -> None:
@@ -157,5 +168,5 @@ def test_convolutions_are_of_24_bits_unless_tf32_is_asked_for() -> None:
         with tensor_float(allowed):
             found = conv2d(x.cuda(), weight.cuda()).cpu().double()
         errors[allowed] = float((found - exact).norm() / exact.norm())
-    assert errors[False] < 1e-6
-    assert 1e-5 < errors[True] < 1e-2
+    assert errors[False] < 1e-5
+    assert 1e-4 < errors[True] < 1e-2
