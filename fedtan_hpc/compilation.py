@@ -124,6 +124,7 @@ class Rehearsal:
 
     is_stacked = False
     mask_KN = None
+    own = None
     sizes: Sequence[int] = ()
 
     def call(self, index: int, update: Update) -> LayerCall:

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import comm, messages
 from .lockstep import Lockstep
 from .messages import Shares
+from .own_batch import Flat
 
 Update = Callable[[Tensor, Tensor], None]
 """Moves a layer's running statistics towards a mean and an unbiased variance, (C,) or (K, C)."""
@@ -37,6 +38,10 @@ class LayerCall(Protocol):
     @property
     def sizes(self) -> Sequence[int]:
         """Real samples of each client of a padded stack."""
+
+    @property
+    def own(self) -> Callable[[], Flat] | None:
+        """Begins a batch of stacked clients that each normalise by their own, without padding."""
 
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
@@ -68,6 +73,7 @@ class GlobalCall:
     update: Update
     mask_KN: Tensor | None
     sizes: Sequence[int]
+    own = None
 
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor

@@ -1,21 +1,10 @@
-"""Normalisation by shared statistics, differentiated through: the arithmetic of FedTAN's layer.
+"""BN in a context as autograd and ``torch.func.vmap`` call it.
 
-The loss is F = sum_k p_k F_k and g = dF_k/dy this client's own derivative.  With
-xhat = (x - mean) r, r = 1 / sqrt(variance + eps), both moments global, the chain rule through them
-(FedTAN, arXiv 2301.02982; averaged derivatives of the statistics, layer by layer) gives
+K clients of a rank may run stacked, under ``vmap``: their channels stand side by side, so that the
+same kernels serve K x C channels.  Each use of a layer says whose statistics it is normalised by:
+those of all clients (``shared_batch``) or of each client's own batch (``own_batch``).
 
-    dx = r (gamma g - (s1 + xhat s2) / n_k)
-    s1 = sum_j p_j gamma_j sum g_j,   s2 = sum_j p_j gamma_j sum g_j xhat_j
-
-so the two sums s1, s2 per channel are all that the clients exchange in the backward pass; each
-comes with its own gamma, for models differ after the first step of a round.
-dgamma = sum g xhat and dbeta = sum g stay the client's own.
-
-K clients of a rank may run stacked, under ``torch.func.vmap``: their channels stand side by side,
-so that the same kernels serve K x C channels.  In local steps of a stack each client's moments and
-sums are its own, and the same arithmetic is ordinary BN.
-
-Shapes: x and y (N, C) or (N, C, ...), stacked and folded (N, K C, ...); n_k values per channel.
+Shapes: x and y (N, C) or (N, C, ...), stacked and folded (N, K C, ...).
 """
 
 from __future__ import annotations
@@ -27,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from . import own_batch, shared_batch
 from .federation import LayerCall
-from .moments import local_moments, local_sums, statistics_dtype
-from .transfer import constant
 
 
 class Normalise(torch.autograd.Function):
@@ -45,7 +33,7 @@ class Normalise(torch.autograd.Function):
         call: LayerCall,
     ) -> Tensor:
         """Return y; the input and the moments are kept, and nothing else of the input's size."""
-        y, mean_C, variance_C = normalise(x, gamma, beta, eps, call)
+        y, mean_C, variance_C = _normalise(x, gamma, beta, eps, call)
         ctx.save_for_backward(x, gamma, mean_C, variance_C)
         ctx.eps, ctx.call = eps, call
         return y
@@ -56,8 +44,8 @@ class Normalise(torch.autograd.Function):
         """Derivatives of x, gamma and beta; always one collective, on every rank."""
         x, gamma, *moments = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
-        dx, dgamma, dbeta = derivatives(g, x, gamma, moments, ctx.eps, ctx.call, needs_dx)
-        own = (None, None) if gamma is None else (dgamma, dbeta)
+        dx, dgamma_1C, dbeta_1C = _derivatives(g, x, gamma, moments, ctx.eps, ctx.call, needs_dx)
+        own = (None, None) if gamma is None else (dgamma_1C[0], dbeta_1C[0])
         return dx if needs_dx else None, *own, None, None
 
 
@@ -69,7 +57,7 @@ class StackedNormalise(torch.autograd.Function):
         x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, call: LayerCall
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return y and the shared mean_C and variance_C (biased)."""
-        return normalise(x, gamma, beta, eps, call)
+        return _normalise(x, gamma, beta, eps, call)
 
     @staticmethod
     def setup_context(
@@ -107,7 +95,7 @@ class StackedNormalise(torch.autograd.Function):
         folded = _fold(x, in_dims[0], clients)
         gammas = _fold_parameter(gamma, in_dims[1], clients)
         betas = _fold_parameter(beta, in_dims[2], clients)
-        y, mean_C, variance_C = normalise(folded, gammas, betas, eps, call, clients)
+        y, mean_C, variance_C = _normalise(folded, gammas, betas, eps, call, clients)
         own = None if mean_C.dim() == 1 else 0
         return (y.unflatten(1, (clients, -1)), mean_C, variance_C), (1, own, own)
 
@@ -127,7 +115,9 @@ class NormaliseBackward(torch.autograd.Function):
         needs_dx: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dx (empty unless needed), dgamma and dbeta, both (C,)."""
-        return derivatives(g, x, gamma, (mean_C, variance_C), eps, call, needs_dx)
+        moments = mean_C, variance_C
+        dx, dgamma_1C, dbeta_1C = _derivatives(g, x, gamma, moments, eps, call, needs_dx)
+        return dx, dgamma_1C[0], dbeta_1C[0]
 
     @staticmethod
     def setup_context(
@@ -165,7 +155,7 @@ class NormaliseBackward(torch.autograd.Function):
         return (dx, dgamma_KC, dbeta_KC), (1 if needs_dx else 0, 0, 0)
 
 
-def normalise(
+def _normalise(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -173,37 +163,10 @@ def normalise(
     call: LayerCall,
     clients: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, and the moments that ``call`` shares, at least float32; one collective."""
-    counts = _counts(x, call, clients)
-    moments = local_moments(x, call.mask_KN, clients, counts)
-    wide = statistics_dtype(x)
-    mean_C, variance_C = call.share_moments(counts, *moments)
-    y = torch.batch_norm(
-        x,
-        None if gamma is None else gamma.to(wide),
-        None if beta is None else beta.to(wide),
-        _per_channel(mean_C, clients),
-        _per_channel(variance_C, clients),
-        training=False,
-        momentum=0.0,
-        eps=eps,
-        cudnn_enabled=False,
-    )
-    return y, mean_C, variance_C
-
-
-def derivatives(
-    g: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    moments: Sequence[Tensor],
-    eps: float,
-    call: LayerCall,
-    needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x, or empty; dgamma and dbeta, (C,) in gamma's dtype; one collective."""
-    dx, dgamma_KC, dbeta_KC = _derivatives(g, x, gamma, moments, eps, call, needs_dx, 1)
-    return dx, dgamma_KC[0], dbeta_KC[0]
+    """y like x, and what ``_derivatives`` needs: a mean and a variance or r."""
+    if call.own is not None:
+        return own_batch.normalise(x, gamma, beta, eps, call.own(), clients)
+    return shared_batch.normalise(x, gamma, beta, eps, call, clients)
 
 
 def _derivatives(
@@ -214,59 +177,12 @@ def _derivatives(
     eps: float,
     call: LayerCall,
     needs_dx: bool,
-    clients: int,
+    clients: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx like x, or empty; dgamma and dbeta, (K, C) each, in gamma's dtype."""
-    counts = _counts(x, call, clients)
-    mean, variance = (_per_channel(moment, clients) for moment in moments)
-    r = (variance + eps).rsqrt_()
-    dbeta_KC, dgamma_KC = local_sums(g, x, mean, r, clients)
-    own_K2C = torch.stack([dbeta_KC, dgamma_KC], dim=1)
-    if gamma is not None:
-        own_K2C = own_K2C * gamma.view(clients, 1, -1)
-    sums = call.share_derivatives(counts, own_K2C.flatten(1))
-    dx = x.new_empty(0)
-    if needs_dx:
-        dx = _input_derivative(g, x, _coefficients(gamma, mean, r, _per_value(sums, counts)))
-        if call.mask_KN is not None:  # nothing flows back into padding
-            dx = dx.unflatten(1, (clients, -1)) * _like(call.mask_KN, x).to(dx.dtype)
-            dx = dx.flatten(1, 2)
-    dtype = dgamma_KC.dtype if gamma is None else gamma.dtype
-    return dx, dgamma_KC.to(dtype), dbeta_KC.to(dtype)
-
-
-def _per_value(sums: Tensor, counts: Sequence[int]) -> Tensor:
-    """-s1 / n_k, -s2 / n_k, (2, K C), from sums of all clients, (2C,), or each one's, (K, 2C)."""
-    if len(counts) == 1:  # a number divides quicker than a tensor
-        return sums.view(2, -1) / -max(counts[0], 1)
-    n_K1 = constant(tuple(counts), sums.dtype, sums.device).clamp_min(1).unsqueeze(1)
-    per_value_K2C: Tensor = (sums / -n_K1).unflatten(1, (2, -1))
-    return per_value_K2C.transpose(0, 1).flatten(1)
-
-
-def _coefficients(
-    gamma: Tensor | None, mean: Tensor, r: Tensor, per_value: Tensor
-) -> Sequence[Tensor]:
-    """Per channel a, b, c of dx = a g + b x + c, (K C,) each, in r's dtype."""
-    first, second = (per_value.to(r.dtype) * r).unbind()
-    slope = second * r
-    scale = r if gamma is None else (r * gamma).to(r.dtype)
-    return scale, slope, torch.addcmul(first, slope, mean, value=-1)
-
-
-def _input_derivative(g: Tensor, x: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
-    """dx like x, in two passes over it."""
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    scale, slope, offset = (value.view(shape) for value in coefficients)
-    return torch.addcmul(offset, x, slope).addcmul_(g, scale).to(x.dtype)
-
-
-def _counts(x: Tensor, call: LayerCall, clients: int) -> Sequence[int]:
-    """Values per channel of each client, padding apart."""
-    per_sample = x.shape[2:].numel()
-    if call.mask_KN is None:
-        return [len(x) * per_sample] * clients
-    return [size * per_sample for size in call.sizes]
+    if call.own is not None:
+        return own_batch.derivatives(g, x, gamma, moments, needs_dx, clients)
+    return shared_batch.derivatives(g, x, gamma, moments, eps, call, needs_dx, clients)
 
 
 def _fold(value: Tensor, dim: int | None, clients: int) -> Tensor:
@@ -281,15 +197,3 @@ def _fold_parameter(value: Tensor | None, dim: int | None, clients: int) -> Tens
     if value is None:
         return None
     return value.repeat(clients) if dim is None else value.movedim(dim, 0).flatten()
-
-
-def _per_channel(moment: Tensor, clients: int) -> Tensor:
-    """(K C,) from a global moment (C,), or from the clients' own (K, C)."""
-    if clients == 1:
-        return moment.view(-1)
-    return moment.repeat(clients) if moment.dim() == 1 else moment.flatten()
-
-
-def _like(mask_KN: Tensor, x: Tensor) -> Tensor:
-    """The mask as (N, K, 1, ...), to multiply a tensor of x's shape, unfolded."""
-    return mask_KN.t().reshape(*mask_KN.t().shape, 1, *[1] * (x.dim() - 2))

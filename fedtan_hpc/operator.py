@@ -98,7 +98,7 @@ def _(
 
 @torch.library.custom_op("fedtan_hpc::share_derivatives", mutates_args=(), **_CUTS)
 def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
-    """s1 and s2 of ``normalise.py`` from this client's part of them; one collective."""
+    """s1 and s2 of ``shared_batch.py`` from this client's part of them; one collective."""
     sums = _USES[caller][int(use)].share_derivatives([count], sums_2C.unsqueeze(0))
     return sums.to(sums_2C.dtype, copy=True).view(-1)
 

@@ -1,6 +1,6 @@
 """FedTAN's batch normalization as it is understood, with ordinary differentiable operations.
 
-Slow and short: the tests compare the layer that is used (``normalise.py``) with this one.
+Slow and short: the tests compare the layer that is used (``shared_batch.py``) with this one.
 """
 
 from __future__ import annotations
