@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import comm
-from .transfer import send
+from .transfer import copy_all, send
 
 _HEADER = 2
 
@@ -107,14 +107,15 @@ class ModelSum:
         for message in self._messages:
             _check_weights(comm.on_host(message[:_HEADER]), comm.world_size(group))
 
-    @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Give ``module`` the summed values."""
         for message, tensors in zip(self._messages, self._groups(module), strict=True):
             parts = torch.split(message[_HEADER:], [tensor.numel() for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                value = part if tensor.is_floating_point() else part.round()
-                tensor.copy_(value.view(tensor.shape))
+            values = [
+                (part if tensor.is_floating_point() else part.round()).view(tensor.shape)
+                for tensor, part in zip(tensors, parts, strict=True)
+            ]
+            copy_all(tensors, values)
 
     def _groups(self, module: nn.Module) -> list[list[Tensor]]:
         groups: dict[torch.dtype, list[Tensor]] = {}

@@ -33,6 +33,7 @@ from .pooled_gradients import Momentum, pool_gradients
 from .private import PrivateStates
 from .server import Server
 from .stacked import Stack
+from .transfer import copy_all
 
 _SMALL = 4_000_000
 """Bytes that a client's pass keeps: below it the mlp, the cnn on 16x16 and ResNet-20 on 8x8 images
@@ -189,7 +190,7 @@ class Cohort:
                 stack.local_step(self._config.max_stacked)
         losses = []
         for lane in range(len(clients)):
-            _copy(self.model, replica)
+            copy_all(model_tensors(replica), model_tensors(self.model))
             losses.append(self._finish(stack.leave(lane), now, total))
         return losses
 
@@ -232,7 +233,7 @@ class Cohort:
         [_, replica] = self._replicas_for(2)
         losses = []
         for client in clients:
-            _copy(self.model, replica)
+            copy_all(model_tensors(replica), model_tensors(self.model))
             self.states.load(client.number, replica)
             losses.append(self._finish(self._start(replica, client, now), now, total))
         return losses
@@ -256,15 +257,9 @@ class Cohort:
             self._replicas.append(copy.deepcopy(self.model))
         del self._replicas[clients:]
         for replica in self._replicas[1:]:
-            _copy(self.model, replica)
+            copy_all(model_tensors(replica), model_tensors(self.model))
         return list(self._replicas)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    for value, of_source in zip(model_tensors(target), model_tensors(source), strict=True):
-        value.copy_(of_source)

@@ -26,7 +26,7 @@ from .batchnorm import batchnorm_layers, normalised_by
 from .federation import Federation
 from .local_training import LocalRun, Pull
 from .pooled_gradients import mean_over_ranks
-from .transfer import constant
+from .transfer import constant, copy_all
 
 _PLAIN = torch.contiguous_format
 """Of a stack's parameters: vmap has no quick way for images that are channels last."""
@@ -112,9 +112,10 @@ class Stack:
     def leave(self, lane: int) -> LocalRun:
         """Give a run its client's parameters, running statistics and momentum; return the run."""
         run = self._runs[lane]
-        for name, parameter in _trained(run.model):
+        trained = dict(_trained(run.model))
+        copy_all(trained.values(), (self._values[name][lane] for name in trained))
+        for name, parameter in trained.items():
             stacked = self._values[name]
-            parameter.copy_(stacked[lane])
             momentum = self._optimizer.state[stacked].get("momentum_buffer")
             if momentum is not None:
                 run.optimizer.state[parameter]["momentum_buffer"] = momentum[lane].clone()

@@ -1,4 +1,4 @@
-"""Ways to a device that do not wait for what it is doing.
+"""Ways to a device that do not wait for what it is doing, and in few launches.
 
 A plain copy to a GPU waits until it has done all that was asked of it before, so that it then idles
 until the next work arrives.
@@ -6,6 +6,7 @@ until the next work arrives.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -24,3 +25,16 @@ def constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     """The ``numbers`` as a tensor that nobody may change: it is the same one every time."""
     with torch.inference_mode(False):
         return send(torch.tensor(numbers, dtype=dtype), device)
+
+
+@torch.no_grad()
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy each source into its target; on a GPU tensors that lie alike go in one launch."""
+    alike: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        key = target.dtype, target.stride() == source.stride()
+        into, out_of = alike.setdefault(key, ([], []))
+        into.append(target)
+        out_of.append(source)
+    for into, out_of in alike.values():
+        torch._foreach_copy_(into, out_of)

@@ -52,3 +52,16 @@ def test_checks_that_are_put_off_are_read_together() -> None:
         federation._unverified.append((header, lambda h: found.append(h.tolist())))
     federation.close()
     assert found == [[1.0, 2.0, 3.0], [4.0, 5.0]]
+
+
+def test_tensors_of_all_kinds_are_copied() -> None:
+    image = torch.randn(2, 3, 4, 5)
+    sources = [image, torch.tensor(3), torch.randn(4), image.double()]
+    last = torch.zeros_like(image).to(memory_format=torch.channels_last)
+    targets = [last, torch.tensor(0), torch.zeros(4), torch.zeros_like(image)]
+    transfer.copy_all(targets, sources)
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target, source.to(target.dtype))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="shorter"):
+        transfer.copy_all(targets, sources[:3])
