@@ -101,7 +101,8 @@ class ModelSum:
         Raises ``ValueError`` on every rank for weights that are not shares of 1.
         """
         for message in self._messages:
-            header = torch.tensor([self._weight, self._bad], dtype=message.dtype)
+            numbers = self._weight, self._bad
+            header = torch.tensor(numbers, dtype=message.dtype, device="cpu")
             message[:_HEADER] = send(header, message.device)
             comm.sum_for_training(message, group, of_models=True)
         for message in self._messages:

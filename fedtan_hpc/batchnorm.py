@@ -15,6 +15,7 @@ from . import comm, operator
 from .federation import BatchNormContext, Federation, LayerCall
 from .lockstep import Lockstep
 from .messages import merge
+from .moments import statistics_dtype
 from .normalise import Normalise, StackedNormalise
 
 _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -38,9 +39,18 @@ class FedTANBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise per channel; returns the shape, dtype and memory format of ``x``."""
-        if not self._has_context or not self.training:
+        if not self._has_context:
             return super().forward(x)
+        if not self.training:
+            return self._frozen_in_context(x)
         return self._forward_in_context(x)
+
+    def _frozen_in_context(self, x: Tensor) -> Tensor:
+        assert self._context is not None
+        if not self._context.is_stacked:
+            return super().forward(x)
+        wide = x.to(statistics_dtype(x))  # vmap's rule takes one dtype only
+        return super().forward(wide).to(x.dtype)
 
     def _forward_in_context(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)

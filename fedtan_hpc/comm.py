@@ -188,7 +188,7 @@ def _add(message: Tensor, group: Group = None) -> None:
 
     gloo's all-reduce passes a message round a ring, and wakes a thread of each rank at every one of
     its 2 (W - 1) steps.  Small messages go to all others at once, and every rank adds what it has
-    got, in the order of the ranks: one step, and the same bits everywhere.
+    got, in the same order: one step, and the same bits everywhere.
     """
     ranks = dist.get_world_size(group)
     is_small = message.nbytes <= EXCHANGED and message.device.type == "cpu"

@@ -45,8 +45,8 @@ class Normalise(torch.autograd.Function):
         x, gamma, *moments = ctx.saved_tensors
         needs_dx = ctx.needs_input_grad[0]
         dx, dgamma_1C, dbeta_1C = _derivatives(g, x, gamma, moments, ctx.eps, ctx.call, needs_dx)
-        own = (None, None) if gamma is None else (dgamma_1C[0], dbeta_1C[0])
-        return dx if needs_dx else None, *own, None, None
+        wanted = zip((dx, dgamma_1C[0], dbeta_1C[0]), ctx.needs_input_grad, strict=False)
+        return *(value if needed else None for value, needed in wanted), None, None
 
 
 class StackedNormalise(torch.autograd.Function):
@@ -76,9 +76,8 @@ class StackedNormalise(torch.autograd.Function):
         dx, dgamma, dbeta = NormaliseBackward.apply(  # type: ignore[no-untyped-call]
             g, *ctx.saved_tensors, ctx.eps, ctx.call, needs_dx
         )
-        if ctx.saved_tensors[1] is None:
-            dgamma = dbeta = None
-        return dx if needs_dx else None, dgamma, dbeta, None, None
+        wanted = zip((dx, dgamma, dbeta), ctx.needs_input_grad, strict=False)
+        return *(value if needed else None for value, needed in wanted), None, None
 
     @staticmethod
     def vmap(

@@ -83,7 +83,7 @@ def share_moments(
     """
     call = _CALLERS[caller].next_call()
     _USES[caller].append(call)
-    use = torch.tensor(len(_USES[caller]) - 1)  # on the CPU: reading it waits for no device
+    use = torch.tensor(len(_USES[caller]) - 1, device="cpu")  # where reading it waits for no device
     mean, variance = call.share_moments([count], mean_C.unsqueeze(0), variance_C.unsqueeze(0))
     return mean.clone().view(-1), (variance + eps).rsqrt_().view(-1), use
 
@@ -92,14 +92,17 @@ def share_moments(
 def _(
     mean_C: Tensor, variance_C: Tensor, eps: float, count: int, caller: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    use = torch.empty((), dtype=torch.int64)
+    use = torch.empty((), dtype=torch.int64, device="cpu")
     return torch.empty_like(mean_C), torch.empty_like(variance_C), use
 
 
 @torch.library.custom_op("fedtan_hpc::share_derivatives", mutates_args=(), **_CUTS)
 def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
     """s1 and s2 of ``shared_batch.py`` from this client's part of them; one collective."""
-    sums = _USES[caller][int(use)].share_derivatives([count], sums_2C.unsqueeze(0))
+    uses = _USES.get(caller, [])
+    if int(use) >= len(uses):
+        raise RuntimeError("a compiled step's backward pass belongs inside federated_statistics")
+    sums = uses[int(use)].share_derivatives([count], sums_2C.unsqueeze(0))
     return sums.to(sums_2C.dtype, copy=True).view(-1)
 
 

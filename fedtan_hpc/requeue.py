@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 MOST_RESTARTS = 20
@@ -24,8 +25,14 @@ def before(folder: Path) -> list[str]:
 # A preempted job's ranks are told alone: a TERM that this script has too is a scancel.
 cancelled=''; trap 'cancelled=yes' TERM
 trap : USR1 # the ranks' own, if it is sent to all
-export {_SAID}={shlex.quote(str(folder.absolute()))}/$SLURM_JOB_ID.said; rm -f "${_SAID}"
+export {_SAID}={shlex.quote(str(_named(folder)))}/$SLURM_JOB_ID.said; rm -f "${_SAID}"
 """.splitlines()
+
+
+def _named(folder: Path) -> Path:
+    """The part of ``folder`` that does not wait for a job's number (``%j``)."""
+    path = folder.expanduser().absolute()
+    return next(each for each in (path, *path.parents) if "%" not in str(each))
 
 
 AFTER = f"""\
@@ -48,4 +55,6 @@ exit "$code"
 def has_said() -> None:
     """Leave word for the script that this rank has said why it fails: another try would too."""
     if path := os.environ.get(_SAID):
-        Path(path).touch()
+        with suppress(OSError):  # a full disk must not hide why the rank fails
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch()

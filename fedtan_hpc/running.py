@@ -64,7 +64,8 @@ class HybridBatchNorm(RunningBatchNorm):
         y = (x - mean) * torch.rsqrt(variance + self.eps)
         if self.weight is None:
             return y
-        return torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
+        y = y * self.weight.view(shape)
+        return y if self.bias is None else y + self.bias.view(shape)
 
 
 def normalise_by_running(module: nn.Module, mixes: bool) -> nn.Module:

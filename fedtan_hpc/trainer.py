@@ -156,7 +156,7 @@ class Trainer:
         for client, loss in zip(clients, losses, strict=True):
             of_all[place[client.number]] = loss
         asked = self.stop.signal
-        asking = torch.tensor([asked, bool(asked)], dtype=of_all.dtype)
+        asking = torch.tensor([asked, bool(asked)], dtype=of_all.dtype, device="cpu")
         of_all[-2:] = send(asking, of_all.device)
         *every, total, ranks = comm.values_of_sum(of_all)
         self.stop.agreed = _common(total, ranks)

@@ -24,7 +24,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The ``numbers`` as a tensor that nobody may change: it is the same one every time."""
     with torch.inference_mode(False):
-        return send(torch.tensor(numbers, dtype=dtype), device)
+        return send(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
 
 
 @torch.no_grad()

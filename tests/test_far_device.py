@@ -14,6 +14,7 @@ import torch
 from test_compile import config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedtan_hpc import augment, average, cohort, comm, local_training, memory, sgd, transfer
 from fedtan_hpc.algorithms import plan
@@ -44,10 +45,10 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        tensors = [each for each in args if isinstance(each, Tensor)]
         result = operation(*args, **(kwargs or {}))
-        if "copy" in str(operation) and isinstance(result, Tensor):
-            kinds = {each.device.type for each in (*tensors, result)}
+        if "copy" in str(operation):
+            found = tree_leaves((args, result))
+            kinds = {each.device.type for each in found if isinstance(each, Tensor)}
             assert len(kinds) == 1 or self.sending, f"{operation} waits for the device"
         return result
 
