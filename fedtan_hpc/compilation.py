@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,16 @@ def _modes(device: torch.device) -> list[str]:
     return [GRAPHS, "default"] if has_graphs else ["default"]
 
 
+def _options(mode: str, synchronised: bool) -> dict[str, Any]:
+    """Those that ``mode`` stands for; ``synchronised`` steps keep the order of their exchanges.
+
+    torch would order the backward passes of parallel branches by the memory that a rank's batch
+    takes, and ranks with other batches otherwise.
+    """
+    options = torch._inductor.list_mode_options(mode)
+    return {**options, "reorder_for_peak_memory": False} if synchronised else options
+
+
 def _attempt(
     mode: str,
     loss: Loss,
@@ -74,7 +85,9 @@ def _attempt(
     """``loss`` compiled, and why it cannot be, if so."""
     torch.compiler.reset()  # of a sweep's earlier points, which count against a limit
     try:
-        loss = replace(loss, compiled=torch.compile(mean_loss, mode=mode))
+        loss = replace(
+            loss, compiled=torch.compile(mean_loss, options=_options(mode, synchronised))
+        )
         for _ in range(_TAKES[mode]):
             _rehearse(loss, model, batch, plans, synchronised)
     except Exception as error:  # of the compiler, of the C++ compiler, of the network

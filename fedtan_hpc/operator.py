@@ -11,9 +11,11 @@ Shapes: x and y (N, C) or (N, C, ...).
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -35,10 +37,16 @@ _CALLERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _USES: dict[int, list[LayerCall]] = defaultdict(list)
 """By layer those that the backward pass may still ask for."""
 _numbers = itertools.count()
+_LAST = [torch.zeros((), dtype=torch.int64, device="cpu")]
+"""What the last exchange of a forward pass returned.  The next one takes it, so that the compiler
+keeps their order, and leaves out or merges none of those that look alike to it."""
 CAN_CUT_GRAPHS = hasattr(torch.Tag, "cudagraph_unsafe")
 """Whether this torch knows operators that CUDA graphs are cut at (2.9 on)."""
 _CUTS: dict[str, Any] = {"tags": torch.Tag.cudagraph_unsafe} if CAN_CUT_GRAPHS else {}
 """Of an exchange: a replay would send once more what the first step sent."""
+_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+"""Part of the operators' names.  torch keeps compiled code on disk by these, with the rules below
+built in, which another version of this file need not share."""
 
 
 def register(caller: Caller) -> int:
@@ -64,8 +72,9 @@ def normalise(
     others = [dim for dim in range(x.dim()) if dim != 1]
     own_variance, own_mean = torch.var_mean(wide, others, correction=0)
     count = x.numel() // x.size(1)
-    shared: tuple[Tensor, ...] = share_moments(own_mean, own_variance, eps, count, caller)
-    mean, r, _ = shared
+    after = _LAST[0]
+    shared: tuple[Tensor, ...] = share_moments(own_mean, own_variance, after, eps, count, caller)
+    mean, r, _LAST[0] = shared
     scale = r if gamma is None else r * gamma
     shape = [1, -1] + [1] * (x.dim() - 2)
     y = (wide - mean.view(shape)) * scale.view(shape)
@@ -73,13 +82,13 @@ def normalise(
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("fedtan_hpc::share_moments", mutates_args=(), **_CUTS)
+@torch.library.custom_op(f"fedtan_hpc::share_moments_{_VERSION}", mutates_args=(), **_CUTS)
 def share_moments(
-    mean_C: Tensor, variance_C: Tensor, eps: float, count: int, caller: int
+    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Global mean and r, (C,), from this client's own moments of ``count`` values; one collective.
 
-    Also returns which use of the layer it was.
+    Also returns which use of the layer it was, which the next exchange takes as ``after``.
     """
     call = _CALLERS[caller].next_call()
     _USES[caller].append(call)
@@ -90,13 +99,13 @@ def share_moments(
 
 @share_moments.register_fake
 def _(
-    mean_C: Tensor, variance_C: Tensor, eps: float, count: int, caller: int
+    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     use = torch.empty((), dtype=torch.int64, device="cpu")
     return torch.empty_like(mean_C), torch.empty_like(variance_C), use
 
 
-@torch.library.custom_op("fedtan_hpc::share_derivatives", mutates_args=(), **_CUTS)
+@torch.library.custom_op(f"fedtan_hpc::share_derivatives_{_VERSION}", mutates_args=(), **_CUTS)
 def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
     """s1 and s2 of ``shared_batch.py`` from this client's part of them; one collective."""
     uses = _USES.get(caller, [])
@@ -112,7 +121,7 @@ def _(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    own_mean, _, _, ctx.count, ctx.caller = inputs
+    own_mean, _, _, _, ctx.count, ctx.caller = inputs
     ctx.save_for_backward(own_mean, *output)
 
 
@@ -127,7 +136,7 @@ def _differentiate(ctx: Any, by_mean: Tensor, by_r: Tensor, _: Any) -> tuple[Ten
     parts = torch.cat([-by_mean / r, by_r * r])
     s1, s2 = _share_derivatives(parts, use, ctx.count, ctx.caller).chunk(2)
     slope = r * r * s2
-    return -r * s1 - (own_mean - mean) * slope, -0.5 * slope, None, None, None
+    return -r * s1 - (own_mean - mean) * slope, -0.5 * slope, None, None, None, None
 
 
 _register: Callable[..., None] = share_moments.register_autograd

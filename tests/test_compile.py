@@ -134,9 +134,10 @@ def test_graphs_that_cannot_be_recorded_are_done_without(
 
 
 def test_graphs_are_cut_where_statistics_are_exchanged() -> None:
-    exchanges = torch.ops.fedtan_hpc
-    for name in ("share_moments", "share_derivatives"):
-        assert torch.Tag.cudagraph_unsafe in getattr(exchanges, name).default.tags
+    exchanges = [getattr(torch.ops.fedtan_hpc, name) for name in torch.ops.fedtan_hpc]
+    assert len(exchanges) == 2
+    for exchange in exchanges:
+        assert torch.Tag.cudagraph_unsafe in exchange.default.tags
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
@@ -156,7 +157,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
 def graphs_before_and_after(options: Config) -> tuple[int, int]:
     graphs = []
 
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> object:
         graphs.append(graph)
         return graph.forward
 
@@ -185,7 +186,7 @@ def one_graph() -> list[int]:
     """Graphs of a synchronised step, of which a break would make several, and recompilations."""
     graphs = []
 
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> object:
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
