@@ -34,8 +34,10 @@ class FedTANBatchNorm(_BatchNorm):
     _has_context = False
     """The same as a truth value: compiled code is made anew for every type that it looks at."""
     _index = 0
-    _number = -1
-    """By which the operator finds the layer."""
+    _number: Tensor | None = None
+    """By which the operators of compiled steps find the layer."""
+    uses: list[int]
+    """Numbers of those in the context that were compiled."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise per channel; returns the shape, dtype and memory format of ``x``."""
@@ -55,6 +57,7 @@ class FedTANBatchNorm(_BatchNorm):
     def _forward_in_context(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if torch.compiler.is_compiling():
+            assert self._number is not None
             y: Tensor = operator.normalise(x, self.weight, self.bias, self.eps, self._number)
             return y
         assert self._context is not None
@@ -72,7 +75,7 @@ class FedTANBatchNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made inside a context do not belong to it."""
         state = self.__dict__.copy()
-        for name in ("_context", "_number"):
+        for name in ("_context", "_number", "uses"):
             state.pop(name, None)
         return {**state, "_has_context": False}
 
@@ -205,16 +208,18 @@ def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None
     layers = list(batchnorm_layers(module).values())
     before = []
     for index, layer in enumerate(layers):
-        if layer._number < 0:
+        if layer._number is None:
             layer._number = operator.register(layer)
-        before.append((layer._context, layer._index, operator.exchange_uses(layer._number, [])))
-        layer._context, layer._has_context, layer._index = context, True, index
+            layer.uses = []
+        before.append((layer._context, layer._index, layer.uses))
+        layer._context, layer._has_context, layer._index, layer.uses = context, True, index, []
     try:
         yield
     finally:
         for layer, (outer, index, uses) in zip(layers, before, strict=True):
-            layer._context, layer._has_context, layer._index = outer, outer is not None, index
-            operator.exchange_uses(layer._number, uses)
+            operator.forget(layer.uses)
+            layer._context, layer._has_context = outer, outer is not None
+            layer._index, layer.uses = index, uses
 
 
 def batchnorm_layers(module: nn.Module) -> dict[str, FedTANBatchNorm]:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -27,15 +26,17 @@ from .moments import statistics_dtype
 
 
 class Caller(Protocol):
-    """A layer as the operator sees it."""
+    """A layer as the operators see it."""
+
+    uses: list[int]
+    """Numbers of those that the backward pass may still ask for."""
 
     def next_call(self) -> LayerCall:
         """Begin the next use of the layer."""
 
 
 _CALLERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_USES: dict[int, list[LayerCall]] = defaultdict(list)
-"""By layer those that the backward pass may still ask for."""
+_USES: dict[int, LayerCall] = {}
 _numbers = itertools.count()
 _LAST = [torch.zeros((), dtype=torch.int64, device="cpu")]
 """What the last exchange of a forward pass returned.  The next one takes it, so that the compiler
@@ -49,23 +50,24 @@ _VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 built in, which another version of this file need not share."""
 
 
-def register(caller: Caller) -> int:
-    """The number by which the operator finds ``caller`` for as long as it lives."""
+def register(caller: Caller) -> Tensor:
+    """The number, 0-d, by which the operators find ``caller`` for as long as it lives.
+
+    It is a tensor for the compiler to leave open: copies of a model are one graph.
+    """
     number = next(_numbers)
     _CALLERS[number] = caller
-    return number
+    return torch.tensor(number, device="cpu")
 
 
-def exchange_uses(number: int, uses: list[LayerCall]) -> list[LayerCall]:
-    """Give a layer the ``uses`` of a context that it enters or returns to; those of the other."""
-    others = _USES.pop(number, [])
-    if uses:
-        _USES[number] = uses
-    return others
+def forget(uses: Iterable[int]) -> None:
+    """End ``uses`` with the context that they belong to."""
+    for number in uses:
+        del _USES[number]
 
 
 def normalise(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, caller: int
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, caller: Tensor
 ) -> Tensor:
     """y = gamma (x - mean) r + beta, r = 1 / sqrt(variance + eps), with ``caller``'s statistics."""
     wide = x.to(statistics_dtype(x))
@@ -84,44 +86,46 @@ def normalise(
 
 @torch.library.custom_op(f"fedtan_hpc::share_moments_{_VERSION}", mutates_args=(), **_CUTS)
 def share_moments(
-    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: int
+    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Global mean and r, (C,), from this client's own moments of ``count`` values; one collective.
 
-    Also returns which use of the layer it was, which the next exchange takes as ``after``.
+    Also returns the number of this use, which the next exchange takes as ``after``.
     """
-    call = _CALLERS[caller].next_call()
-    _USES[caller].append(call)
-    use = torch.tensor(len(_USES[caller]) - 1, device="cpu")  # where reading it waits for no device
+    layer, number = _CALLERS[int(caller)], next(_numbers)
+    call = layer.next_call()
+    layer.uses.append(number)
+    _USES[number] = call
+    use = torch.tensor(number, device="cpu")  # where reading it waits for no device
     mean, variance = call.share_moments([count], mean_C.unsqueeze(0), variance_C.unsqueeze(0))
     return mean.clone().view(-1), (variance + eps).rsqrt_().view(-1), use
 
 
 @share_moments.register_fake
 def _(
-    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: int
+    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     use = torch.empty((), dtype=torch.int64, device="cpu")
     return torch.empty_like(mean_C), torch.empty_like(variance_C), use
 
 
 @torch.library.custom_op(f"fedtan_hpc::share_derivatives_{_VERSION}", mutates_args=(), **_CUTS)
-def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
+def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int) -> Tensor:
     """s1 and s2 of ``shared_batch.py`` from this client's part of them; one collective."""
-    uses = _USES.get(caller, [])
-    if int(use) >= len(uses):
+    call = _USES.get(int(use))
+    if call is None:
         raise RuntimeError("a compiled step's backward pass belongs inside federated_statistics")
-    sums = uses[int(use)].share_derivatives([count], sums_2C.unsqueeze(0))
+    sums = call.share_derivatives([count], sums_2C.unsqueeze(0))
     return sums.to(sums_2C.dtype, copy=True).view(-1)
 
 
 @_share_derivatives.register_fake
-def _(sums_2C: Tensor, use: Tensor, count: int, caller: int) -> Tensor:
+def _(sums_2C: Tensor, use: Tensor, count: int) -> Tensor:
     return torch.empty_like(sums_2C)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    own_mean, _, _, _, ctx.count, ctx.caller = inputs
+    own_mean, _, _, _, ctx.count, _ = inputs
     ctx.save_for_backward(own_mean, *output)
 
 
@@ -134,7 +138,7 @@ def _differentiate(ctx: Any, by_mean: Tensor, by_r: Tensor, _: Any) -> tuple[Ten
     """
     own_mean, mean, r, use = ctx.saved_tensors
     parts = torch.cat([-by_mean / r, by_r * r])
-    s1, s2 = _share_derivatives(parts, use, ctx.count, ctx.caller).chunk(2)
+    s1, s2 = _share_derivatives(parts, use, ctx.count).chunk(2)
     slope = r * r * s2
     return -r * s1 - (own_mean - mean) * slope, -0.5 * slope, None, None, None, None
 

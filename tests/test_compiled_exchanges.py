@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import commands
@@ -13,7 +14,14 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
 
-from fedtan_hpc import comm, compilation, convert_batchnorm, federated_statistics, operator
+from fedtan_hpc import (
+    comm,
+    compilation,
+    convert_batchnorm,
+    federated_backward,
+    federated_statistics,
+    operator,
+)
 from fedtan_hpc.algorithms import plan
 from fedtan_hpc.config import Config
 from fedtan_hpc.data import Samples
@@ -134,12 +142,38 @@ def test_cuda_graphs_end_where_statistics_are_exchanged(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Scheduler, "should_partition", judged)
     monkeypatch.setattr(compilation, "_modes", lambda device: [compilation.GRAPHS])
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     samples, rounds = own_samples(4, 4), [plan(Config(), 1)]
-    compilation.compiled(Loss(), converted(Twice), samples, rounds, synchronised=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compilation.compiled(Loss(), converted(Twice), samples, rounds, synchronised=True)
     exchanges = {name for name in left_out if name.startswith("fedtan_hpc.share_")}
     assert len(exchanges) == 2
     assert {name for name, is_out in left_out.items() if is_out} == exchanges
+
+
+def replicas_graphs() -> tuple[int, float]:
+    """Graphs of ten clients' models, and how far gradients are from those of eager steps."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    found = []
+    for step in (mean_loss, torch.compile(mean_loss, backend=count, fullgraph=True)):
+        models = [converted(Unused) for _ in range(10)]
+        clients = [(model, own_samples(5, 4)) for model in models]
+        losses = [partial(step, model, s.inputs, s.labels) for model, s in clients]
+        federated_backward(models, losses, [0.05] * 10)
+        gradients = [value.grad for model in models for value in model.parameters()]
+        found.append([value for value in gradients if value is not None])
+    return len(graphs), worst(*found)
+
+
+def test_copies_of_a_model_are_one_graph() -> None:
+    for graphs, error in on_ranks(2, replicas_graphs):
+        assert graphs == 1
+        assert error < 1e-12
 
 
 STEP = """
