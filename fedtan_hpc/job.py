@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import comm, device, environment, outcome, resume, run_folder, signals, trial
+from . import allocator, comm, device, environment, outcome, resume, run_folder, signals, trial
 from .checks import check
 from .config import Config, to_dict
 from .device import Place, tensor_float
@@ -95,6 +95,8 @@ def _run(config: Config, log: NullLog | None, stop: Stop) -> Summary:
     info = _rank_info()
     place = device.choose(config, info)
     torch.set_num_threads(place.threads)
+    if place.device.type == "cpu":
+        allocator.keep_freed_memory()
     trial.try_out(config)
     folder = run_folder.name(config)
     with (

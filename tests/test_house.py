@@ -28,6 +28,7 @@ ROOMS = [
     "checks",
     "explain",
     "manual",
+    "allocator",
     "device",
     "transfer",
     "mpi_library",

@@ -89,7 +89,7 @@ def added(config: Config, loop: str, how: str) -> float:
     """Megabytes that some rounds of ``loop`` add to this process's peak."""
     import torch
 
-    benchmarks.settle(config)
+    benchmarks.settle(config, keeps_memory=loop != "plain")
     [carrier] = benchmarks.carriers(config, ["auto"])
     if carrier.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -33,13 +33,15 @@ def command(
             body(*overrides.split(words, options))
 
 
-def settle(config: Config) -> None:
-    """Let this process compute as the job of ``config`` would: its threads, and TF32 or not."""
+def settle(config: Config, keeps_memory: bool = True) -> None:
+    """Let this process compute as the job of ``config`` would: threads, freed memory, TF32."""
     import torch
 
-    from fedtan_hpc import device
+    from fedtan_hpc import allocator, device
 
     torch.set_num_threads(config.threads or 1)
+    if keeps_memory:
+        allocator.keep_freed_memory()
     device.allow_tensor_float(config.tf32)
 
 
