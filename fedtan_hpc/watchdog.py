@@ -20,6 +20,8 @@ from .channel import Channel
 
 _OFTEN = 20
 """Looks within the time-out; at least one a second."""
+_LAST_LOOK_SECONDS = 5
+"""For which the end waits at most: the channel's server may hang."""
 _READING_SECONDS = 0.3
 """In which a launcher reads what a rank has said; some lose it when the rank has gone."""
 
@@ -50,8 +52,14 @@ class Watchdog:
             thread.start()
 
     def end(self) -> None:
-        """Look no longer."""
+        """Look no longer.
+
+        A thread that is inside of torch's store while Python shuts down would abort the process.
+        """
         self._ended.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(_LAST_LOOK_SECONDS)
 
     def _every_pause(self, act: Callable[[], object]) -> None:
         while not self._ended.wait(self._pause):

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -80,6 +81,28 @@ def test_only_a_wait_that_is_too_long_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert not watchdog._has_waited(8)
     progress.waiting_since = time.monotonic() - 9
     assert watchdog._has_waited(8)
+
+
+class SlowStore(Store):
+    """One that is far away."""
+
+    is_asked = False
+
+    def check(self, keys: list[str]) -> bool:
+        self.is_asked = True
+        time.sleep(0.5)
+        return super().check(keys)
+
+
+def test_no_look_outlasts_the_end() -> None:
+    """torch ends the process ("terminate called") if Python shuts down while a thread is in it."""
+    store, threads = SlowStore(), threading.active_count()
+    watchdog = Watchdog(Channel(store), 0.2, print)
+    watchdog.begin()
+    while not store.is_asked:
+        time.sleep(0.01)
+    watchdog.end()
+    assert threading.active_count() == threads
 
 
 def start(
