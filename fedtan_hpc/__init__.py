@@ -11,16 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .average import average_model, average_models
-    from .batchnorm import (
-        FedTANBatchNorm,
-        convert_batchnorm,
-        federated_backward,
-        federated_statistics,
-    )
-    from .config import Config
-    from .job import run
-    from .metrics import Summary
+    from .batchnorm.context import federated_backward, federated_statistics
+    from .batchnorm.layer import FedTANBatchNorm, convert_batchnorm
+    from .config.schema import Config
+    from .distributed.model_average import average_model, average_models
+    from .evaluation.records import Summary
+    from .job.run import run
 
 __version__ = "0.2.0"
 
@@ -38,15 +34,15 @@ __all__ = [
 
 # Names are imported when they are first used: the command line checks options without torch.
 _HOME = {
-    "Config": "config",
-    "FedTANBatchNorm": "batchnorm",
-    "Summary": "metrics",
-    "average_model": "average",
-    "average_models": "average",
-    "convert_batchnorm": "batchnorm",
-    "federated_backward": "batchnorm",
-    "federated_statistics": "batchnorm",
-    "run": "job",
+    "Config": "config.schema",
+    "FedTANBatchNorm": "batchnorm.layer",
+    "Summary": "evaluation.records",
+    "average_model": "distributed.model_average",
+    "average_models": "distributed.model_average",
+    "convert_batchnorm": "batchnorm.layer",
+    "federated_backward": "batchnorm.context",
+    "federated_statistics": "batchnorm.context",
+    "run": "job.run",
 }
 
 

@@ -27,11 +27,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from . import __version__, environment, manual
-from .checks import check
-from .config import Config
-from .errors import ConfigError, RunError, Stopped, mistake
-from .explain import explain, unknown, unreadable
+from . import __version__
+from .config import help
+from .config.errors import ConfigError, RunError, Stopped, format_option_error
+from .config.hydra_errors import explain, unknown, unreadable
+from .config.schema import Config
+from .config.validate import check
+from .runtime import launcher_env
 
 _NOBODY_READS = 128 + signal.SIGPIPE
 """As of a program whose output goes to ``head`` and that is ended by the signal."""
@@ -41,20 +43,23 @@ def main() -> None:
     """Run the job that the command line describes, or each of a sweep's (-m) in turn."""
     with exit_codes("fedtan_hpc"):
         if "--version" in sys.argv[1:]:
-            print(f"fedtan_hpc {__version__}" if environment.rank_hint() == 0 else "")
+            print(f"fedtan_hpc {__version__}" if launcher_env.rank_hint() == 0 else "")
             return
         configs = compose()
-        environment.detect()
+        launcher_env.detect()
         for config in configs:
             check(config)
-            environment.threads(config.threads)
+            launcher_env.threads(config.threads)
         check_folders(configs)
-        from . import job  # torch loads here, after all that can go wrong without it
+        from .job.run import (  # torch loads here, after all that can go wrong without it
+            run,
+            run_all,
+        )
 
         if len(configs) == 1:
-            job.run(configs[0])
+            run(configs[0])
         else:
-            job.run_all(configs)
+            run_all(configs)
 
 
 @contextmanager
@@ -67,7 +72,7 @@ def exit_codes(program: str) -> Iterator[None]:
         everyones = "torch" not in sys.modules or error.on_all_ranks
         _leave(2, [f"{program}: {line}" for line in error.mistakes], everyones)
     except KeyboardInterrupt:
-        if environment.rank_hint() == 0:
+        if launcher_env.rank_hint() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
         _exit(130)
     except BrokenPipeError:
@@ -81,7 +86,7 @@ def exit_codes(program: str) -> Iterator[None]:
             _leave(1, [f"{program}: {error}"], everyones=True)
         _fail(error.__cause__, f"{program}: {error}")
     except Exception as error:
-        rank = environment.rank_hint()
+        rank = launcher_env.rank_hint()
         _fail(error, f"{program}: rank {rank}: {type(error).__name__}: {error}")
 
 
@@ -105,19 +110,19 @@ def compose_as(
     # hydra's own report is several lines and exits with 1; this makes it raise instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="schema", node=schema)
-    of_help = partial(manual.text, schema)
+    of_help = partial(help.text, schema)
     OmegaConf.register_new_resolver("manual", of_help, replace=True)
     composed: list[DictConfig] = []
-    run = hydra.main(version_base="1.3", config_path=str(_conf()), config_name=entry)
+    launch = hydra.main(version_base="1.3", config_path=str(_conf()), config_name=entry)
     usage = io.StringIO()
-    speaks = environment.rank_hint() == 0  # --help is rank 0's to print
+    speaks = launcher_env.rank_hint() == 0  # --help is rank 0's to print
     try:
         with (
             _command_line(words),
             redirect_stderr(usage),
             redirect_stdout(sys.stdout if speaks else io.StringIO()),
         ):
-            run(composed.append)()
+            launch(composed.append)()
         return [_to_config(config, schema) for config in composed]
     except ConfigError:
         raise
@@ -164,7 +169,9 @@ def check_folders(configs: Sequence[Config]) -> None:
     if len(configs) > 1 and len(shared) < len(configs) and shared != {None}:
         folder = next(iter(shared - {None}))
         remedy = "leave run_dir out, or use the swept options in it, as in run_dir=runs/${seed}"
-        raise ConfigError(mistake("run_dir", folder, "a folder for each point of a sweep", remedy))
+        raise ConfigError(
+            format_option_error("run_dir", folder, "a folder for each point of a sweep", remedy)
+        )
 
 
 def _conf() -> Path:
@@ -210,8 +217,8 @@ def _leave(code: int, lines: list[str], everyones: bool = False) -> NoReturn:
     silence rank 0.  A rank that is still alive after the wait may have a trouble of its own to
     tell, unless it is ``everyones``.
     """
-    if environment.rank_hint() != 0:
-        time.sleep(environment.patience_seconds(everyones))
+    if launcher_env.rank_hint() != 0:
+        time.sleep(launcher_env.patience_seconds(everyones))
         if everyones:
             _exit(code)
     print("\n".join(lines), file=sys.stderr, flush=True)
@@ -221,7 +228,9 @@ def _leave(code: int, lines: list[str], everyones: bool = False) -> NoReturn:
 
 def _exit(code: int) -> NoReturn:
     """Out at once; under MPI with all other ranks, which would wait for this one for ever."""
-    comm = sys.modules.get(f"{__package__}.comm")  # not loaded before the options are checked
-    if comm is not None:
-        comm.end_job(code)
+    group = sys.modules.get(
+        f"{__package__}.distributed.process_group"
+    )  # not loaded before the options are checked
+    if group is not None:
+        group.end_job(code)
     os._exit(code)

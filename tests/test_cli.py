@@ -11,18 +11,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import commands
 import pytest
 
 from fedtan_hpc import __version__
+from tests.helpers import commands
 
 SHORT = ("rounds=2", "local_steps=2", "eval_every=1")
 
 # Rank 1 fails in round 2 for a reason of its own.
 TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m", "fedtan_hpc")
 FAULT = """
-from fedtan_hpc import comm
-from fedtan_hpc.cohort import Cohort
+from fedtan_hpc.distributed import process_group as comm
+from fedtan_hpc.training.cohort import Cohort
 train = Cohort.train
 def faulty(self, clients, now):
     if comm.rank() == 1 and now.number == 2:

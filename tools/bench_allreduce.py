@@ -21,13 +21,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import benchmarks
-import overrides
+from bench import benchmark
 
-from fedtan_hpc import environment
-from fedtan_hpc.checks import check
-from fedtan_hpc.config import Config
-from fedtan_hpc.errors import ConfigError, mistake
+from fedtan_hpc.config.errors import ConfigError, format_option_error
+from fedtan_hpc.config.schema import Config
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
+from fedtan_hpc.runtime import launcher_env
 
 OWN = ("backends", "values", "repeats")
 _USUAL = "values=[1,64,1024,16384,262144,1048576]"
@@ -36,21 +36,23 @@ _BLOCK_SECONDS = 0.05
 
 def main() -> None:
     """Time all carriers and sizes, and print."""
-    benchmarks.command("bench_allreduce", __doc__, OWN, _time)
+    benchmark.command("bench_allreduce", __doc__, OWN, _time)
 
 
 def _time(own: Mapping[str, str], job: list[str]) -> None:
-    config = overrides.composed(job)
+    config = options.composed(job)
     check(config)
-    values = overrides.values(own.get("values", _USUAL), "[64,1024]")
+    values = options.values(own.get("values", _USUAL), "[64,1024]")
     if wrong := [size for size in values if not isinstance(size, int) or size < 1]:
         allowed = "whole numbers >= 1"
-        raise ConfigError(mistake("values", wrong[0], allowed, "for example values=[64]"))
-    repeats = benchmarks.repeats(own, 5)
-    results = measure(config, benchmarks.backends(own), values, repeats)
-    if environment.rank_hint() == 0:
+        raise ConfigError(
+            format_option_error("values", wrong[0], allowed, "for example values=[64]")
+        )
+    repeats = benchmark.repeats(own, 5)
+    results = measure(config, benchmark.backends(own), values, repeats)
+    if launcher_env.rank_hint() == 0:
         show(results)
-        setting = benchmarks.setting(config, repeats=repeats)
+        setting = benchmark.setting(config, repeats=repeats)
         print(json.dumps({"setting": setting, "results": results}))
 
 
@@ -59,7 +61,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Microseconds of a sum of each size over each carrier, the slowest rank's."""
     found: dict[tuple[str, int], list[float]] = {}
-    for carrier, counts in benchmarks.turns(config, backends, repeats):
+    for carrier, counts in benchmark.turns(config, backends, repeats):
         for size in sizes:
             took = _block(size, carrier.device)
             if counts:
@@ -81,17 +83,17 @@ def _sums(message: Any, number: int) -> float:
     """Seconds of one of ``number`` sums, the slowest rank's."""
     import torch
 
-    from fedtan_hpc import comm
+    from fedtan_hpc.distributed import collectives, process_group
 
-    comm.barrier()
+    process_group.barrier()
     start = time.perf_counter()
     for _ in range(number):
-        comm.sum_over_ranks(message)
+        collectives.sum_over_ranks(message)
         message.fill_(1.0)
     if message.is_cuda:
         torch.cuda.synchronize()
     took = torch.tensor((time.perf_counter() - start) / number, dtype=torch.float64)
-    return float(comm.max_over_ranks(took.to(message.device)))
+    return float(collectives.max_over_ranks(took.to(message.device)))
 
 
 def _result(backend: str, size: int, times: list[float]) -> dict[str, Any]:

@@ -20,31 +20,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import benchmarks
-import overrides
-from benchmarks import Carrier
+from bench import benchmark
+from bench.benchmark import Carrier
 
-from fedtan_hpc import environment
-from fedtan_hpc.checks import check
-from fedtan_hpc.config import Config, to_dict
+from fedtan_hpc.config.schema import Config, to_dict
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
+from fedtan_hpc.runtime import launcher_env
 
 WAYS = ("none", "beside", "waiting")
 
 
 def main() -> None:
     """Time the ways and print."""
-    benchmarks.command("bench_checkpoint", __doc__, ("repeats",), _time)
+    benchmark.command("bench_checkpoint", __doc__, ("repeats",), _time)
 
 
 def _time(own: Mapping[str, str], job: list[str]) -> None:
-    config = overrides.composed(job)
-    repeats = benchmarks.repeats(own, 15)
+    config = options.composed(job)
+    repeats = benchmark.repeats(own, 15)
     check(config)
-    [carrier] = benchmarks.carriers(config, [str(config.comm.backend)])
+    [carrier] = benchmark.carriers(config, [str(config.comm.backend)])
     with carrier.started(config), tempfile.TemporaryDirectory() as folder:
         results = measure(config, carrier, Path(folder), repeats)
-    if environment.rank_hint() == 0:
-        setting = benchmarks.setting(
+    if launcher_env.rank_hint() == 0:
+        setting = benchmark.setting(
             config,
             clients=config.clients,
             algorithm=str(config.algorithm.name),
@@ -57,24 +57,25 @@ def _time(own: Mapping[str, str], job: list[str]) -> None:
 def measure(config: Config, carrier: Carrier, folder: Path, repeats: int) -> dict[str, Any]:
     """Rounds of the job, each followed by a checkpoint in one of the ways, in turn."""
 
-    from fedtan_hpc import checkpoint, comm
-    from fedtan_hpc.device import Place
-    from fedtan_hpc.keeper import Keeper
-    from fedtan_hpc.prepare import prepare
+    from fedtan_hpc.distributed import process_group
+    from fedtan_hpc.job import checkpoint_format
+    from fedtan_hpc.job.checkpoint_writer import CheckpointWriter
+    from fedtan_hpc.job.setup import prepare
+    from fedtan_hpc.runtime.device import DevicePlacement
 
-    benchmarks.settle(config)
+    benchmark.settle(config)
     config.rounds, config.eval_every = 10**6, 10**6
-    trainer = prepare(config, Place(carrier.device, carrier.backend))
+    trainer = prepare(config, DevicePlacement(carrier.device, carrier.backend))
     (folder / "rounds.jsonl").touch()
     facts = {"config": to_dict(config), "resumed_after": []}
-    keeper = Keeper(folder, config.checkpoint, facts)
+    keeper = CheckpointWriter(folder, config.checkpoint, facts)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     writing = []
     number = 0
     for repeat in range(repeats + 1):  # the first warms up
         for way in WAYS:
             number += 1
-            comm.barrier()
+            process_group.barrier()
             begun = time.perf_counter()
             if way != "none" and number > 1:
                 keeper.save(number, trainer.cohort)
@@ -84,11 +85,11 @@ def measure(config: Config, carrier: Carrier, folder: Path, repeats: int) -> dic
             trainer.round(number)
             seconds[way].append(time.perf_counter() - begun)
             keeper.wait()
-        benchmarks.tell(repeat, repeats)
+        benchmark.tell(repeat, repeats)
     keeper.close()
     found = {way: statistics.median(times[1:]) for way, times in seconds.items()}
-    size = sum(path.stat().st_size for path in checkpoint.existing(folder)[:1])
-    comm.barrier()
+    size = sum(path.stat().st_size for path in checkpoint_format.existing(folder)[:1])
+    process_group.barrier()
     return {
         "seconds_a_round": found,
         "seconds_to_write": statistics.median(writing[1:]),

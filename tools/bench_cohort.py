@@ -23,14 +23,20 @@ from dataclasses import replace
 
 import torch
 
-from fedtan_hpc.algorithms import plan
-from fedtan_hpc.choices import AlgorithmName, CohortMode, ModelName
-from fedtan_hpc.clients import Client
-from fedtan_hpc.config import AlgorithmConfig, CohortConfig, Config, ModelConfig, OptimizerConfig
-from fedtan_hpc.data import Samples
-from fedtan_hpc.device import allow_tensor_float
-from fedtan_hpc.local_training import Round
-from fedtan_hpc.prepare import host, network
+from fedtan_hpc.config.algorithms import plan
+from fedtan_hpc.config.enums import AlgorithmName, CohortMode, ModelName
+from fedtan_hpc.config.schema import (
+    AlgorithmConfig,
+    CohortConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+)
+from fedtan_hpc.data.batching import Samples
+from fedtan_hpc.data.client_store import Client
+from fedtan_hpc.job.setup import host, network
+from fedtan_hpc.runtime.device import allow_tensor_float
+from fedtan_hpc.training.local_training import RoundContext
 
 
 def main() -> None:
@@ -96,7 +102,7 @@ def round_of(
     )
     model = network(config, (3, 32, 32), 10).to(device)
     cohort = host(config, model, hosted[0].samples[:1])
-    now = Round(1, 0.01, plan(config, 1))
+    now = RoundContext(1, 0.01, plan(config, 1))
     if mode == "alone":
         by_itself = [[replace(client, weight=1.0)] for client in hosted]
         return lambda: [cohort.train(clients, now) for clients in by_itself]

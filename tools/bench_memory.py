@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import bench_round
-import benchmarks
-import overrides
+from bench import benchmark
 
-from fedtan_hpc.checks import check
-from fedtan_hpc.config import Config
-from fedtan_hpc.errors import RunError
+from fedtan_hpc.config.errors import RunError
+from fedtan_hpc.config.schema import Config
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
 
 OWN = ("compile", "repeats", "only")
 _ROUNDS = 3
@@ -37,19 +37,19 @@ _LOOPS = ("plain", "local", "fedavg", "fedtan")
 
 def main() -> None:
     """Start a process for each variant, or be one of them (``only=...``)."""
-    benchmarks.command("bench_memory", __doc__, OWN, _measure_or_be_measured)
+    benchmark.command("bench_memory", __doc__, OWN, _measure_or_be_measured)
 
 
 def _measure_or_be_measured(own: Mapping[str, str], job: list[str]) -> None:
-    config = overrides.composed([*bench_round.DEFAULTS, "clients=1", *job])
+    config = options.composed([*bench_round.DEFAULTS, "clients=1", *job])
     check(config)
     if "only" in own:
         print(added(config, *own["only"].partition("=")[2].split("-")))
         return
-    compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
-    results = measure(job, compiling, benchmarks.repeats(own, 3))
+    compiling = options.values(own.get("compile", "compile=[false]"), "[false,true]")
+    results = measure(job, compiling, benchmark.repeats(own, 3))
     show(results)
-    print(json.dumps({"setting": benchmarks.setting(config), "results": results}))
+    print(json.dumps({"setting": benchmark.setting(config), "results": results}))
 
 
 def measure(job: Sequence[str], compiling: Sequence[bool], repeats: int) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def measure(job: Sequence[str], compiling: Sequence[bool], repeats: int) -> list
     for repeat in range(repeats):
         for name in names:
             found[name].append(_in_a_process(name, job))
-        benchmarks.tell(repeat + 1, repeats)
+        benchmark.tell(repeat + 1, repeats)
     plain = statistics.median(found["plain-eager"])
     return [
         {
@@ -89,8 +89,8 @@ def added(config: Config, loop: str, how: str) -> float:
     """Megabytes that some rounds of ``loop`` add to this process's peak."""
     import torch
 
-    benchmarks.settle(config, keeps_memory=loop != "plain")
-    [carrier] = benchmarks.carriers(config, ["auto"])
+    benchmark.settle(config, keeps_memory=loop != "plain")
+    [carrier] = benchmark.carriers(config, ["auto"])
     if carrier.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = _peak(carrier.device)

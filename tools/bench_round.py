@@ -26,17 +26,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import benchmarks
-import convolutions
-import overrides
-import rounds
-from benchmarks import Carrier
-from data_parallel import DataParallelRound
+from bench import benchmark, convolutions, rounds
+from bench.benchmark import Carrier
+from bench.data_parallel import DataParallelRound
 
-from fedtan_hpc import environment
-from fedtan_hpc.checks import check
-from fedtan_hpc.choices import AlgorithmName
-from fedtan_hpc.config import AlgorithmConfig, Config
+from fedtan_hpc.config.enums import AlgorithmName
+from fedtan_hpc.config.schema import AlgorithmConfig, Config
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
+from fedtan_hpc.runtime import launcher_env
 
 OWN = ("backends", "compile", "repeats")
 DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
@@ -60,17 +58,17 @@ class Variant:
 
 def main() -> None:
     """Time all variants and print."""
-    benchmarks.command("bench_round", __doc__, OWN, _time)
+    benchmark.command("bench_round", __doc__, OWN, _time)
 
 
 def _time(own: Mapping[str, str], job: list[str]) -> None:
-    config = overrides.composed([*DEFAULTS, *job])
-    compiling = overrides.values(own.get("compile", "compile=[false]"), "[false,true]")
-    repeats = benchmarks.repeats(own, 9)
-    config.clients = environment.detect().world_size
+    config = options.composed([*DEFAULTS, *job])
+    compiling = options.values(own.get("compile", "compile=[false]"), "[false,true]")
+    repeats = benchmark.repeats(own, 9)
+    config.clients = launcher_env.detect().world_size
     check(config)
-    results = measure(config, benchmarks.backends(own), compiling, repeats)
-    if environment.rank_hint() == 0:
+    results = measure(config, benchmark.backends(own), compiling, repeats)
+    if launcher_env.rank_hint() == 0:
         show(results)
         print(json.dumps({"setting": setting(config, repeats), "results": results}))
 
@@ -80,8 +78,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Seconds of a round of each variant in each repeat, and ratios to plain, local and FedAvg."""
 
-    benchmarks.settle(config)
-    carriers = benchmarks.carriers(config, backends)
+    benchmark.settle(config)
+    carriers = benchmark.carriers(config, backends)
     variants: list[Variant] = []
     seconds: list[list[float]] = []
     warm = _WARM if any(compiling) else 1
@@ -95,7 +93,7 @@ def measure(
                     if variant.backend == carrier.backend:
                         variant.begin()
                         times.append(rounds.seconds(variant.round, carrier.device))
-        benchmarks.tell(max(repeat, 0), repeats)
+        benchmark.tell(max(repeat, 0), repeats)
     return list(_results(variants, [times[warm:] for times in seconds]))
 
 
@@ -107,7 +105,7 @@ def _variants(config: Config, carrier: Carrier, compiling: Sequence[bool]) -> It
     for compiled in compiling:
         for name in ("local", "fedavg", "fedtan"):
             yield Variant(name, backend, compiled, variant(config, name, compiled, where))
-    if where.type == "cuda" and environment.detect().launcher != "none":
+    if where.type == "cuda" and launcher_env.detect().launcher != "none":
         parallel = DataParallelRound(config, where)
         yield Variant("ddp", backend, False, parallel, parallel.begin)
 
@@ -131,10 +129,10 @@ def _algorithm(config: Config, name: str) -> AlgorithmConfig:
 
 def _plain_round(config: Config, where: Any) -> Callable[[], object]:
     """Of contiguous images, and torch's own BN."""
-    from fedtan_hpc import models
+    from fedtan_hpc.models import factory
 
     facts = config.data.facts()
-    model = models.build(config.model, facts.shape, facts.classes, seed=0).to(where).train()
+    model = factory.build(config.model, facts.shape, facts.classes, seed=0).to(where).train()
     return rounds.plain(config, model, rounds.samples(config, where))
 
 
@@ -175,7 +173,7 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def setting(config: Config, repeats: int) -> dict[str, Any]:
     """What was run, on what."""
-    return benchmarks.setting(
+    return benchmark.setting(
         config,
         model=config.model.name,
         shape=list(config.data.facts().shape),

@@ -25,16 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import bench_allreduce
-import benchmarks
-import network_model
 import numpy as np
-import overrides
-import waits
-from network_model import Network, steps, taken
+from bench import benchmark, waits
+from scaling import network_model
+from scaling.network_model import Network, steps, taken
 
-from fedtan_hpc import environment
-from fedtan_hpc.checks import check
-from fedtan_hpc.config import Config
+from fedtan_hpc.config.schema import Config
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
+from fedtan_hpc.runtime import launcher_env
 
 OWN = ("out", "backends", "repeats")
 WAYS = {"gloo": ("exchange",), "nccl": ("tree", "ring")}
@@ -46,17 +45,17 @@ ranks some of these have nothing to send."""
 
 def main() -> None:
     """Time, fit and write."""
-    benchmarks.command("fit_network", __doc__, OWN, _fit_and_write)
+    benchmark.command("fit_network", __doc__, OWN, _fit_and_write)
 
 
 def _fit_and_write(own: Mapping[str, str], job: list[str]) -> None:
-    config = overrides.composed(job)
+    config = options.composed(job)
     check(config)
-    out = Path(overrides.folder(own.get("out", "out=network.json")))
-    backends, repeats = benchmarks.backends(own), benchmarks.repeats(own, 5)
-    ranks, first = environment.detect().world_size, environment.rank_hint() == 0
+    out = Path(options.folder(own.get("out", "out=network.json")))
+    backends, repeats = benchmark.backends(own), benchmark.repeats(own, 5)
+    ranks, first = launcher_env.detect().world_size, launcher_env.rank_hint() == 0
     if first:
-        overrides.check_writable(out)
+        options.check_writable(out)
     timings, networks = measure(config, backends, ranks, repeats)
     if first:
         bench_allreduce.show(timings)
@@ -69,7 +68,7 @@ def measure(
     """Timings of sums in a row, and a network for each carrier; every rank calls it."""
     timings = bench_allreduce.measure(config, backends, _VALUES, repeats)
     waited = waits.measure(config, backends, repeats) if ranks > 1 else {}
-    machine = str(benchmarks.setting(config)["machine"])
+    machine = str(benchmark.setting(config)["machine"])
     networks = [
         replace(network, waits=tuple(waited[network.name]))
         for network in fits(timings, ranks, machine)
@@ -85,8 +84,8 @@ def write(
     repeats: int,
 ) -> None:
     """The file, and what is in it on the terminal."""
-    setting = benchmarks.setting(config, repeats=repeats)
-    with overrides.written(out):
+    setting = benchmark.setting(config, repeats=repeats)
+    with options.written(out):
         network_model.write(out, networks, setting=setting, timings=list(timings))
     for network in networks:
         print(told(network))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedtan_hpc import manual
+from fedtan_hpc.config import help
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def rows() -> Iterator[str]:
     """The lines of the table in Markdown."""
     yield "| option | default | allowed | meaning |"
     yield "| --- | --- | --- | --- |"
-    for entry in manual.entries():
+    for entry in help.entries():
         allowed = entry.allowed.replace("|", "\\|")
         yield f"| `{entry.option}` | `{entry.default}` | {allowed} | {entry.meaning} |"
 

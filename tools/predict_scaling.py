@@ -27,20 +27,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import benchmarks
-import job_costs
-import network_model
-import overrides
-import prediction_report
-import round_model
-from network_model import PRESETS, Network
-from round_model import Load, Method
+from bench import benchmark
+from scaling.network_model import PRESETS, Network
+from scaling.round_model import Load, Method
 
-from fedtan_hpc import cli, environment
-from fedtan_hpc.checks import check
-from fedtan_hpc.choices import AlgorithmName
-from fedtan_hpc.config import Config
-from fedtan_hpc.errors import ConfigError, mistake
+from fedtan_hpc import cli
+from fedtan_hpc.config.enums import AlgorithmName
+from fedtan_hpc.config.errors import ConfigError, format_option_error
+from fedtan_hpc.config.schema import Config
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
+from fedtan_hpc.runtime import launcher_env
+from scaling import job_costs, network_model, prediction_report, round_model
 
 OWN = ("network", "ranks", "clients_per_rank", "compute_seconds", "out")
 TARGET = 0.9
@@ -72,14 +70,14 @@ def main(words: Sequence[str] | None = None) -> None:
     """Predict and write; exit codes as those of the job."""
     words = sys.argv[1:] if words is None else list(words)
     with cli.exit_codes("predict_scaling"):
-        if environment.rank_hint() != 0:
+        if launcher_env.rank_hint() != 0:
             return
-        if overrides.shows_help(words, __doc__):
+        if options.shows_help(words, __doc__):
             return
         asked = understood(words)
-        environment.detect()
-        overrides.check_plotting()
-        overrides.check_writable(asked.out / "prediction.json")
+        launcher_env.detect()
+        options.check_plotting()
+        options.check_writable(asked.out / "prediction.json")
         setting, found = predict(asked)
         command = f"python tools/predict_scaling.py {shlex.join(words)}"
         prediction_report.write(asked.out, setting, found, command)
@@ -87,16 +85,18 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def understood(words: Sequence[str]) -> Asked:
     """The words, checked; raises ``ConfigError``."""
-    own, job = overrides.split(words, OWN)
-    config = overrides.composed([*_DEFAULTS, *job])
+    own, job = options.split(words, OWN)
+    config = options.composed([*_DEFAULTS, *job])
     check(config)
     if config.algorithm.name is not AlgorithmName.fedtan:
         remedy = "leave it out: fedavg and centralised are predicted beside it"
-        raise ConfigError(mistake("algorithm", config.algorithm.name, "fedtan", remedy))
+        raise ConfigError(format_option_error("algorithm", config.algorithm.name, "fedtan", remedy))
     shared = any(word.lstrip("+").startswith("clients=") for word in job)
     if shared and "clients_per_rank" in own:
         remedy = "leave one of them out"
-        raise ConfigError(mistake("clients", config.clients, "without clients_per_rank", remedy))
+        raise ConfigError(
+            format_option_error("clients", config.clients, "without clients_per_rank", remedy)
+        )
     ranks = _whole(own.get("ranks", "ranks=[8,64,1024,4096]"), "[8,64]")
     [clients] = _whole(own.get("clients_per_rank", "clients_per_rank=1"), "1")[:1]
     return Asked(
@@ -105,34 +105,36 @@ def understood(words: Sequence[str]) -> Asked:
         ranks=sorted(ranks),
         clients_per_rank=None if shared else clients,
         compute_seconds=_seconds(own.get("compute_seconds")),
-        out=Path(overrides.folder(own.get("out", "out=prediction"))),
+        out=Path(options.folder(own.get("out", "out=prediction"))),
     )
 
 
 def _whole(word: str, example: str) -> list[int]:
     """Whole numbers from 1."""
-    name, found = word.partition("=")[0], overrides.values(word, example)
+    name, found = word.partition("=")[0], options.values(word, example)
     for value in found:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             remedy = f"for example {name}={example}"
-            raise ConfigError(mistake(name, value, "whole numbers >= 1", remedy))
+            raise ConfigError(format_option_error(name, value, "whole numbers >= 1", remedy))
     return found
 
 
 def _seconds(word: str | None) -> float | None:
     if word is None:
         return None
-    [value] = overrides.values(word, "0.02")[:1]
+    [value] = options.values(word, "0.02")[:1]
     if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
         remedy = "for example compute_seconds=0.02, or leave it out"
-        raise ConfigError(mistake("compute_seconds", value, "a finite number > 0", remedy))
+        raise ConfigError(
+            format_option_error("compute_seconds", value, "a finite number > 0", remedy)
+        )
     return float(value)
 
 
 def _networks(word: str) -> list[Network]:
     """All that the names and files have."""
     found = []
-    for name in overrides.values(word, "[nvlink_ndr,network.json]"):
+    for name in options.values(word, "[nvlink_ndr,network.json]"):
         found += [PRESETS[name]] if name in PRESETS else _from_file(str(name))
     return found
 
@@ -144,21 +146,23 @@ def _from_file(path: str) -> list[Network]:
         networks, why = [], getattr(error, "strerror", None) or str(error)
     if not networks:
         allowed = f"{' | '.join(PRESETS)} | a file of tools/fit_network.py"
-        raise ConfigError(mistake("network", path, allowed, f"name another ({why})"))
+        raise ConfigError(format_option_error("network", path, allowed, f"name another ({why})"))
     return [replace(network, name=f"{network.name} ({path})") for network in networks]
 
 
 def predict(asked: Asked) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What was assumed, and a row for each network, number of ranks and method."""
-    from fedtan_hpc import prepare  # torch loads here
-    from fedtan_hpc.batchnorm import batchnorm_layers
+    from fedtan_hpc.batchnorm.layer import batchnorm_layers
+    from fedtan_hpc.job import setup  # torch loads here
 
     config, facts = asked.config, asked.config.data.facts()
-    model = prepare.network(config, facts.shape, facts.classes)
+    model = setup.network(config, facts.shape, facts.classes)
     channels = [layer.num_features for layer in batchnorm_layers(model).values()]
     if not channels:
         remedy = "choose another network, or leave model.norm out"
-        raise ConfigError(mistake("model", config.model.name, "a network with BN layers", remedy))
+        raise ConfigError(
+            format_option_error("model", config.model.name, "a network with BN layers", remedy)
+        )
     one = _of_one_client(asked)
     cases = [(asked.clients(ranks), ranks) for ranks in asked.ranks]
     rows = [
@@ -180,7 +184,7 @@ def _of_one_client(asked: Asked) -> Load:
 
 def _setting(asked: Asked, model: Any, channels: Sequence[int], one: Load) -> dict[str, Any]:
     config = asked.config
-    return benchmarks.setting(
+    return benchmark.setting(
         config,
         model=config.model.name,
         shape=list(config.data.facts().shape),

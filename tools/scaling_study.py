@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import benchmarks
-import overrides
-import scaling_launch
-import scaling_report
+from bench import benchmark
+from scaling import launch as launching
+from scaling import report
 
 from fedtan_hpc import cli
-from fedtan_hpc.checks import check
-from fedtan_hpc.choices import AlgorithmName
-from fedtan_hpc.errors import ConfigError, mistake
+from fedtan_hpc.config.enums import AlgorithmName
+from fedtan_hpc.config.errors import ConfigError, format_option_error
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
 
 OWN = ("world_sizes", "mode", "launcher", "methods", "repeats", "out")
 _MODES = ("strong", "weak")
@@ -54,7 +54,7 @@ class Study:
     launch: list[str]
     """Words on its submission."""
 
-    def points(self) -> Iterator[scaling_launch.Point]:
+    def points(self) -> Iterator[launching.Point]:
         """All runs, alternating."""
         for repeat in range(self.repeats):
             for method in self.methods:
@@ -63,75 +63,81 @@ class Study:
                     name = f"{self.mode}-{method}-{ranks}ranks-{repeat}"
                     words = [*self.job, f"algorithm={method}", f"clients={clients}"]
                     folder = self.out / "runs" / name
-                    yield scaling_launch.Point(method, ranks, clients, repeat, folder, words)
+                    yield launching.Point(method, ranks, clients, repeat, folder, words)
 
 
 def main() -> None:
     """Run what is missing and write the report."""
     with cli.exit_codes("scaling_study"):
-        if overrides.shows_help(sys.argv[1:], __doc__):
+        if options.shows_help(sys.argv[1:], __doc__):
             return
         study = plan(sys.argv[1:])
-        scaling_launch.run_all(list(study.points()), study.launcher, study.launch)
-        report(study)
+        launching.run_all(list(study.points()), study.launcher, study.launch)
+        write_report(study)
 
 
 def plan(words: Sequence[str]) -> Study:
     """The study that the words ask for; raises ``ConfigError`` before anything runs."""
-    own, rest = overrides.split(words, OWN)
+    own, rest = options.split(words, OWN)
     launch = [word for word in rest if word.startswith("launch.")]
     job = [word for word in rest if word not in launch]
-    out = Path(overrides.folder(own.get("out", "out=scaling")))
+    out = Path(options.folder(own.get("out", "out=scaling")))
     study = Study(
         world_sizes=_world_sizes(own.get("world_sizes", "world_sizes=[1,2]")),
         mode=_one_of(own, "mode", _MODES),
-        launcher=_one_of(own, "launcher", scaling_launch.LAUNCHERS),
+        launcher=_one_of(own, "launcher", launching.LAUNCHERS),
         methods=_methods(own.get("methods", "methods=[fedtan,fedavg,centralised]")),
-        repeats=benchmarks.repeats(own, 3),
+        repeats=benchmark.repeats(own, 3),
         out=out,
-        clients=overrides.composed(job).clients,
+        clients=options.composed(job).clients,
         job=job,
         launch=launch,
     )
-    overrides.check_plotting()
+    options.check_plotting()
     for point in study.points():
-        check(overrides.composed(point.words))
-    scaling_launch.check_launcher(study.launcher, launch)
-    overrides.check_writable(out / "scaling.md")
+        check(options.composed(point.words))
+    launching.check_launcher(study.launcher, launch)
+    options.check_writable(out / "scaling.md")
     return study
 
 
 def _world_sizes(word: str) -> list[int]:
-    sizes = overrides.values(word, "[1,2,4]")
+    sizes = options.values(word, "[1,2,4]")
     if wrong := [size for size in sizes if not isinstance(size, int) or size < 1]:
         allowed = "whole numbers >= 1"
-        raise ConfigError(mistake("world_sizes", wrong[0], allowed, "for example [1,2,4]"))
+        raise ConfigError(
+            format_option_error("world_sizes", wrong[0], allowed, "for example [1,2,4]")
+        )
     return sorted(sizes)
 
 
 def _methods(word: str) -> list[str]:
     known = [str(name) for name in AlgorithmName]
-    methods = [str(method) for method in overrides.values(word, "[fedtan,fedavg]")]
+    methods = [str(method) for method in options.values(word, "[fedtan,fedavg]")]
     if wrong := [method for method in methods if method not in known]:
-        raise ConfigError(mistake("methods", wrong[0], " | ".join(known), "choose some of these"))
+        raise ConfigError(
+            format_option_error("methods", wrong[0], " | ".join(known), "choose some of these")
+        )
     return methods
 
 
 def _one_of(own: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
     chosen = own.get(name, f"{name}={choices[0]}").partition("=")[2]
     if chosen not in choices:
-        raise ConfigError(mistake(name, chosen, " | ".join(choices), "choose one of these"))
+        raise ConfigError(
+            format_option_error(name, chosen, " | ".join(choices), "choose one of these")
+        )
     return chosen
 
 
-def report(study: Study) -> None:
+def write_report(study: Study) -> None:
     """Write table and picture of all points."""
     rows: list[dict[str, Any]] = []
     for method in study.methods:
         of_method = [point for point in study.points() if point.method == method]
-        rows += scaling_report.rows(of_method, study.mode)
+        rows += report.rows(of_method, study.mode)
     command = " ".join(["python tools/scaling_study.py", *sys.argv[1:]])
-    scaling_report.write(rows, study.out, study.mode, command)
+    report.write(rows, study.out, study.mode, command)
     print(f"files: {study.out}/scaling.md, scaling.png, scaling.csv")
 
 

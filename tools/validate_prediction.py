@@ -22,20 +22,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import benchmarks
 import fit_network
-import job_costs
-import overrides
-import rounds
-from benchmarks import Carrier
-from network_model import Network
-from round_model import Method, terms
+from bench import benchmark, rounds
+from bench.benchmark import Carrier
+from scaling.network_model import Network
+from scaling.round_model import Method, terms
 
-from fedtan_hpc import environment
-from fedtan_hpc.checks import check
-from fedtan_hpc.choices import AlgorithmName
-from fedtan_hpc.config import AlgorithmConfig, Config
-from fedtan_hpc.errors import ConfigError, mistake
+from fedtan_hpc.config.enums import AlgorithmName
+from fedtan_hpc.config.errors import ConfigError, format_option_error
+from fedtan_hpc.config.schema import AlgorithmConfig, Config
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import options
+from fedtan_hpc.runtime import launcher_env
+from scaling import job_costs
 
 OWN = ("backends", "models", "repeats")
 _DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]"]
@@ -48,14 +47,14 @@ Times = dict[tuple[str, str], list[float]]
 
 def main() -> None:
     """Fit, time, compare and print."""
-    benchmarks.command("validate_prediction", __doc__, OWN, _compare)
+    benchmark.command("validate_prediction", __doc__, OWN, _compare)
 
 
 def _compare(own: Mapping[str, str], job: list[str]) -> None:
-    backends, repeats = benchmarks.backends(own), benchmarks.repeats(own, 9)
+    backends, repeats = benchmark.backends(own), benchmark.repeats(own, 9)
     jobs = configs(own.get("models", "models=[mlp,cnn,resnet20]"), job)
     results = validate(jobs, backends, repeats)
-    if environment.rank_hint() == 0:
+    if launcher_env.rank_hint() == 0:
         show(results)
         print(json.dumps({"setting": setting(jobs[0], repeats), "results": results}))
 
@@ -66,10 +65,12 @@ def configs(word: str, job: Sequence[str]) -> list[Config]:
         option, _, value = each.lstrip("+").partition("=")
         if option in ("model", "clients") or option.partition(".")[0] == "algorithm":
             remedy = "leave it out; models=[...] names networks"
-            raise ConfigError(mistake(option, value, "no value (this tool sets it)", remedy))
-    ranks, found = environment.detect().world_size, []
-    for name in overrides.values(word, "[mlp,cnn]"):
-        config = overrides.composed([*_DEFAULTS, *job, f"model={name}", f"clients={ranks}"])
+            raise ConfigError(
+                format_option_error(option, value, "no value (this tool sets it)", remedy)
+            )
+    ranks, found = launcher_env.detect().world_size, []
+    for name in options.values(word, "[mlp,cnn]"):
+        config = options.composed([*_DEFAULTS, *job, f"model={name}", f"clients={ranks}"])
         check(config)
         found.append(config)
     return found
@@ -77,19 +78,19 @@ def configs(word: str, job: Sequence[str]) -> list[Config]:
 
 def validate(jobs: Sequence[Config], backends: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """A row for each network, carrier and method; every rank calls it."""
-    ranks = environment.detect().world_size
+    ranks = launcher_env.detect().world_size
     _, fitted = fit_network.measure(jobs[0], backends, ranks, min(repeats, _FITTED))
     networks = {network.name: network for network in fitted}
     found: list[dict[str, Any]] = []
     for config in jobs:
-        measured = _times(config, benchmarks.carriers(config, backends), repeats)
+        measured = _times(config, benchmark.carriers(config, backends), repeats)
         found += _compared(config, networks, measured, ranks)
     return found
 
 
 def _times(config: Config, carriers: Sequence[Carrier], repeats: int) -> Times:
 
-    benchmarks.settle(config)
+    benchmark.settle(config)
     where = carriers[0].device
     by_itself = job_costs.alone(config, where)
     together = _together(config, where)
@@ -103,7 +104,7 @@ def _times(config: Config, carriers: Sequence[Carrier], repeats: int) -> Times:
         if repeat:
             for key, seconds in taken.items():
                 found.setdefault(key, []).append(seconds)
-        benchmarks.tell(repeat, repeats)
+        benchmark.tell(repeat, repeats)
     with carriers[0].started(config):
         return {key: _mean_over_ranks(times, where) for key, times in found.items()}
 
@@ -121,10 +122,10 @@ def _mean_over_ranks(times: Sequence[float], where: Any) -> list[float]:
     """Those of a rank by itself are its own; the others' are the slowest rank's already."""
     import torch
 
-    from fedtan_hpc import comm
+    from fedtan_hpc.distributed import collectives, process_group
 
-    total = comm.sum_over_ranks(torch.tensor(times, dtype=torch.float64, device=where))
-    return [float(value) / comm.world_size() for value in total]
+    total = collectives.sum_over_ranks(torch.tensor(times, dtype=torch.float64, device=where))
+    return [float(value) / process_group.world_size() for value in total]
 
 
 def _compared(
@@ -152,8 +153,8 @@ def _compared(
 
 def _methods(config: Config, ranks: int) -> dict[str, Method]:
     """Their messages but for the clients' losses, which a round by itself does not send."""
-    from fedtan_hpc.batchnorm import batchnorm_layers
-    from fedtan_hpc.prepare import network
+    from fedtan_hpc.batchnorm.layer import batchnorm_layers
+    from fedtan_hpc.job.setup import network
 
     facts = config.data.facts()
     model = network(config, facts.shape, facts.classes)
@@ -177,7 +178,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
 
 def setting(config: Config, repeats: int) -> dict[str, Any]:
     """What was run, on what."""
-    return benchmarks.setting(
+    return benchmark.setting(
         config,
         shape=list(config.data.facts().shape),
         batch_size=config.batch_size,

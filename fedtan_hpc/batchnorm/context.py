@@ -1,0 +1,107 @@
+"""The contexts in which BN statistics are global."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..distributed import collectives, process_group
+from . import compile_ops
+from .layer import batchnorm_layers
+from .lockstep import Lockstep
+from .messages import merge
+from .statistics_call import BatchNormContext, GlobalStatistics
+
+
+def federated_statistics(
+    module: nn.Module, weight: float, group: process_group.Group = None
+) -> AbstractContextManager[None]:
+    """Make the statistics of ``module``'s BN layers global while the context is open.
+
+    With activation checkpointing the backward pass belongs inside too, for it runs layers again.
+
+    ``weight`` is this rank's p_k; the weights of the group's ranks (default: all ranks) must be
+    >= 0 and sum to 1.  All ranks run the same layers in the same order, forward and backward, with
+    batches of any size; a rank with weight 0 takes part and adds nothing.  One collective per BN
+    layer forward and one backward.  Without a process group this is the only client.
+
+    Raises ``ValueError`` if the module has unconverted BN layers, or (from a layer's forward pass,
+    on every rank) if the weights are not as said.
+    """
+    return _global_statistics(module, weight, group, lockstep=None)
+
+
+def federated_backward(
+    modules: Sequence[nn.Module],
+    losses: Sequence[Callable[[], Tensor]],
+    weights: Sequence[float],
+    group: process_group.Group = None,
+) -> list[Tensor]:
+    """Forward and backward pass of all clients of this rank, with global statistics.
+
+    Client k has a module of its own, a function ``losses[k]`` that runs it and returns the loss
+    F_k (0-d), and the weight p_k; the weights of all clients of all ranks sum to 1.  Gradients are
+    added to the modules' parameters, and the losses are returned, detached.  The clients run in
+    lock-step: still one collective per BN layer forward and one backward for all of them together,
+    whatever the sizes of their batches.  A rank without a client gives one module, a batch of one
+    sample and the weight 0.
+
+    Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
+    are not equally many, or a module serves two clients.  The clients run in threads, which inherit
+    the GPU, gradient mode, autocast and number of threads of the caller, and no other mode.
+    """
+    if not len(modules) == len(losses) == len(weights) >= 1:
+        raise ValueError("modules, losses and weights must be equally many, and at least one")
+    if len({id(module) for module in modules}) < len(modules):
+        raise ValueError("every client needs a module of its own, for example a copy.deepcopy")
+    passes = [partial(_forward_and_backward, loss) for loss in losses]
+    if len(modules) == 1:
+        with federated_statistics(modules[0], weights[0], group):
+            return [passes[0]()]
+    lockstep = Lockstep(passes, lambda parts: collectives.sum_for_training(merge(parts), group))
+    with ExitStack() as stack:
+        for module, weight in zip(modules, weights, strict=True):
+            stack.enter_context(_global_statistics(module, weight, group, lockstep))
+        return lockstep.run()
+
+
+def _forward_and_backward(loss: Callable[[], Tensor]) -> Tensor:
+    value = loss()
+    value.backward()
+    return value.detach()
+
+
+@contextmanager
+def _global_statistics(
+    module: nn.Module, weight: float, group: process_group.Group, lockstep: Lockstep[Tensor] | None
+) -> Iterator[None]:
+    federation = GlobalStatistics([float(weight)], group, list(batchnorm_layers(module)), lockstep)
+    with normalised_by(module, federation):
+        try:
+            yield
+            federation.close()
+        finally:
+            federation.is_open = False
+
+
+@contextmanager
+def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None]:
+    """Let ``context`` provide the statistics of ``module``'s BN layers."""
+    layers = list(batchnorm_layers(module).values())
+    before = []
+    for index, layer in enumerate(layers):
+        if layer._number is None:
+            layer._number = compile_ops.register(layer)
+            layer.uses = []
+        before.append((layer._context, layer._index, layer.uses))
+        layer._context, layer._has_context, layer._index, layer.uses = context, True, index, []
+    try:
+        yield
+    finally:
+        for layer, (outer, index, uses) in zip(layers, before, strict=True):
+            compile_ops.forget(layer.uses)
+            layer._context, layer._has_context = outer, outer is not None
+            layer._index, layer.uses = index, uses

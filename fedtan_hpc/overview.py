@@ -1,0 +1,6 @@
+"""``python -m fedtan_hpc.overview``: several comparisons side by side."""
+
+from .reporting.overview import main
+
+if __name__ == "__main__":
+    main()

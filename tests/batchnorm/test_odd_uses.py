@@ -1,0 +1,101 @@
+"""The layer where few use it: without a shift, under another default device, out of its context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fedtan_hpc import average_model, convert_batchnorm, federated_statistics
+from fedtan_hpc.batchnorm.running_norm import held, normalise_by_running
+from fedtan_hpc.config.enums import CohortMode, PrecisionName
+from fedtan_hpc.config.schema import CohortConfig
+from fedtan_hpc.job.setup import prepare
+from fedtan_hpc.launch import requeue
+from tests.training.test_compile_step import CPU, config
+
+
+def network(bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(3)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return nn.Sequential(nn.Linear(4, 3), layer, nn.Linear(3, 2)).double()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(6, 4, dtype=torch.float64, device="cpu"), torch.tensor([0, 1] * 3)
+
+
+def test_a_layer_may_have_gamma_and_no_beta() -> None:
+    x, y = batch()
+    plain, ours = network(bias=False), convert_batchnorm(network(bias=False))
+    cross_entropy(plain(x), y).backward()
+    with federated_statistics(ours, 1.0):
+        cross_entropy(ours(x), y).backward()
+    for value, expected in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, expected.grad)
+
+
+def test_hbn_needs_no_beta_either() -> None:
+    x, y = batch()
+    model = normalise_by_running(convert_batchnorm(network(bias=False)), mixes=True).double()
+    with held(model):
+        cross_entropy(model(x), y).backward()
+
+
+def test_another_default_device_is_left_alone() -> None:
+    model = convert_batchnorm(network())
+    x, y = batch()
+    torch.set_default_device("meta")
+    try:
+        with federated_statistics(model, 0.999_999_9):
+            cross_entropy(model(x), y).backward()
+        average_model(model, 0.999_999_9)
+    finally:
+        torch.set_default_device(None)
+    assert all(value.device.type == "cpu" for value in model.parameters())
+
+
+def test_a_compiled_backward_pass_outside_of_its_context_is_refused() -> None:
+    torch.compiler.reset()
+    model = convert_batchnorm(network())
+    x, y = batch()
+    scores = torch.compile(model, backend="aot_eager")
+    with federated_statistics(model, 1.0):
+        loss = cross_entropy(scores(x), y)
+    with pytest.raises(RuntimeError, match="belongs inside federated_statistics"):
+        loss.backward()
+
+
+def test_frozen_layers_of_a_stack_take_bfloat16() -> None:
+    options = config(
+        "fixbn",
+        clients=3,
+        precision=PrecisionName.bfloat16,
+        cohort=CohortConfig(mode=CohortMode.stacked),
+    )
+    prepare(options, CPU).train([])
+
+
+@pytest.mark.parametrize("folder", ["logs/%j", "~/jobs", "logs"])
+def test_the_word_of_a_rank_lies_where_the_script_can_know(folder: str) -> None:
+    """Job numbers and home folders are put in later, and not in quotes."""
+    [line] = [each for each in requeue.before(Path(folder)) if each.startswith("export")]
+    assert "%" not in line
+    assert "~" not in line
+    assert "/$SLURM_JOB_ID.said" in line
+
+
+def test_a_word_that_cannot_be_left_hides_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDTAN_HPC_SAID", str(tmp_path / "new" / "7.said"))
+    requeue.has_said()
+    assert (tmp_path / "new" / "7.said").exists()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FEDTAN_HPC_SAID", str(tmp_path / "file" / "7.said"))
+    requeue.has_said()

@@ -1,0 +1,223 @@
+"""Which rank is named when all others wait, and how jobs end that hang or lose a rank.
+
+The rules first, with a store in this process; then whole jobs with faults (slow).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtan_hpc.distributed import counters, process_group
+from fedtan_hpc.distributed.channel import Channel
+from fedtan_hpc.distributed.counters import Progress
+from fedtan_hpc.distributed.watchdog import Watchdog
+from tests.helpers import commands
+from tests.helpers.ranks import MPI_VARIABLES, MPIEXEC
+
+FAULTY = str(Path(__file__).parents[1] / "helpers" / "faulty.py")
+SHORT = ("rounds=40", "local_steps=1", "clients=2", "checkpoint.every=5")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+MPIRUN = (MPIEXEC, "-n", "2", sys.executable)
+
+
+class Store:
+    """torch's, as far as the channel uses it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def set(self, key: str, text: str) -> None:
+        self.values[key] = text
+
+    def get(self, key: str) -> bytes:
+        return self.values[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("joined", "round_number", "verdict"),
+    [
+        ([9, 8, 9], 4, "rank 1 hangs in round 4"),
+        ([9, 8, 3], 4, "ranks [1, 2] hang in round 4"),
+        ([9, None, 9], 0, "rank 1 hangs before the first round"),
+        ([9, 9, 9], 4, "in round 4: the ranks do not reach each other"),
+    ],
+)
+def test_the_rank_that_has_joined_fewer_collectives_is_named(
+    joined: list[int | None],
+    round_number: int,
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = Store()
+    for rank, number in enumerate(joined):
+        if number is not None:
+            store.set(f"joined/{rank}", str(number))
+    monkeypatch.setattr(counters, "progress", Progress(round=round_number, joined=9))
+    monkeypatch.setattr(process_group, "world_size", lambda: len(joined))
+    watchdog = Watchdog(Channel(store), 30, print)
+    assert watchdog._verdict().startswith(verdict)
+
+
+def test_only_a_wait_that_is_too_long_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress()
+    monkeypatch.setattr(counters, "progress", progress)
+    watchdog = Watchdog(Channel(Store()), 10, print)
+    assert not watchdog._has_waited(8)
+    progress.waiting_since = time.monotonic() - 5
+    assert not watchdog._has_waited(8)
+    progress.waiting_since = time.monotonic() - 9
+    assert watchdog._has_waited(8)
+
+
+class SlowStore(Store):
+    """One that is far away."""
+
+    is_asked = False
+
+    def check(self, keys: list[str]) -> bool:
+        self.is_asked = True
+        time.sleep(0.5)
+        return super().check(keys)
+
+
+def test_no_look_outlasts_the_end() -> None:
+    """torch ends the process ("terminate called") if Python shuts down while a thread is in it."""
+    store, threads = SlowStore(), threading.active_count()
+    watchdog = Watchdog(Channel(store), 0.2, print)
+    watchdog.begin()
+    while not store.is_asked:
+        time.sleep(0.01)
+    watchdog.end()
+    assert threading.active_count() == threads
+
+
+def start(
+    launcher: tuple[str, ...], folder: Path, run: str, faults: str = "", *overrides: str
+) -> subprocess.Popen[str]:
+    """The job with ``faults`` as two ranks; run_dir is ``run``."""
+    if "torch.distributed.run" in launcher:  # a port of its own, so that jobs do not meet
+        launcher = (*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
+    return subprocess.Popen(
+        [*launcher, FAULTY, *SHORT, f"run_dir={run}", *overrides],
+        cwd=folder,
+        env={
+            **os.environ,
+            **MPI_VARIABLES,
+            "PYTHONPATH": str(commands.ROOT),
+            "OMP_NUM_THREADS": "1",
+            "FAULTS": faults,
+            "FAULTS_FOLDER": str(folder),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 100) -> tuple[int, str]:
+    """Exit code and standard error."""
+    _, errors = process.communicate(timeout=seconds)
+    return process.returncode, errors
+
+
+def rounds_of(run: Path) -> list[int]:
+    return [json.loads(line)["round"] for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+def same_models(a: Path, b: Path) -> bool:
+    first, second = torch.load(a / "model.pt"), torch.load(b / "model.pt")
+    return all(torch.equal(first[name], second[name]) for name in second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "rank", "kind"),
+    [
+        (TORCHRUN, 1, "sleep"),
+        (TORCHRUN, 0, "stop"),
+        (MPIRUN, 0, "sleep"),
+        (MPIRUN, 1, "stop"),
+        (MPIRUN, 0, "stop"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_all_end(
+    launcher: tuple[str, ...], rank: int, kind: str, tmp_path: Path
+) -> None:
+    process = start(launcher, tmp_path, "run", f"{rank}:7:{kind}", "comm.timeout_seconds=8")
+    code, errors = finished(process)
+    assert code != 0
+    verdict = f"rank {rank} hangs in round 7"
+    if (launcher, rank, kind) == (MPIRUN, 0, "stop"):  # over MPI rank 0 serves the notes itself
+        verdict = "round 7: rank 0, or the host that serves the ranks, hangs, is gone or cannot"
+    assert errors.count(verdict) == 1, errors
+    note = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert verdict in note["message"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_costs_the_rounds_since_the_last_checkpoint(tmp_path: Path) -> None:
+    """torchrun restarts the ranks; the result is that of an undisturbed run, to the bit."""
+    assert finished(start(TORCHRUN, tmp_path, "whole"))[0] == 0
+    restarting = (*TORCHRUN, "--max-restarts", "3")
+    code, errors = finished(start(restarting, tmp_path, "hit", "1:7:kill 0:13:kill 1:22:error"))
+    assert code == 0, errors
+    assert "another rank has ended" in errors
+    summary = json.loads((tmp_path / "hit" / "summary.json").read_text())
+    assert summary["resumed_after"] == [5, 10, 20]
+    assert rounds_of(tmp_path / "hit") == list(range(1, 41))
+    assert same_models(tmp_path / "hit", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ranks_killed_at_random_moments_cost_nothing(tmp_path: Path) -> None:
+    """Ten times, in start-up, rounds and writing alike, all before the run is done."""
+    more = ("rounds=3000", "checkpoint.every=10", "eval_every=500")
+    assert finished(start(TORCHRUN, tmp_path, "whole", "", *more))[0] == 0
+    process = start((*TORCHRUN, "--max-restarts", "10"), tmp_path, "hit", "", *more)
+    drawn = random.Random(0)
+    killed: set[int] = set()
+    while len(killed) < 10:
+        time.sleep(drawn.uniform(1, 8))
+        assert process.poll() is None, "it ended before the tenth"
+        if workers := [each for each in workers_of(process.pid) if each not in killed]:
+            victim = drawn.choice(workers)
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+    code, errors = finished(process, 300)
+    assert code == 0, errors
+    assert rounds_of(tmp_path / "hit") == list(range(1, 3001))
+    assert same_models(tmp_path / "hit", tmp_path / "whole")
+
+
+def workers_of(agent: int) -> list[int]:
+    """The ranks that torchrun has started."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "code"), [("TERM", 143), ("USR1", 138)])
+def test_a_signal_to_one_rank_stops_all_after_the_round(
+    kind: str, code: int, tmp_path: Path
+) -> None:
+    """Exit codes tell the signal where the launcher passes them on, as mpirun does."""
+    found, errors = finished(start(MPIRUN, tmp_path, "run", f"1:7:{kind}"))
+    assert found == code, errors
+    assert f"stopped by SIG{kind} after round 7" in errors
+    assert finished(start(MPIRUN, tmp_path, "run"))[0] == 0
+    assert rounds_of(tmp_path / "run") == list(range(1, 41))

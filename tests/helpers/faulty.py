@@ -1,0 +1,52 @@
+"""The job with faults: rank r in round s does what a bad day would do to it.
+
+``FAULTS="1:7:kill 0:9:TERM" torchrun ... faulty.py overrides``: each fault happens once, whatever
+restarts there are; ``FAULTS_FOLDER`` remembers which have.  Kinds: kill (SIGKILL), stop (SIGSTOP: a
+machine that hangs), sleep (a thread that never comes back), error (an exception), and the names of
+signals, which the rank sends to itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from fedtan_hpc.cli import main
+from fedtan_hpc.distributed import process_group
+from fedtan_hpc.training.cohort import Cohort
+
+train = Cohort.train
+
+
+def train_with_faults(cohort: Cohort, clients: Any, now: Any) -> Any:
+    for fault in os.environ.get("FAULTS", "").split():
+        rank, number, kind = fault.split(":")
+        if (process_group.rank(), now.number) == (int(rank), int(number)) and is_first(fault):
+            happen(kind)
+    return train(cohort, clients, now)
+
+
+def is_first(fault: str) -> bool:
+    mark = Path(os.environ["FAULTS_FOLDER"]) / fault.replace(":", "-")
+    if mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+def happen(kind: str) -> None:
+    if kind == "sleep":
+        time.sleep(1000)
+    elif kind == "error":
+        raise ValueError("a bad day")
+    else:
+        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}.get(kind)
+        os.kill(os.getpid(), number or getattr(signal, f"SIG{kind}"))
+
+
+if __name__ == "__main__":
+    Cohort.train = train_with_faults  # type: ignore
+    main()

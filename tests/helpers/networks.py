@@ -1,0 +1,190 @@
+"""Small networks that between them hold every kind of BN layer, and batches for their clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtan_hpc.models import small_networks
+
+
+class Shared(nn.Module):
+    """One BN layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 5)
+        self.bn = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.bn(self.first(x)))
+        return self.head(torch.tanh(self.bn(self.second(x))))  # type: ignore[no-any-return]
+
+
+class Branches(nn.Module):
+    """Two parallel branches with BN layers of one width, which a mix-up could confuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh())
+        self.right = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Sigmoid())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.left(x) * self.right(x))  # type: ignore[no-any-return]
+
+
+def _dense(**options: object) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 5),
+        nn.BatchNorm1d(5, **options),  # type: ignore[arg-type]
+        nn.Tanh(),
+        nn.Linear(5, 4),
+        nn.BatchNorm1d(4, **options),  # type: ignore[arg-type]
+        nn.Tanh(),
+        nn.Linear(4, 3),
+    )
+
+
+def _convolutional(conv: type[nn.Module], bn: type[nn.Module], channels: int) -> nn.Module:
+    return nn.Sequential(
+        conv(channels, 4, 3, padding=1),
+        bn(4),
+        nn.Tanh(),
+        conv(4, 5, 3),
+        bn(5),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(3),
+    )
+
+
+def _offset() -> nn.Module:
+    """BN directly on inputs whose mean is 1e3 times their spread."""
+    return nn.Sequential(
+        nn.BatchNorm1d(6), nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)
+    )
+
+
+def _without_momentum(module: nn.Module) -> nn.Module:
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.momentum = None
+    return module
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the shape of a sample, and how far the clients' inputs lie from 0."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    offset: float = 0.0
+
+
+CASES = {
+    "1d": Case(_dense, (6,)),
+    "1d-sequence": Case(lambda: _convolutional(nn.Conv1d, nn.BatchNorm1d, 2), (2, 7)),
+    "2d": Case(lambda: _convolutional(nn.Conv2d, nn.BatchNorm2d, 3), (3, 5, 5)),
+    "3d": Case(lambda: _convolutional(nn.Conv3d, nn.BatchNorm3d, 2), (2, 4, 4, 4)),
+    "shared": Case(Shared, (6,)),
+    "branches": Case(Branches, (6,)),
+    "not affine": Case(lambda: _dense(affine=False), (6,)),
+    "no running statistics": Case(lambda: _dense(track_running_stats=False), (6,)),
+    "momentum None": Case(lambda: _dense(momentum=None), (6,)),
+    "shared, momentum None": Case(lambda: _without_momentum(Shared()), (6,)),
+    "mean 1e3 spreads": Case(_offset, (6,), offset=1e3),
+}
+
+
+def network(case: str) -> nn.Module:
+    """The case's network in float64, the same one whenever it is built."""
+    torch.manual_seed(1)
+    module = CASES[case].build().double()
+    module(torch.randn(4, *CASES[case].shape, dtype=torch.float64))  # lazy layers take their size
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.reset_running_stats()
+            if layer.affine:
+                nn.init.uniform_(layer.weight, 0.5, 1.5)
+                nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return module
+
+
+def batches(case: str, clients: int) -> list[tuple[Tensor, Tensor]]:
+    """Each client's batch: of its own size, mean and spread."""
+    made = []
+    for client in range(clients):
+        generator = torch.Generator().manual_seed(100 + client)
+        size = (5, 8, 3, 6)[client]
+        x = torch.randn(size, *CASES[case].shape, dtype=torch.float64, generator=generator)
+        x = x * (1 + 0.3 * client) + 0.5 * client + CASES[case].offset
+        made.append((x, torch.randint(0, 3, (size,), generator=generator)))
+    return made
+
+
+def weights(clients: int) -> list[float]:
+    """Unequal weights that sum to 1."""
+    parts = [0.3, 1.1, 0.7, 1.9][:clients]
+    return [part / sum(parts) for part in parts]
+
+
+def with_dropout(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with dropout after its hidden layers."""
+    layers: list[nn.Module] = []
+    for layer in small_networks.mlp(math.prod(shape), classes).children():
+        layers += [layer, nn.Dropout(0.3)] if isinstance(layer, nn.ReLU) else [layer]
+    return nn.Sequential(*layers)
+
+
+def frozen(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp whose first layer is not trained."""
+    network = small_networks.mlp(math.prod(shape), classes)
+    network.get_submodule("1").requires_grad_(False)
+    return network
+
+
+def unused(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with a layer that takes no part."""
+    network = small_networks.mlp(math.prod(shape), classes)
+    network.get_submodule("3").register_module("aside", nn.Linear(2, 2))
+    return network
+
+
+def cumulative(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp whose running statistics are plain means over all batches."""
+    return _without_momentum(small_networks.mlp(math.prod(shape), classes))
+
+
+class Counting(nn.Module):
+    """The mlp with buffers of its own, of an integer and of a floating-point type."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.network = small_networks.mlp(features, classes)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("largest", torch.zeros(()))
+        self.calls: Tensor
+        self.largest: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            self.largest.copy_(torch.maximum(self.largest, x.detach().amax()))
+        return self.network(x)  # type: ignore[no-any-return]
+
+
+def counting(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Counting(math.prod(shape), classes)
+
+
+def spectral(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with torch's spectral normalization of a layer, which keeps vectors as buffers."""
+    network = small_networks.mlp(math.prod(shape), classes)
+    nn.utils.parametrizations.spectral_norm(network.get_submodule("4"))
+    return network

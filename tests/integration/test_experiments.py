@@ -1,0 +1,113 @@
+"""Every experiment composes to a valid job with the settings that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedtan_hpc import cli
+from fedtan_hpc.config.errors import ConfigError
+from fedtan_hpc.config.schema import Config, OptimizerConfig, to_dict
+from fedtan_hpc.config.validate import check
+from fedtan_hpc.reporting import reports
+from tests.helpers import commands
+
+NAMES = sorted(path.stem for path in (commands.ROOT / "conf" / "experiment").glob("*.yaml"))
+
+# The authors' code: SPEC section 2.
+PAPER = {
+    "model.gamma": "uniform",
+    "optimizer.lr": "0.5",
+    "optimizer.momentum": "0.9",
+    "optimizer.weight_decay": "0.0001",
+    "lr_schedule.milestones": "[6000, 8000]",
+    "lr_schedule.gamma": "0.1",
+    "clients": "5",
+    "rounds": "10000",
+    "local_steps": "5",
+    "batch_size": "128",
+    "sampling": "replacement",
+    "eval_every": "100",
+}
+CIFAR10 = {
+    "data.name": "cifar10",
+    "data.flip": "True",
+    "data.crop_padding": "4",
+    "data.normalisation": "imagenet",
+    "model.name": "resnet20",
+}
+SHARDS = {"partition.name": "shards"}
+"""Two classes each: that is what shards are with five clients and ten classes."""
+# What is not the default, all of it.
+EXPECTED = {
+    "paper_cifar10_iid": {**PAPER, **CIFAR10, "partition.name": "iid"},
+    "paper_cifar10_noniid": {**PAPER, **CIFAR10, **SHARDS},
+    "paper_mnist_noniid": {**PAPER, **SHARDS, "data.name": "mnist", "model.name": "mlp"},
+    "fashion_shards": {
+        **SHARDS,
+        "data.name": "fashion_mnist",
+        "model.name": "mlp",
+        "clients": "5",
+        "batch_size": "64",
+        "optimizer.lr": "0.1",
+        "optimizer.momentum": "0.0",
+        "rounds": "500",
+        "local_steps": "5",
+        "eval_every": "10",
+    },
+    "digits_shards": {},
+    "quick": {"rounds": "10", "eval_every": "1"},
+}
+
+
+def composed(*words: str) -> Config:
+    [config] = cli.compose(words)
+    return config
+
+
+def test_all_are_known_here() -> None:
+    assert set(NAMES) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_is_valid_and_has_its_settings(name: str) -> None:
+    config = composed(f"experiment={name}")
+    check(config)
+    assert config.partition.classes_held(config.clients, config.data.facts().classes) == 2
+    default = dict(reports.flat(to_dict(Config())))
+    assert dict(reports.flat(to_dict(config))) == {**default, **EXPECTED[name]}
+
+
+def test_the_command_line_wins() -> None:
+    words = ("experiment=paper_cifar10_noniid", "partition=dirichlet", "partition.alpha=0.1")
+    config = composed(*words, "rounds=3", "algorithm=fedavg")
+    check(config)
+    assert (config.partition.name, config.partition.alpha) == ("dirichlet", 0.1)
+    assert (config.rounds, config.algorithm.name, config.clients) == (3, "fedavg", 5)
+    quick = composed("optimizer.lr=0.3", "experiment=quick")
+    assert quick == replace(composed("experiment=quick"), optimizer=OptimizerConfig(lr=0.3))
+
+
+@pytest.mark.parametrize(
+    ("word", "start"),
+    [
+        ("experiment=nothing", "experiment=nothing: allowed is digits_shards | "),
+        ("experiment=", "experiment=: allowed is digits_shards | "),
+        ("experiment=null", "experiment=null: allowed is "),
+        ("experment=quick", "experment=quick: no such option; did you mean experiment?"),
+    ],
+)
+def test_a_wrong_name_is_one_line_with_its_remedy(word: str, start: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cli.compose([word])
+    [line] = caught.value.mistakes
+    assert line.startswith(start)
+    assert "; " in line
+    assert "\n" not in line
+
+
+def test_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.compose(["--help"])
+    assert f"experiment: {', '.join(NAMES)}" in capsys.readouterr().out

@@ -1,0 +1,171 @@
+"""On one GPU: the results of a CPU, and no waiting for the device inside of a round.
+
+pytest -n 1 -m gpu
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, cross_entropy
+
+import fedtan_hpc
+from fedtan_hpc.config.algorithms import plan
+from fedtan_hpc.config.enums import CohortMode, PrecisionName
+from fedtan_hpc.config.schema import CohortConfig, Config
+from fedtan_hpc.job.setup import prepare
+from fedtan_hpc.runtime.device import DevicePlacement, tensor_float
+from fedtan_hpc.training.local_training import RoundContext
+from tests.helpers import commands, networks
+from tests.helpers.ranks import on_ranks
+from tests.training.test_compile_step import config, distance
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no GPU here, or none asked for (-m gpu)"
+    ),
+]
+ON_CPU = DevicePlacement(torch.device("cpu"), "gloo")
+ON_GPU = DevicePlacement(torch.device("cuda", 0), "gloo")
+
+
+def trained(options: Config, place: DevicePlacement) -> dict[str, Tensor]:
+    trainer = prepare(options, place)
+    trainer.train([])
+    return {name: value.cpu() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+@pytest.mark.parametrize(
+    "algorithm", ["fedtan", "fedavg", "fixbn", "silobn", "fbn", "hbn", "centralised"]
+)
+def test_a_gpu_trains_the_model_that_a_cpu_trains(algorithm: str, clients: int) -> None:
+    """One client, and three that are stacked."""
+    options = config(algorithm, clients=clients)
+    assert distance(trained(options, ON_GPU), trained(options, ON_CPU)) < 1e-10
+
+
+@pytest.mark.parametrize("clients", [2, 5])
+def test_ranks_that_share_a_gpu_train_the_same_model(clients: int) -> None:
+    options = config(clients=clients)
+    alone = trained(options, ON_CPU)
+    for state in on_ranks(2, trained, options, ON_GPU):
+        assert distance(state, alone) < 1e-10
+
+
+def gradients_in_lockstep(device: str) -> list[Tensor]:
+    module = fedtan_hpc.convert_batchnorm(networks.network("branches")).to(device)
+    replicas = [copy.deepcopy(module) for _ in range(3)]
+    batches = [(x.to(device), y.to(device)) for x, y in networks.batches("branches", 3)]
+    losses = [
+        lambda model=model, x=x, y=y: cross_entropy(model(x), y)
+        for model, (x, y) in zip(replicas, batches, strict=True)
+    ]
+    fedtan_hpc.federated_backward(replicas, losses, networks.weights(3))
+    values = [value for replica in replicas for value in replica.parameters()]
+    return [value.grad.cpu() for value in values if value.grad is not None]
+
+
+def test_clients_in_lockstep_have_the_gradients_of_a_cpu() -> None:
+    """Each backward pass in its client's thread: one for all could not wait for itself."""
+    for found, expected in zip(*map(gradients_in_lockstep, ("cuda", "cpu")), strict=True):
+        assert float((found - expected).norm()) <= 1e-10 * float(expected.norm())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fixbn"])
+def test_compiled_steps_are_replayed_as_graphs(algorithm: str) -> None:
+    torch._dynamo.utils.counters.clear()
+    options = config(algorithm, clients=1, compile=True)
+    assert distance(trained(options, ON_GPU), trained(config(algorithm, clients=1), ON_CPU)) < 1e-10
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_bfloat16_trains_close_to_float32() -> None:
+    states = [
+        trained(config(precision=precision, rounds=1), ON_GPU)
+        for precision in (PrecisionName.bfloat16, PrecisionName.float32)
+    ]
+    assert 1e-6 < distance(*states) < 0.3
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_a_job_over_nccl_and_a_compiled_one_end_where_a_cpu_does(
+    algorithm: str, tmp_path: Path
+) -> None:
+    losses = []
+    words = ["clients=1", "partition=iid", "rounds=3", "precision=float64"]
+    ways = {"cpu": ["device=cpu"], "nccl": ["device=cuda"], "compiled": ["compile=true"]}
+    for name, more in ways.items():
+        start = ("torchrun", "--nproc-per-node", "1", "-m", "fedtan_hpc", f"algorithm={algorithm}")
+        done = commands.run(*start, f"run_dir={name}", *words, *more, cwd=tmp_path, seconds=300)
+        assert done.returncode == 0, done.stderr
+        assert "compile=true" not in done.stderr
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["backend"] == ("gloo" if name == "cpu" else "nccl")
+        losses.append(summary["test_loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(("ranks", "backend"), [("1", "nccl"), ("2", "gloo")])
+def test_a_step_is_timed_against_torchs_own_data_parallelism(
+    ranks: str, backend: str, tmp_path: Path
+) -> None:
+    """Over NCCL, and with SyncBatchNorm's collectives over gloo, where ranks share the GPU."""
+    tool = str(commands.ROOT / "tools" / "bench_round.py")
+    words = ("device=cuda", "model=cnn", "local_steps=1", "repeats=2", f"backends=[{backend}]")
+    done = commands.run("torchrun", "--nproc-per-node", ranks, tool, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    names = ["plain", "convolutions", "local", "fedavg", "fedtan", "ddp"]
+    assert [row["variant"] for row in rows] == names
+    assert all(row["round_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("algorithm", "reads"), [("fedtan", 2), ("fedavg", 1)])
+@pytest.mark.parametrize("mode", [CohortMode.auto, CohortMode.stacked])
+def test_a_round_waits_for_the_device_at_its_checks_alone(
+    algorithm: str, reads: int, mode: CohortMode
+) -> None:
+    """Of the statistics' headers, all in one, and of the average's."""
+    clients = 3 if mode is CohortMode.stacked else 1
+    options = config(algorithm, clients=clients, local_steps=5, cohort=CohortConfig(mode=mode))
+    trainer = prepare(options, ON_GPU)
+    hosted = trainer._hosted(trainer._participants(1))
+    for number in (1, 2, 3):
+        now = RoundContext(number, 0.05, plan(options, number))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                trainer.cohort.train(hosted, now)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in said if "synchronizing" in str(each.message)]
+    assert len(waits) <= reads, waits
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
+    reason="this GPU has no TensorFloat-32",
+)
+def test_convolutions_are_of_24_bits_unless_tf32_is_asked_for() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    exact = conv2d(x.double(), weight.double())
+    errors = {}
+    for allowed in (False, True):
+        with tensor_float(allowed):
+            found = conv2d(x.cuda(), weight.cuda()).cpu().double()
+        errors[allowed] = float((found - exact).norm() / exact.norm())
+    assert errors[False] < 1e-5
+    assert 1e-4 < errors[True] < 1e-2

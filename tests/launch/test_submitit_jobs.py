@@ -1,0 +1,285 @@
+"""What is handed to SLURM, jobs in the background of this machine, and what ``jobs.py`` says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtan_hpc.config.errors import ConfigError
+from fedtan_hpc.config.submit_options import ClusterName, LaunchConfig, SubmitConfig, check_launch
+from fedtan_hpc.launch.requeue import AFTER, before, has_said
+from fedtan_hpc.launch.submitit_jobs import slurm_parameters
+from fedtan_hpc.reporting import run_list
+from tests.helpers import commands
+
+SUBMIT = str(commands.ROOT / "slurm" / "submit.py")
+SHORT = ("clients=2", "local_steps=1", "rounds=4")
+
+NEWLINE = "\n"
+SCRIPT = f"""\
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=physics
+#SBATCH --array=0-1%2
+#SBATCH --cpus-per-task=3
+#SBATCH --error=FOLDER/%A_%a_0_log.err
+#SBATCH --exclusive
+#SBATCH --gpus-per-task=1
+#SBATCH --job-name=fedtan_hpc
+#SBATCH --mem=8GB
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=FOLDER/%A_%a_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --reservation=mine
+#SBATCH --signal=USR2@90
+#SBATCH --time=240
+#SBATCH --wckey=submitit
+
+# setup
+{NEWLINE.join(before(Path("FOLDER"))).replace(os.getcwd() + os.sep, "")}
+export SRUN_CPUS_PER_TASK=3
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output FOLDER/%A_%a_%t_log.out --error FOLDER/%A_%a_%t_log.err \
+--kill-on-bad-exit=0 --wait=60 PYTHON -u -m submitit.core._submit FOLDER
+
+
+# teardown
+{NEWLINE.join(AFTER)}"""
+"""With submitit 1.5."""
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that takes whatever comes."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("sbatch", "echo Submitted batch job 77"), ("srun", "exit 1")):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def submit(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return commands.run("python", SUBMIT, *words, cwd=cwd)
+
+
+def test_the_script_that_sbatch_gets(fake_slurm: Path) -> None:
+    words = (
+        "launch.nodes=2",
+        "launch.tasks_per_node=4",
+        "launch.gpus_per_task=1",
+        "launch.cpus_per_task=3",
+        "launch.mem_gb=8",
+        "launch.partition=gpu",
+        "launch.account=physics",
+        "launch.timeout_min=240",
+        "launch.sbatch=['reservation=mine',exclusive]",
+    )
+    done = submit(*words, *SHORT, "-m", "seed=0,1", cwd=fake_slurm)
+    assert done.returncode == 0, done.stderr
+    folder = fake_slurm / "runs" / "submitted"
+    script = folder / "77_submission.sh"
+    python = re.escape(sys.executable)
+    text = re.sub(python, "PYTHON", script.read_text().replace(str(folder), "FOLDER"))
+    assert text == SCRIPT
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["77_0", "77_1"]
+    for line in lines:
+        note = json.loads((fake_slurm / line.split()[3] / "submitted.json").read_text())
+        assert note["job_id"] == line.split()[1]
+        assert note["cluster"] == "slurm"
+
+
+ENDS = [
+    (0, {}, "", None),
+    (1, {}, "", None),  # a rank that said why
+    (138, {}, "", "requeue 77"),
+    (140, {"SLURM_RESTART_COUNT": "20"}, "", "requeue 77"),
+    (143, {}, "", "requeue 77"),
+    (143, {}, "kill $$; ", None),  # cancelled
+    (137, {}, "", "requeue 77"),
+    (137, {}, "kill $$; ", None),
+    (139, {"SLURM_RESTART_COUNT": "19"}, "", "requeue 77"),
+    (139, {"SLURM_RESTART_COUNT": "20"}, "", None),
+    (137, {}, 'touch "$FEDTAN_HPC_SAID"; ', None),  # srun has killed those that waited
+    (253, {}, "", None),  # out of memory
+    (140, {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}, "", "requeue 75_2"),
+]
+
+
+@pytest.mark.parametrize(("code", "variables", "first", "asked"), ENDS)
+def test_a_job_is_queued_again(
+    code: int, variables: dict[str, str], first: str, asked: str | None, tmp_path: Path
+) -> None:
+    """By the lines around its ranks, if it was asked to stop or lost a rank."""
+    (tmp_path / "the logs").mkdir()
+    lines = [
+        "scontrol() { echo asked $@; }; sleep() { :; }",
+        *before(tmp_path / "the logs"),
+        f"bash -c '{first.replace('$$', '$PPID')}exit {code}'",
+        *AFTER,
+    ]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "77", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.split() == (["asked", *asked.split()] if asked else [])
+
+
+def test_a_rank_that_fails_leaves_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the script, which would take those that wait for it in vain for lost ones."""
+    has_said()  # not under the script: nobody asks
+    monkeypatch.setenv("FEDTAN_HPC_SAID", str(tmp_path / "7.said"))
+    has_said()
+    assert (tmp_path / "7.said").exists()
+
+
+def test_submission_needs_no_torch(fake_slurm: Path) -> None:
+    code = (
+        f"import sys, runpy; sys.argv = ['submit', 'rounds=3']; "
+        f"runpy.run_path({SUBMIT!r}, run_name='__main__'); assert 'torch' not in sys.modules"
+    )
+    done = commands.run("python", "-c", code, cwd=fake_slurm)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("launch.nodes=0",), "launch.nodes=0: allowed is a whole number >= 1"),
+        (("launch.nod=2",), "launch.nod=2: no such option; did you mean launch.nodes?"),
+        (("launch.nodes=two",), "launch.nodes=two: allowed is a whole number"),
+        (("launch.cluster=pbs",), "launch.cluster=pbs: allowed is slurm | local | debug"),
+        (("rounds=0",), "rounds=0: allowed is a whole number >= 1"),
+        (("launch.timeout_min=1",), "launch.signal_delay_s=90: allowed is below the time limit"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_submitted(
+    words: tuple[str, ...], message: str, fake_slurm: Path
+) -> None:
+    done = submit(*words, cwd=fake_slurm)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"submit: {message}")
+    assert not (fake_slurm / "runs").exists()
+
+
+def test_several_nodes_are_not_on_this_machine() -> None:
+    launch = LaunchConfig(cluster=ClusterName.local, nodes=2)
+    with pytest.raises(ConfigError, match=r"launch.nodes=2: allowed is 1"):
+        check_launch(launch)
+    with pytest.raises(ConfigError, match=r"launch.tasks_per_node=2: allowed is 1"):
+        check_launch(LaunchConfig(cluster=ClusterName.debug, tasks_per_node=2))
+
+
+def test_options_left_out_are_the_clusters_own() -> None:
+    told = slurm_parameters(LaunchConfig())
+    assert not {"slurm_partition", "slurm_account", "mem_gb", "slurm_gpus_per_task"} & set(told)
+
+
+def test_the_job_is_what_is_left_without_its_launch() -> None:
+    assert SubmitConfig(rounds=7).job().rounds == 7
+
+
+@pytest.mark.slow
+def test_a_job_in_the_background_of_this_machine(tmp_path: Path) -> None:
+    """Two ranks; the command returns before they are done."""
+    local = ("launch.cluster=local", "launch.tasks_per_node=2", "run_dir=run")
+    done = submit(*local, *SHORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "summary.json").exists():
+        logs = [path.read_text() for path in tmp_path.glob("runs/submitted/*log.*")]
+        assert time.monotonic() < deadline, "\n".join(logs)
+        time.sleep(0.2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_a_job_in_this_process(tmp_path: Path) -> None:
+    done = submit("launch=debug", *SHORT, "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+
+
+def run_in(folder: Path, job: str = "7", cluster: str = "slurm", **files: Any) -> Path:
+    """A run's folder with a note of its submission and ``files`` by name."""
+    folder.mkdir()
+    note = {"job_id": job, "cluster": cluster, "errors": str(folder / "log.err")}
+    (folder / "submitted.json").write_text(json.dumps(note))
+    lines = [{"round": 1, "test_accuracy": 0.5}, {"round": 2, "test_accuracy": None}]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+FAILED: dict[str, Any] = {"failure": {"message": "rank 1, round 3: OSError: the disk is gone"}}
+STOPPED: dict[str, Any] = {"failure": {"message": "stopped by SIGTERM after round 2"}}
+
+
+@pytest.mark.parametrize(
+    ("files", "queue", "state", "why"),
+    [
+        ({"summary": {}}, {}, "finished", ""),
+        (FAILED, {}, "failed", "rank 1, round 3: OSError: the disk is gone"),
+        (STOPPED, {}, "stopped", "stopped by SIGTERM after round 2"),
+        (STOPPED, {"7": ("pending", "BeginTime")}, "pending", "stopped by SIGTERM after round 2"),
+        ({}, {"7": ("pending", "Priority")}, "pending", "Priority"),
+        ({}, {"7": ("running", "None")}, "running", ""),
+    ],
+)
+def test_the_state_of_a_run(
+    files: dict[str, Any], queue: dict[str, tuple[str, str]], state: str, why: str, tmp_path: Path
+) -> None:
+    row = run_list.row_of(run_in(tmp_path / "run", **files), queue)
+    assert (row.state, row.why) == (state, why)
+    assert (row.job, row.round, row.accuracy) == ("7", "2", "50.0")
+
+
+def test_a_run_that_left_no_word_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    (run / "log.err").write_text("slurmstepd: error: Detected 1 oom-kill event(s)\n\n")
+    row = run_list.row_of(run, {})
+    assert row.state == "gone"
+    assert "oom-kill" in row.why
+
+
+def test_jobs_lists_runs_below_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_list, "in_queue", dict)
+    run_in(tmp_path / "b", **FAILED)
+    run_in(tmp_path / "a", job="8_1", summary={})
+    assert run_list.main([str(tmp_path)]) == 0
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["run", "job", "state", "round"]
+    assert first.split()[1:4] == ["8_1", "finished", "2"]
+    assert "the disk is gone" in second
+
+
+def test_jobs_says_what_it_cannot_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_list.main([str(tmp_path / "no")]) == 2
+    assert run_list.main([str(tmp_path)]) == 1
+    assert "no submitted runs" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""The benchmarks print what they measured, for all variants that they are asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bench_round
+import pytest
+import torch
+from bench import convolutions, data_parallel
+from torch import nn
+
+from fedtan_hpc.reporting import options
+from tests.helpers import commands
+from tests.helpers.ranks import on_ranks
+
+TINY = ("model=mlp", "data.shape=[1,4,4]", "local_steps=2", "batch_size=4", "repeats=1")
+
+
+def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
+    tool = str(commands.ROOT / "tools" / "bench_round.py")
+    done = commands.forked("torchrun", "--nproc-per-node", "2", tool, *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["variant"] for row in found["results"]] == ["plain", "local", "fedavg", "fedtan"]
+    for row in found["results"]:
+        assert row["round_ms"] > 0
+        assert len(row["all_ms"]) == 1
+        assert row["backend"] == "gloo"
+    assert (found["setting"]["ranks"], found["setting"]["model"]) == (2, "mlp")
+    assert "| fedtan | gloo | false |" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_peak_of_every_variant_is_told(tmp_path: Path) -> None:
+    tool = str(commands.ROOT / "tools" / "bench_memory.py")
+    words = ("model=cnn", "data.shape=[3,16,16]", "local_steps=1", "batch_size=64", "repeats=1")
+    done = commands.forked("python", tool, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    names = [row["variant"] for row in results]
+    assert names == ["plain-eager", "local-eager", "fedavg-eager", "fedtan-eager"]
+    assert all(row["peak_MB"] > 0 and row["to_plain"] > 0 for row in results)
+
+
+def test_the_convolutions_of_every_step_are_a_floor() -> None:
+    """As many operations as the network has layers, on what the network gives them."""
+    words = ("model=resnet20", "data.shape=[3,8,8]", "batch_size=4", "local_steps=2")
+    config = options.composed([*bench_round.DEFAULTS, *words])
+    run = convolutions.round_of(config, torch.device("cpu"))
+    assert run is not None
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run()
+    calls = [event for event in profile.events() if event.name == "aten::convolution"]
+    back = [event for event in profile.events() if event.name == "aten::convolution_backward"]
+    assert len(calls) == len(back) == 2 * 19
+    assert calls[0].input_shapes[:2] == [[4, 3, 8, 8], [16, 3, 3, 3]]
+    assert calls[18].input_shapes[:2] == [[4, 64, 2, 2], [64, 64, 3, 3]]
+    no_images = options.composed([*bench_round.DEFAULTS, "model=mlp"])
+    assert convolutions.round_of(no_images, torch.device("cpu")) is None
+
+
+def trained_in_parallel() -> tuple[list[float], list[float]]:
+    """Sums of the parameters before and after rounds in two process groups, as repeats are.
+
+    SyncBatchNorm needs a GPU: BN has statistics of its own here.
+    """
+    config = options.composed([*bench_round.DEFAULTS, *TINY[:-1]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: model)
+        parallel = data_parallel.DataParallelRound(config, torch.device("cpu"))
+    first = [float(value.sum()) for value in parallel.model.parameters()]
+    for _ in range(2):
+        parallel.begin()
+        parallel()
+    return first, [float(value.sum()) for value in parallel.model.parameters()]
+
+
+def test_torchs_data_parallelism_is_a_variant() -> None:
+    """Ranks end with the same parameters, though each has samples of its own."""
+    (first, one), (_, other) = on_ranks(2, trained_in_parallel)
+    assert one == other
+    assert one != first
+
+
+def test_sums_of_every_size_are_timed(tmp_path: Path) -> None:
+    tool = str(commands.ROOT / "tools" / "bench_allreduce.py")
+    words = ("torchrun", "--nproc-per-node", "2", tool, "values=[1,64]", "repeats=2")
+    done = commands.forked(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert [row["bytes"] for row in results] == [8, 512]
+    for row in results:
+        assert row["latency_us"] > 0
+        assert len(row["all_us"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("tool", "word"),
+    [
+        ("bench_round.py", "backends=[tcp]"),
+        ("bench_round.py", "repeats=0"),
+        ("bench_round.py", "rounds=0"),
+        ("bench_allreduce.py", "values=[0]"),
+        ("bench_allreduce.py", "repeats=many"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tool: str, word: str, tmp_path: Path) -> None:
+    done = commands.forked("python", str(commands.ROOT / "tools" / tool), word, cwd=tmp_path)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert word.partition("=")[0] in line

@@ -1,0 +1,297 @@
+"""The same rounds on any number of ranks, and what a rank without a client does."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedtan_hpc
+from fedtan_hpc.config.algorithms import plan
+from fedtan_hpc.config.enums import (
+    AlgorithmName,
+    CohortMode,
+    DataName,
+    ModelName,
+    ModelSource,
+    ParticipationName,
+    PartitionName,
+    PrecisionName,
+)
+from fedtan_hpc.config.schema import (
+    AlgorithmConfig,
+    CohortConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PartitionConfig,
+)
+from fedtan_hpc.data.batching import Samples
+from fedtan_hpc.data.client_store import Client
+from fedtan_hpc.distributed import process_group
+from fedtan_hpc.evaluation.records import RoundRecord
+from fedtan_hpc.job.setup import host, prepare
+from fedtan_hpc.runtime.device import DevicePlacement
+from fedtan_hpc.training.local_training import RoundContext
+from tests.helpers import networks, pooled
+from tests.helpers.ranks import on_ranks
+
+CPU = DevicePlacement(torch.device("cpu"), "gloo")
+RANKS = (1, 2, 3, 4)
+
+
+def config(algorithm: str, case: str, **options: object) -> Config:
+    """Unequal clients: some of them smaller than a batch."""
+    per_round = {"all": None, "some": 3, "fewer than ranks": 2}[case]
+    defaults: dict[str, object] = {
+        "algorithm": AlgorithmConfig(name=AlgorithmName(algorithm)),
+        "partition": PartitionConfig(name=PartitionName.dirichlet, alpha=0.2),
+        "optimizer": OptimizerConfig(lr=0.05, momentum=0.9, weight_decay=1e-4),
+        "participation": ParticipationName.weighted
+        if case == "some"
+        else ParticipationName.uniform,
+        "precision": PrecisionName.float64,
+        "clients": 9,
+        "clients_per_round": per_round,
+        "rounds": 5,
+        "local_steps": 3,
+        "batch_size": 64,
+        "eval_every": 1,
+        "eval_train_samples": 0,
+        "cohort": CohortConfig(mode=CohortMode.sequential),
+    }
+    return Config(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def trained(options: Config) -> tuple[dict[str, Tensor], list[RoundRecord], list[int]]:
+    """Global model and rounds; also the sizes of the clients."""
+    trainer = prepare(options, CPU)
+    records = trainer.train([])
+    return dict(trainer.model.state_dict()), records, trainer.store.sizes
+
+
+@cache
+def on_one_rank(
+    algorithm: str, case: str
+) -> tuple[dict[str, Tensor], list[RoundRecord], list[int]]:
+    return trained(config(algorithm, case))
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(
+        float((a[n] - b[n]).double().norm() / b[n].double().norm().clamp_min(1e-6)) for n in b
+    )
+
+
+@pytest.mark.parametrize("case", ["all", "some", "fewer than ranks"])
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_number_of_ranks_changes_nothing(ranks: int, algorithm: str, case: str) -> None:
+    state, records, sizes = on_one_rank(algorithm, case)
+    assert min(sizes) < 64 < max(sizes)
+    for other, rounds, _ in on_ranks(ranks, trained, config(algorithm, case)):
+        assert distance(other, state) < 1e-10
+        for mine, expected in zip(rounds, records, strict=True):
+            assert mine.train_loss == pytest.approx(expected.train_loss, rel=1e-10)
+            assert mine.test_loss == pytest.approx(expected.test_loss, rel=1e-10)
+            assert mine.clients == expected.clients
+
+
+@pytest.mark.parametrize("case", ["all", "some"])
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stacking_changes_nothing(ranks: int, algorithm: str, case: str) -> None:
+    """Clients of unequal sizes are padded; three of them at a time in the local steps."""
+    state, records, _ = on_one_rank(algorithm, case)
+    stacked = CohortConfig(mode=CohortMode.stacked, max_stacked=3)
+    options = config(algorithm, case, cohort=stacked)
+    for other, rounds, _ in on_ranks(ranks, trained, options):
+        assert distance(other, state) < 1e-10
+        for mine, expected in zip(rounds, records, strict=True):
+            assert mine.train_loss == pytest.approx(expected.train_loss, rel=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["all", "some"])
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(
+    algorithm: str, case: str
+) -> None:
+    """Unequal clients, all of them or three a round; 2,000 test samples."""
+    options = config(
+        algorithm,
+        case,
+        rounds=50,
+        local_steps=2,
+        eval_every=50,
+        batch_size=32,
+        precision=PrecisionName.float32,
+        data=DataConfig(name=DataName.synthetic, samples=10_000, shape=[2, 3, 3]),
+    )
+    accuracies = [on_ranks(ranks, trained, options)[0][1][-1].test_accuracy for ranks in RANKS]
+    found = [accuracy for accuracy in accuracies if accuracy is not None]
+    assert len(found) == 4
+    assert max(found) - min(found) <= 0.003
+
+
+SPREADS = {
+    "all on one": [[0, 1, 2, 3]],
+    "two and two": [[2, 0], [1, 3]],
+    "one and three": [[3], [0, 1, 2]],
+    "a rank without": [[0, 1, 3], [2], []],
+}
+
+
+def round_of_gradients(case: str, mode: CohortMode, spread: list[list[int]]) -> dict[str, Tensor]:
+    """What one step of a round with learning rate 1 takes off the parameters: sum_k p_k g_k."""
+    model = fedtan_hpc.convert_batchnorm(networks.network(case))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    p, batches = networks.weights(4), networks.batches(case, 4)
+    clients = [Client(k, p[k], Samples(*batches[k])) for k in spread[process_group.rank()]]
+    dummy = Samples(batches[0][0][:1], batches[0][1][:1])
+    options = Config(local_steps=1, batch_size=99, cohort=CohortConfig(mode=mode))
+    cohort = host(options, model, dummy)
+    way = cohort._way(len(clients), plan(options, 1)).__name__
+    assert way == ("_stacked" if len(clients) > 1 and mode == "stacked" else "_side_by_side")
+    cohort.train(clients, RoundContext(1, 1.0, plan(options, 1)))
+    return {name: before[name] - value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("mode", [CohortMode.stacked, CohortMode.sequential])
+@pytest.mark.parametrize("case", networks.CASES)
+def test_a_round_of_one_step_follows_the_pooled_gradient(
+    case: str, mode: CohortMode, spread: str
+) -> None:
+    p, batches = networks.weights(4), networks.batches(case, 4)
+    expected = pooled.pooled_gradient(networks.network(case), batches, p)
+    found = on_ranks(len(SPREADS[spread]), round_of_gradients, case, mode, SPREADS[spread])
+    for measured in found:
+        assert pooled.worst_relative_error(measured, expected) < 1e-10
+
+
+def two_rounds(case: str, mode: CohortMode, way: str | None) -> dict[str, Tensor]:
+    """Two rounds of three steps with momentum, two stacked at a time; ``way`` forces how."""
+    model = fedtan_hpc.convert_batchnorm(networks.network(case))
+    options = Config(
+        local_steps=3,
+        batch_size=99,
+        optimizer=OptimizerConfig(momentum=0.9, weight_decay=1e-2),
+        cohort=CohortConfig(mode=mode, max_stacked=2),
+    )
+    p, batches = networks.weights(4), networks.batches(case, 4)
+    clients = [Client(k, p[k], Samples(*batches[k])) for k in range(4)]
+    dummy = Samples(batches[0][0][:1], batches[0][1][:1])
+    cohort = host(options, model, dummy)
+    with pytest.MonkeyPatch.context() as patch:
+        if way:
+            patch.setattr(cohort, "_way", lambda *_: getattr(cohort, way))
+        for number in (1, 2):
+            cohort.train(clients, RoundContext(number, 0.1, plan(options, number)))
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("case", networks.CASES)
+def test_stacked_rounds_are_those_of_one_client_after_another(case: str) -> None:
+    """Also when clients leave the stack after the synchronised step, as on a GPU."""
+    expected = two_rounds(case, CohortMode.sequential, None)
+    assert distance(two_rounds(case, CohortMode.stacked, None), expected) < 1e-10
+    assert distance(two_rounds(case, CohortMode.sequential, "_stacked"), expected) < 1e-10
+
+
+def messages_of(options: Config) -> list[int]:
+    return [record.comm_messages for record in trained(options)[1]]
+
+
+@pytest.mark.parametrize(("clients", "ranks"), [(5, 2), (1, 3)])
+def test_messages_do_not_grow_with_the_clients_of_a_rank(clients: int, ranks: int) -> None:
+    options = config("fedtan", "all", clients=clients, rounds=2)
+    for messages in on_ranks(ranks, messages_of, options):
+        assert messages == [5, 5]  # two BN layers there and back, and the average
+
+
+def samples_seen(options: Config) -> int:
+    """Forward passes' samples of this rank in one round, outside evaluation."""
+    trainer = prepare(options, CPU)
+    seen = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal seen
+        seen += len(inputs[0]) if module.training else 0
+
+    trainer.model.register_forward_pre_hook(count)
+    trainer.train([])
+    return seen
+
+
+@pytest.mark.parametrize(("algorithm", "idle"), [("fedtan", 1), ("fedavg", 0)])
+def test_a_rank_without_a_client_costs_a_sample_at_most(algorithm: str, idle: int) -> None:
+    options = config(algorithm, "all", clients=1, rounds=1, batch_size=8)
+    assert on_ranks(3, samples_seen, options) == [24, idle, idle]
+
+
+def loaded_clients(options: Config) -> int:
+    trainer = prepare(options, CPU)
+    trainer.train([])
+    return len(trainer.store._loaded)
+
+
+def test_a_rank_keeps_the_samples_of_a_rounds_clients_only() -> None:
+    options = config("fedavg", "some", clients=60, rounds=8, batch_size=4)
+    for loaded in on_ranks(2, loaded_clients, options):
+        assert 1 <= loaded <= 4
+
+
+def counters(options: Config) -> list[int]:
+    trainer = prepare(options, CPU)
+    trainer.train([])
+    return [int(value) for name, value in trainer.model.named_buffers() if "num_batches" in name]
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_counters_of_batches_are_those_of_one_client_everywhere(algorithm: str) -> None:
+    options = config(algorithm, "fewer than ranks")
+    for found in on_ranks(4, counters, options):
+        assert found == [15, 15]
+
+
+def convolutional(tmp_path: str) -> float:
+    options = config(
+        "fedtan",
+        "all",
+        clients=3,
+        rounds=1,
+        local_steps=2,
+        batch_size=8,
+        data=DataConfig(name=DataName.synthetic, samples=120, shape=[3, 8, 8]),
+        model=ModelConfig(name=ModelName.resnet20),
+        run_dir=tmp_path,
+    )
+    return fedtan_hpc.run(options).test_loss
+
+
+def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> None:
+    one = convolutional(str(tmp_path / "one"))
+    for loss in on_ranks(2, convolutional, str(tmp_path / "two")):
+        assert loss == pytest.approx(one, rel=1e-9)
+    assert process_group.world_size() == 1
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_what_dropout_drops_does_not_depend_on_the_ranks(algorithm: str) -> None:
+    """Nor on the random state that the process happens to have."""
+    model = ModelConfig(source=ModelSource.target, target="tests.helpers.networks:with_dropout")
+    options = config(algorithm, "some", model=model, rounds=3)
+    torch.manual_seed(5)
+    state, records, _ = trained(options)
+    for ranks in (1, 2):
+        for other, rounds, _ in on_ranks(ranks, trained, options):
+            assert distance(other, state) < 1e-10
+            assert rounds[-1].train_loss == pytest.approx(records[-1].train_loss, rel=1e-10)
+    without, _, _ = trained(config(algorithm, "some", rounds=3))
+    last, of_without = list(state.values())[-1], list(without.values())[-1]
+    assert (last - of_without).norm() > 1e-2 * of_without.norm()

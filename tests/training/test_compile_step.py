@@ -1,0 +1,305 @@
+"""Compiled steps, lower precision and other memory formats: the same results, or said if not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedtan_hpc import convert_batchnorm, federated_backward, federated_statistics
+from fedtan_hpc.config.algorithms import plan
+from fedtan_hpc.config.enums import AlgorithmName, ModelName, PartitionName, PrecisionName
+from fedtan_hpc.config.schema import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PartitionConfig,
+)
+from fedtan_hpc.data.batching import Samples
+from fedtan_hpc.distributed import process_group
+from fedtan_hpc.job.setup import network, prepare
+from fedtan_hpc.models import factory
+from fedtan_hpc.runtime.device import DevicePlacement
+from fedtan_hpc.training import compile_step, sgd
+from fedtan_hpc.training.loss import Loss, mean_loss
+from tests.helpers import commands
+from tests.helpers.ranks import on_ranks
+
+CPU = DevicePlacement(torch.device("cpu"), "gloo")
+
+
+def config(algorithm: str = "fedtan", **options: object) -> Config:
+    """Two clients with whole batches: on two ranks every rank has one."""
+    defaults: dict[str, object] = {
+        "algorithm": AlgorithmConfig(name=AlgorithmName(algorithm)),
+        "data": DataConfig(train_samples=200, test_samples=50),
+        "model": ModelConfig(name=ModelName.cnn),
+        "partition": PartitionConfig(name=PartitionName.iid),
+        "optimizer": OptimizerConfig(lr=0.05, momentum=0.9, weight_decay=1e-4),
+        "precision": PrecisionName.float64,
+        "clients": 2,
+        "rounds": 3,
+        "local_steps": 3,
+        "batch_size": 16,
+        "eval_every": 3,
+    }
+    return Config(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def trained(options: Config, backend: str = "aot_eager") -> tuple[dict[str, Tensor], bool]:
+    """The global model, and whether it was trained by compiled steps; without a C++ compiler."""
+    plain = torch.compile
+    torch.compile = partial(plain, backend=backend)
+    try:
+        trainer = prepare(options, CPU)
+        trainer.train([])
+    finally:
+        torch.compile = plain
+    compiled = trainer.cohort.training.loss.compiled is not None
+    return dict(trainer.model.state_dict()), compiled
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(
+        float((a[n] - b[n]).double().norm() / b[n].double().norm().clamp_min(1e-6)) for n in b
+    )
+
+
+@cache
+def eager(algorithm: str, clients: int) -> dict[str, Tensor]:
+    return trained(config(algorithm, clients=clients))[0]
+
+
+@pytest.mark.parametrize("clients", [2, 3])
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fixbn", "silobn", "centralised"])
+def test_compiled_steps_train_the_same_model(algorithm: str, clients: int) -> None:
+    """With a client on each rank, and with two on one of them."""
+    options = config(algorithm, clients=clients, compile=True)
+    for state, compiled in on_ranks(2, trained, options):
+        assert compiled
+        assert distance(state, eager(algorithm, clients)) < 1e-10
+
+
+def failing(options: Config) -> bool:
+    backend = "aot_eager" if process_group.rank() == 0 else "no_such_backend"
+    return trained(options, backend)[1]
+
+
+def test_all_go_on_eagerly_if_one_rank_cannot_compile() -> None:
+    assert on_ranks(2, failing, config(compile=True)) == [False, False]
+
+
+def test_it_is_said_why_steps_are_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not trained(config(compile=True), "no_such_backend")[1]
+    line = capsys.readouterr().err
+    assert line.startswith("compile=true: rank 0 cannot compile (")
+    assert "no_such_backend" in line
+
+
+def test_graphs_that_cannot_be_recorded_are_done_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for CUDA graphs: the third step, which replays them, fails."""
+    kept, steps = compile_step._rehearse, []
+
+    def rehearse(loss: Loss, *rest: Any) -> None:
+        steps.append(loss)
+        if len(steps) == 3:
+            raise RuntimeError("capture failed")
+        kept(loss, *rest)
+
+    monkeypatch.setattr(compile_step, "_rehearse", rehearse)
+    monkeypatch.setattr(compile_step, "_modes", lambda device: [compile_step.GRAPHS, "default"])
+    options = config(clients=1, compile=True)
+    state, compiled = trained(options)
+    assert compiled
+    assert len(steps) == 4
+    assert distance(state, eager("fedtan", 1)) < 1e-10
+    line = "compile=true: rank 0 cannot use CUDA graphs (RuntimeError: capture failed)"
+    assert capsys.readouterr().err == f"{line}: all go on without them\n"
+
+
+def test_graphs_are_cut_where_statistics_are_exchanged() -> None:
+    exchanges = [getattr(torch.ops.fedtan_hpc, name) for name in torch.ops.fedtan_hpc]
+    assert len(exchanges) == 2
+    for exchange in exchanges:
+        assert torch.Tag.cudagraph_unsafe in exchange.default.tags
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    options = config()
+    model = network(options, (1, 8, 8), 10)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = Samples(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
+    state = torch.random.get_rng_state()
+    loss = Loss(compiled=mean_loss)
+    plans = plan(config("fixbn"), 1), plan(config("fixbn"), 3)
+    compile_step._rehearse(loss, model, batch, plans, synchronised=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def graphs_before_and_after(options: Config) -> tuple[int, int]:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.compile
+    torch.compile = partial(plain, backend=count)
+    try:
+        trainer = prepare(options, CPU)
+        prepared = len(graphs)
+        trainer.train([])
+    finally:
+        torch.compile = plain
+    return prepared, len(graphs)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "graphs"),
+    [("fedtan", 2), ("fedavg", 1), ("fixbn", 2), ("fbn", 1), ("hbn", 1)],
+)
+def test_all_is_compiled_before_the_first_round(algorithm: str, graphs: int) -> None:
+    """A graph with and one without global statistics, or without and with frozen ones."""
+    found = on_ranks(2, graphs_before_and_after, config(algorithm, compile=True))
+    assert found == [(graphs, graphs)] * 2
+
+
+def one_graph() -> list[int]:
+    """Graphs of a synchronised step, of which a break would make several, and recompilations."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> object:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = convert_batchnorm(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
+    step = torch.compile(mean_loss, backend=count, fullgraph=True)
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    for _ in range(3):
+        with federated_statistics(model, 1 / process_group.world_size()):
+            step(model, x, y).backward()
+    return graphs
+
+
+def test_a_synchronised_step_is_one_graph_for_all_rounds() -> None:
+    for graphs in on_ranks(2, one_graph):
+        assert len(graphs) == 1
+
+
+def of_format(channels_last: bool) -> tuple[dict[str, Tensor], bool]:
+    options = config(precision=PrecisionName.float32, channels_last=channels_last)
+    trainer = prepare(options, CPU)
+    weight = trainer.model[3].weight  # type: ignore[index]
+    assert isinstance(weight, Tensor)
+    is_last = weight.is_contiguous(memory_format=torch.channels_last)
+    trainer.train([])
+    return dict(trainer.model.state_dict()), is_last
+
+
+def test_channels_last_is_another_order_in_memory_and_no_other_result() -> None:
+    (last, is_last), (first, is_first_last) = of_format(True), of_format(False)
+    assert is_last
+    assert not is_first_last
+    assert distance(last, first) < 1e-4
+
+
+def test_gradients_and_momentum_that_lie_otherwise_are_taken_for_what_they_are() -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(3, 4, 3, 2, 2)
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        value = torch.ones(4, 3, 2, 2).contiguous(memory_format=order).requires_grad_()
+        optimizer = sgd.sgd([value], 0.1, 0.9, 1e-2)
+        for gradient in gradients:
+            value.grad = gradient.clone()
+            sgd.step(optimizer)
+            momentum = optimizer.state[value]["momentum_buffer"]
+            optimizer.state[value]["momentum_buffer"] = momentum.contiguous()
+        found.append(value.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_bfloat16_trains_close_to_float32_with_statistics_in_full(clients: int) -> None:
+    states = {}
+    for precision in (PrecisionName.bfloat16, PrecisionName.float32):
+        options = config(precision=precision, clients=clients, rounds=1)
+        states[precision], _ = trained(options)
+    assert all(
+        value.dtype is torch.float32
+        for value in states[PrecisionName.bfloat16].values()
+        if value.is_floating_point()
+    )
+    assert 1e-6 < distance(*states.values()) < 0.3
+
+
+def pooled_error(dtype: torch.dtype, ours: bool) -> float:
+    """Of the gradient of ResNet-20 on two clients' batches, against float64; ours or torch's."""
+    x, y = torch.randn(32, 3, 8, 8, dtype=torch.float64), torch.arange(32) % 10
+    x[16:] += 1
+    found = []
+    for kind, federated in ((torch.float64, False), (dtype, ours)):
+        model = factory.build(ModelConfig(name=ModelName.resnet20), (3, 8, 8), 10, seed=0).to(kind)
+        if not federated:
+            mean_loss(model, x.to(kind), y).backward()
+            found.append([value.grad.double() for value in model.parameters()])  # type: ignore[union-attr]
+            continue
+        model = convert_batchnorm(model)
+        clients = [model, copy.deepcopy(model)]
+        losses = [
+            partial(mean_loss, client, x[part].to(kind), y[part])
+            for client, part in zip(clients, (slice(16), slice(16, 32)), strict=True)
+        ]
+        federated_backward(clients, losses, [0.5, 0.5])
+        pairs = zip(*(client.parameters() for client in clients), strict=True)
+        found.append([(a.grad.double() + b.grad.double()) / 2 for a, b in pairs])
+    exact, measured = found
+    difference = sum(float((a - b).square().sum()) for a, b in zip(measured, exact, strict=True))
+    return float((difference / sum(float(a.square().sum()) for a in exact)) ** 0.5)
+
+
+def test_float32_is_as_close_to_float64_as_torchs_own_batchnorm() -> None:
+    torch.manual_seed(0)
+    theirs = pooled_error(torch.float32, ours=False)
+    torch.manual_seed(0)
+    assert pooled_error(torch.float32, ours=True) < 3 * theirs
+    torch.manual_seed(0)
+    assert pooled_error(torch.float64, ours=True) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_job_compiles(tmp_path: Path) -> None:
+    """By torch's own compiler, with its time apart in the summary."""
+    words = ["clients=2", "partition=iid", "rounds=3", "precision=float64", "local_steps=2"]
+    accuracies = []
+    for name, more in (("eager", []), ("compiled", ["compile=true"])):
+        done = commands.run(
+            *("torchrun", "--nproc-per-node", "2", "-m", "fedtan_hpc", f"run_dir={name}"),
+            *words,
+            *more,
+            cwd=tmp_path,
+            seconds=500,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "cannot compile" not in done.stderr
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        accuracies.append(summary["test_loss"])
+        assert (summary["compile_seconds"] > 0) == bool(more)
+    assert accuracies[1] == pytest.approx(accuracies[0], rel=1e-10)

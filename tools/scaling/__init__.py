@@ -1,0 +1,1 @@
+"""What the scaling study and the predictions in ``tools/`` share."""
