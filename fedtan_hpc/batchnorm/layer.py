@@ -13,7 +13,8 @@ from .autograd import Normalise, StackedNormalise
 from .moments import statistics_dtype
 from .statistics_call import BatchNormContext, LayerCall
 
-_CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""BN layers that can be converted without losing any of their behaviour."""
 
 
 class FedTANBatchNorm(_BatchNorm):
@@ -112,8 +113,8 @@ def convert_batchnorm(module: nn.Module) -> nn.Module:
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(f"{name or 'the module'} is TorchScript: convert it before scripting")
         if isinstance(layer, _BatchNorm) and not isinstance(layer, FedTANBatchNorm):
-            if type(layer) not in _CONVERTIBLE:
-                kinds = ", ".join(kind.__name__ for kind in _CONVERTIBLE)
+            if type(layer) not in CONVERTIBLE:
+                kinds = ", ".join(kind.__name__ for kind in CONVERTIBLE)
                 raise ValueError(
                     f"layer {name or '(root)'} is a {type(layer).__name__}, and only {kinds} can "
                     "be converted; run one batch through lazy layers first"

@@ -48,3 +48,8 @@ class Stopped(RunError):
 def format_option_error(option: str, value: object, allowed: str, remedy: str) -> str:
     """One line: the option, the value given, what is allowed and what to do."""
     return f"{option}={value}: allowed is {allowed}; {remedy}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the kind and the first line of ``error``, at most 200 characters of it."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..config.schema import DataConfig
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, format_option_error, one_line
 from .image_files import SOURCES, damaged, find, missing, read, root_of
-from ..runtime.torchvision_import import import_torchvision, one_line
+from ..runtime.torchvision_import import import_torchvision
 
 _SILENCE = 20.0
 """Seconds without a sign of life after which a download fails; networks may swallow all traffic."""

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from ..config.enums import DataName
 from ..config.schema import DataConfig
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.dataset_info import KNOWN_DATA
-from ..runtime.torchvision_import import import_torchvision, one_line
+from ..runtime.torchvision_import import import_torchvision
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Labels: TypeAlias = npt.NDArray[np.int64]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, format_option_error, one_line
 from ..runtime import atomic_files
 
 FOLDER = "checkpoints"
@@ -79,9 +79,7 @@ def read(path: Path) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # of a damaged file torch raises whatever it meets
-        raise CorruptCheckpointError(
-            f"{path}: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise CorruptCheckpointError(f"{path}: {one_line(error)}") from error
     if found[0] != FORMAT:
         remedy = "go on with the version that wrote it, or set resume=never"
         raise ConfigError(
@@ -142,7 +140,3 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(each)
     else:
         yield value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

@@ -10,10 +10,9 @@ from torch.nn.parameter import is_lazy
 from ..batchnorm.layer import convert_batchnorm
 from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup
 from ..config.enums import CohortMode, ModelSource, NormName
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
 from ..models import factory
-from ..models.import_target import in_one_line
 from ..models.norms import with_norm_of
 from ..training.vmap_clients import vmap_error
 
@@ -106,7 +105,7 @@ def _converted(config: Config, module: nn.Module) -> nn.Module:
         return convert_batchnorm(module)
     except ValueError as error:
         allowed = "a network whose BN layers can be converted"
-        raise ConfigError(_of_network(config, allowed, in_one_line(error))) from error
+        raise ConfigError(_of_network(config, allowed, one_line(error))) from error
 
 
 def _run(config: Config, module: nn.Module) -> None:
@@ -124,7 +123,7 @@ def _run(config: Config, module: nn.Module) -> None:
     except (Exception, SystemExit) as error:
         allowed = f"a network that takes samples of shape {shape}"
         stem = "model.small_input=true, " if _has_large_stem(config) else ""
-        remedy = f"use {stem}other samples or another network: {in_one_line(error)}"
+        remedy = f"use {stem}other samples or another network: {one_line(error)}"
         raise ConfigError(_of_network(config, allowed, remedy)) from error
     if not isinstance(scores, Tensor) or scores.shape != (_SAMPLES, classes):
         found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -140,7 +139,7 @@ def _stack(config: Config, module: nn.Module) -> None:
         return
     if error := vmap_error(module, torch.zeros(1, *config.data.facts().shape)):
         allowed = "auto or sequential, for clients of the network cannot be stacked"
-        remedy = f"leave it out: {in_one_line(error)}"
+        remedy = f"leave it out: {one_line(error)}"
         raise ConfigError(format_option_error("cohort.mode", "stacked", allowed, remedy))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, format_option_error, one_line
 
 
 def build(target: str, shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -24,9 +24,7 @@ def build(target: str, shape: tuple[int, ...], classes: int) -> nn.Module:
         module = make(**_named_by(make, {"shape": shape, "classes": classes}))
     except (Exception, SystemExit) as error:
         allowed = f"a callable that makes a network for shape={shape}, classes={classes}"
-        line = format_option_error(
-            "model.target", target, allowed, f"it raised {in_one_line(error)}"
-        )
+        line = format_option_error("model.target", target, allowed, f"it raised {one_line(error)}")
         raise ConfigError(line) from error
     if not isinstance(module, nn.Module):
         allowed = "a callable that returns a torch.nn.Module"
@@ -37,17 +35,12 @@ def build(target: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     return module
 
 
-def in_one_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def _resolve(target: str) -> Callable[..., Any]:
     try:
         found = pkgutil.resolve_name(target)
     except (Exception, SystemExit) as error:
         allowed = "package.module:callable, found on PYTHONPATH"
-        line = format_option_error("model.target", target, allowed, in_one_line(error))
+        line = format_option_error("model.target", target, allowed, one_line(error))
         raise ConfigError(line) from error
     if not callable(found) or isinstance(found, nn.Module):
         remedy = f"this is a {type(found).__name__}, not something that makes a network"

@@ -7,12 +7,11 @@ from math import gcd
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..batchnorm.layer import CONVERTIBLE
 from ..config.algorithms import ALGORITHMS
 from ..config.enums import NormName
 from ..config.errors import ConfigError, format_option_error
 from ..config.schema import Config
-
-_CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def with_norm_of(config: Config, module: nn.Module) -> nn.Module:
@@ -58,7 +57,7 @@ def _replacement(layer: _BatchNorm, norm: NormName, groups: int) -> nn.Module:
 
 def _check_kinds(layers: dict[str, _BatchNorm], norm: NormName) -> None:
     for path, layer in layers.items():
-        if type(layer) not in _CONVERTIBLE:
+        if type(layer) not in CONVERTIBLE:
             allowed = f"bn, for layer {path or '(root)'} is a {type(layer).__name__}"
             remedy = "use plain BatchNorm1d/2d/3d layers or another algorithm"
             raise ConfigError(format_option_error("model.norm", norm, allowed, remedy))

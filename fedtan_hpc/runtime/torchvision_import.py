@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, format_option_error, one_line
 
 
 def import_torchvision() -> ModuleType:
@@ -28,11 +28,6 @@ def import_torchvision() -> ModuleType:
         allowed = f"one that fits torch {torch.__version__} ({one_line(error)})"
         remedy = "pip install torchvision, or choose what does without it"
         raise ConfigError(format_option_error("torchvision", "missing", allowed, remedy)) from None
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, for a message of one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 _declared: list[torch.library.Library] = []

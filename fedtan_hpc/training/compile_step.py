@@ -26,6 +26,7 @@ from ..batchnorm.context import normalised_by
 from ..batchnorm.running_norm import held
 from ..batchnorm.statistics_call import LayerCall, Update
 from ..config.algorithms import Normaliser, RoundPlan
+from ..config.errors import one_line
 from ..data.batching import Samples
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
@@ -92,7 +93,7 @@ def _attempt(
         for _ in range(_TAKES[mode]):
             _rehearse(loss, model, batch, plans, synchronised)
     except Exception as error:  # of the compiler, of the C++ compiler, of the network
-        return loss, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return loss, one_line(error)
     return loss, ""
 
 
