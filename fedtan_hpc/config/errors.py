@@ -51,5 +51,5 @@ def format_option_error(option: str, value: object, allowed: str, remedy: str) -
 
 
 def one_line(error: BaseException) -> str:
-    """Return the kind and the first line of ``error``, at most 200 characters of it."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    """Return the kind and the message of ``error`` on one line, at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
