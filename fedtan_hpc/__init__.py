@@ -1,8 +1,8 @@
 """FedTAN on many ranks: federated training with exact global batch normalization statistics.
 
-For a training loop of your own: ``convert_batchnorm``, ``federated_statistics``,
-``average_model``, and with several clients on a rank ``federated_backward`` and
-``average_models``.  For a whole job: ``run`` with a ``Config``.
+For your training loop: ``convert_batchnorm``, ``federated_statistics``, ``average_model``, and with
+several clients on a rank ``federated_backward`` and ``average_models``.  For a whole job: ``run``
+with a ``Config``, and a ``RoundCallback`` that follows it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .batchnorm.layer import FedTANBatchNorm, convert_batchnorm
     from .config.schema import Config
     from .distributed.model_average import average_model, average_models
+    from .evaluation.callbacks import RoundCallback
     from .evaluation.records import Summary
     from .job.run import run
 
@@ -23,6 +24,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Config",
     "FedTANBatchNorm",
+    "RoundCallback",
     "Summary",
     "average_model",
     "average_models",
@@ -33,9 +35,10 @@ __all__ = [
 ]
 
 # Names are imported when they are first used: the command line checks options without torch.
-_HOME = {
+_MODULE_OF = {
     "Config": "config.schema",
     "FedTANBatchNorm": "batchnorm.layer",
+    "RoundCallback": "evaluation.callbacks",
     "Summary": "evaluation.records",
     "average_model": "distributed.model_average",
     "average_models": "distributed.model_average",
@@ -47,9 +50,11 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "mpi":  # for mpi.init_process_group
+        return import_module(".distributed.mpi.backend", __name__)
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

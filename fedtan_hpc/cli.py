@@ -1,8 +1,9 @@
-"""The command line: hydra's options to a checked ``Config``, a run, and an exit code.
+"""The command line: from hydra's options to a checked ``Config``, a run, and an exit code.
 
-Exit codes: 0 done; 1 a run failed; 2 a mistake in the options; 141 nobody reads; 128 and a signal's
-number (130 for Ctrl-C, 138 for USR1, 143 for TERM) if it asked the run to stop.
-(torchrun itself exits with 1 whatever its workers return.)
+Exit codes: 0 done; 1 a run failed; 2 a mistake in the options; 141 nobody reads the output; 128
+plus the number of a signal (130 for Ctrl-C, 138 for USR1, 143 for TERM) that stopped the run.
+torchrun itself exits with 1 whatever its workers return.  Other commands use ``compose_as`` and
+``exit_codes``.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from .config.errors import ConfigError, RunError, Stopped, format_option_error
 from .config.hydra_errors import explain, unknown, unreadable
 from .config.schema import Config
 from .config.validate import check
-from .runtime import launcher_env
+from .runtime import failure_file, launcher_env
 
 _NOBODY_READS = 128 + signal.SIGPIPE
-"""As of a program whose output goes to ``head`` and that is ended by the signal."""
+"""The exit code of a program that SIGPIPE ends, as in ``program | head``."""
 
 
 def main() -> None:
-    """Run the job that the command line describes, or each of a sweep's (-m) in turn."""
+    """Runs the job that the command line describes, or the points of a sweep (-m) in turn."""
     with exit_codes("fedtan_hpc"):
         if "--version" in sys.argv[1:]:
             print(f"fedtan_hpc {__version__}" if launcher_env.rank_hint() == 0 else "")
@@ -51,26 +52,26 @@ def main() -> None:
             check(config)
             launcher_env.threads(config.threads)
         check_folders(configs)
-        from .job.run import (  # torch loads here, after all that can go wrong without it
-            run,
-            run_all,
-        )
+        from .job import run as job  # loads torch, after all checks that do not need it
 
+        job.keep_freed_memory(configs[0])
         if len(configs) == 1:
-            run(configs[0])
+            job.run(configs[0])
         else:
-            run_all(configs)
+            job.run_all(configs)
 
 
 @contextmanager
 def exit_codes(program: str) -> Iterator[None]:
-    """Failures become lines of ``program`` on standard error and the process's exit code."""
+    """Ends the process after a failure: lines that begin with ``program``, and an exit code."""
     try:
-        yield
+        with _failure_file():
+            yield
         sys.stdout.flush()
     except ConfigError as error:
-        everyones = "torch" not in sys.modules or error.on_all_ranks
-        _leave(2, [f"{program}: {line}" for line in error.mistakes], everyones)
+        # Before torch loads, every rank checks the options and finds the same mistakes.
+        on_all_ranks = "torch" not in sys.modules or error.on_all_ranks
+        _leave(2, [f"{program}: {line}" for line in error.mistakes], on_all_ranks)
     except KeyboardInterrupt:
         if launcher_env.rank_hint() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
@@ -78,23 +79,46 @@ def exit_codes(program: str) -> Iterator[None]:
     except BrokenPipeError:
         _exit(_NOBODY_READS)
     except Stopped as error:
-        _leave(128 + error.signal, [f"{program}: {error}"], everyones=True)
+        _leave(128 + error.signal, [f"{program}: {error}"], on_all_ranks=True)
     except RunError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             _exit(_NOBODY_READS)
         if error.on_all_ranks:
-            _leave(1, [f"{program}: {error}"], everyones=True)
+            _leave(1, [f"{program}: {error}"], on_all_ranks=True)
         _fail(error.__cause__, f"{program}: {error}")
     except Exception as error:
         rank = launcher_env.rank_hint()
         _fail(error, f"{program}: rank {rank}: {type(error).__name__}: {error}")
 
 
+@contextmanager
+def _failure_file() -> Iterator[None]:
+    """Marks for the batch script that another try fails too, unless another rank was lost."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        group = _process_group()
+        if group is None or not group.is_lost_rank_error(error.__cause__ or error):
+            failure_file.write()
+        raise
+
+
+def import_from_current_folder() -> None:
+    """Lets programs that Python starts by their path import networks from the current folder.
+
+    ``python -m`` does so by itself.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(1, os.getcwd())
+
+
 Schema = TypeVar("Schema", bound=Config)
 
 
 def compose(words: Sequence[str] | None = None) -> list[Config]:
-    """The configurations that ``words`` (else the command line) ask for; one, or a sweep's (-m).
+    """Returns the configurations of ``words``, by default the command line's; several with -m.
 
     Raises ``ConfigError`` for options that do not exist or have the wrong type.
     """
@@ -104,24 +128,19 @@ def compose(words: Sequence[str] | None = None) -> list[Config]:
 def compose_as(
     schema: type[Schema], entry: str, words: Sequence[str] | None = None
 ) -> list[Schema]:
-    """The same for options of another ``schema``, which begin with the file ``entry`` of conf/."""
+    """Does what ``compose`` does, for another ``schema`` and its file ``entry`` of conf/."""
     words = sys.argv[1:] if words is None else list(words)
     _refuse_deletions(words)
-    # hydra's own report is several lines and exits with 1; this makes it raise instead.
+    # By default hydra prints several lines and exits with 1; with this it raises instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="schema", node=schema)
-    of_help = partial(help.text, schema)
-    OmegaConf.register_new_resolver("manual", of_help, replace=True)
+    OmegaConf.register_new_resolver("manual", partial(help.text, schema), replace=True)
     composed: list[DictConfig] = []
     launch = hydra.main(version_base="1.3", config_path=str(_conf()), config_name=entry)
     usage = io.StringIO()
-    speaks = launcher_env.rank_hint() == 0  # --help is rank 0's to print
+    output = sys.stdout if launcher_env.rank_hint() == 0 else io.StringIO()  # for --help
     try:
-        with (
-            _command_line(words),
-            redirect_stderr(usage),
-            redirect_stdout(sys.stdout if speaks else io.StringIO()),
-        ):
+        with _command_line(words), redirect_stderr(usage), redirect_stdout(output):
             launch(composed.append)()
         return [_to_config(config, schema) for config in composed]
     except ConfigError:
@@ -133,38 +152,34 @@ def compose_as(
     except SystemExit as error:
         if not error.code:
             raise
-        raise ConfigError(_flag_mistake(usage.getvalue())) from error
+        reason = usage.getvalue().strip().rpartition("error: ")[2]  # argparse prints a page before
+        remedy = "options are written name=value, and --help lists them"
+        raise ConfigError(f"{reason}; {remedy}") from error
 
 
 @contextmanager
 def _command_line(words: Sequence[str]) -> Iterator[None]:
-    """``words`` where hydra looks for its own."""
-    own = sys.argv
-    # argparse takes options in two lots for mistakes, with a flag between them.
+    """Puts ``words`` into ``sys.argv``, where hydra looks."""
+    before = sys.argv
+    # argparse reports options on both sides of a flag as a mistake.
     flags = [word for word in words if word in ("-m", "--multirun")]
-    sys.argv = [own[0], *flags, *(word for word in words if word not in flags)]
+    sys.argv = [before[0], *flags, *(word for word in words if word not in flags)]
     try:
         yield
     finally:
-        sys.argv = own
+        sys.argv = before
 
 
 def _refuse_deletions(words: Sequence[str]) -> None:
-    """An option that ``~name`` took away would quietly have its default."""
-    how = "options are not taken away; leave it out for its default, or give it a value"
-    taken = [word for word in words if word.startswith("~") and not word.startswith("~hydra")]
-    if taken:
-        raise ConfigError(*(f"{word}: {how}" for word in taken))
-
-
-def _flag_mistake(usage: str) -> str:
-    """argparse's last line in place of its page."""
-    reason = usage.strip().rpartition("error: ")[2]
-    return f"{reason}; options are written name=value, and --help lists them"
+    """Refuses ``~name``, after which the option would silently have its default."""
+    how = "options cannot be removed; leave it out for its default, or give it a value"
+    deletions = [word for word in words if word.startswith("~") and not word.startswith("~hydra")]
+    if deletions:
+        raise ConfigError(*(f"{word}: {how}" for word in deletions))
 
 
 def check_folders(configs: Sequence[Config]) -> None:
-    """Raise ``ConfigError`` unless the points of a sweep have folders of their own."""
+    """Raises ``ConfigError`` if points of a sweep have one folder."""
     shared = {config.run_dir for config in configs}
     if len(configs) > 1 and len(shared) < len(configs) and shared != {None}:
         folder = next(iter(shared - {None}))
@@ -175,7 +190,7 @@ def check_folders(configs: Sequence[Config]) -> None:
 
 
 def _conf() -> Path:
-    """conf/ beside the package in a checkout, inside it in a wheel."""
+    """Returns the folder conf/: beside the package in a checkout, in the package in a wheel."""
     package = Path(__file__).resolve().parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -190,19 +205,19 @@ def _to_config(composed: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def _added(composed: DictConfig, schema: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Options that ``+name=value`` brought in and the schema does not have."""
+    """Returns the options that ``+name=value`` added to those of the schema."""
     names = {field.name for field in fields(schema)}
-    found: list[tuple[str, Any]] = []
+    added: list[tuple[str, Any]] = []
     for key in composed:
         if key not in names:
-            found.append((prefix + str(key), composed[key]))
-        elif is_dataclass(part := getattr(schema, str(key))):
-            found += _added(composed[key], part, f"{prefix}{key}.")
-    return found
+            added.append((prefix + str(key), composed[key]))
+        elif is_dataclass(group := getattr(schema, str(key))):
+            added += _added(composed[key], group, f"{prefix}{key}.")
+    return added
 
 
 def _fail(cause: BaseException | None, line: str) -> NoReturn:
-    """This rank's own failure: the cause's traceback if there is one, the line, and out at once."""
+    """Reports a failure of this rank, with the cause's traceback, and ends it at once."""
     if cause is not None:
         traceback.print_exception(cause)
     print(line, file=sys.stderr, flush=True)
@@ -210,16 +225,16 @@ def _fail(cause: BaseException | None, line: str) -> NoReturn:
     _exit(1)
 
 
-def _leave(code: int, lines: list[str], everyones: bool = False) -> NoReturn:
-    """Rank 0 speaks for all; the others give it time before they leave.
+def _leave(code: int, lines: list[str], on_all_ranks: bool) -> NoReturn:
+    """Lets rank 0 report a failure first; the other ranks wait before they leave.
 
-    Launchers end the other ranks as soon as one has failed, so a rank that left first could
-    silence rank 0.  A rank that is still alive after the wait may have a trouble of its own to
-    tell, unless it is ``everyones``.
+    Launchers end the other ranks as soon as one has failed, so a rank that leaves first may
+    silence rank 0.  A rank that still runs after the wait reports the failure too, unless it
+    happened ``on_all_ranks``.
     """
     if launcher_env.rank_hint() != 0:
-        time.sleep(launcher_env.patience_seconds(everyones))
-        if everyones:
+        time.sleep(launcher_env.exit_delay_seconds(on_all_ranks))
+        if on_all_ranks:
             _exit(code)
     print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -227,10 +242,12 @@ def _leave(code: int, lines: list[str], everyones: bool = False) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """Out at once; under MPI with all other ranks, which would wait for this one for ever."""
-    group = sys.modules.get(
-        f"{__package__}.distributed.process_group"
-    )  # not loaded before the options are checked
-    if group is not None:
+    """Ends this process; under MPI also all other ranks, which would wait for it for ever."""
+    if (group := _process_group()) is not None:
         group.end_job(code)
     os._exit(code)
+
+
+def _process_group() -> Any:
+    """Returns the module, or None if torch is not loaded yet."""
+    return sys.modules.get(f"{__package__}.distributed.process_group")

@@ -1,4 +1,4 @@
-"""``python -m fedtan_hpc.overview``: several comparisons side by side."""
+"""``python -m fedtan_hpc.overview``: show several comparisons side by side."""
 
 from .reporting.overview import main
 

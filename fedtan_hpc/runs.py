@@ -1,4 +1,4 @@
-"""``python -m fedtan_hpc.runs``: all runs and how they fare."""
+"""``python -m fedtan_hpc.runs``: list all runs and their states."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m fedtan_hpc.show_partition``: who holds which samples."""
+"""``python -m fedtan_hpc.show_partition``: show which client has which samples."""
 
 from .reporting.show_partition import main
 

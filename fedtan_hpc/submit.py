@@ -1,4 +1,4 @@
-"""``python -m fedtan_hpc.submit``: submit jobs."""
+"""``python -m fedtan_hpc.submit``: submit a job or a sweep to SLURM."""
 
 from .launch.submit import main
 

@@ -1,4 +1,4 @@
-"""``python slurm/submit.py``: as ``python -m fedtan_hpc.submit``."""
+"""``python slurm/submit.py``: the same as ``python -m fedtan_hpc.submit``."""
 
 from fedtan_hpc.launch.submit import main
 

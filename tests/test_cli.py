@@ -10,10 +10,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fedtan_hpc import __version__
+import fedtan_hpc
+from fedtan_hpc import __version__, cli
+from fedtan_hpc.config.schema import Config
+from fedtan_hpc.launch import submitit_jobs
+from fedtan_hpc.runtime import malloc
 from tests.helpers import commands
 
 SHORT = ("rounds=2", "local_steps=2", "eval_every=1")
@@ -23,12 +28,12 @@ TORCHRUN = ("torchrun", "--nproc-per-node", "2", "-m", "fedtan_hpc")
 FAULT = """
 from fedtan_hpc.distributed import process_group as comm
 from fedtan_hpc.training.cohort import Cohort
-train = Cohort.train
-def faulty(self, clients, now):
-    if comm.rank() == 1 and now.number == 2:
+begin_round = Cohort.begin_round
+def faulty(self, context):
+    if comm.rank() == 1 and context.number == 2:
         raise OSError("the disk of this node is gone")
-    return train(self, clients, now)
-Cohort.train = faulty
+    return begin_round(self, context)
+Cohort.begin_round = faulty
 from fedtan_hpc.cli import main
 main()
 """
@@ -188,3 +193,21 @@ def test_a_mistake_in_any_point_of_a_sweep_stops_it_before_the_first(tmp_path: P
     [line] = done.stderr.splitlines()
     assert line.startswith("fedtan_hpc: algorithm.groups=3: ")
     assert not list(tmp_path.glob("runs/*/rounds.jsonl"))
+
+
+def test_only_commands_and_submitted_jobs_change_the_memory_of_their_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that calls ``run`` keeps its malloc as it is."""
+    calls: list[str] = []
+    monkeypatch.setattr(malloc, "keep_freed_memory", lambda: calls.append("malloc"))
+    config = Config(clients=2, rounds=1, run_dir=str(tmp_path / "run"))
+    fedtan_hpc.run(config, callbacks=[])
+    assert not calls
+    monkeypatch.setattr("sys.argv", ["fedtan_hpc", *SHORT, f"run_dir={tmp_path / 'command'}"])
+    cli.main()
+    assert calls == ["malloc"]
+    environment = SimpleNamespace(cluster="debug")
+    monkeypatch.setattr("submitit.JobEnvironment", lambda: environment)
+    submitit_jobs.Job(config)()
+    assert calls == ["malloc"] * 2

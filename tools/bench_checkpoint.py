@@ -1,13 +1,13 @@
-"""What saving costs a round: without checkpoints, with one beside the next round, and waited for.
+"""Cost of checkpoints for a round: none, one written beside the next round, one waited for.
 
     torchrun --nproc-per-node 2 tools/bench_checkpoint.py clients=10 algorithm=fedbn
     mpirun -n 2 python tools/bench_checkpoint.py model=resnet20 data=synthetic
 
-repeats=N       rounds of each way that count, alternating (default 15)
+repeats=N       counted rounds of each kind, alternating (default 15)
 
-All other words are options of the job, which keeps its files in a folder of its own for a while.
-Prints JSON: seconds of a round by way (medians over the repeats), seconds that a checkpoint takes
-to be written, and its bytes.
+All other words are options of the job, which keeps its files in a temporary folder.  Prints JSON:
+seconds of a round of each kind (medians over the repeats), seconds to write a checkpoint, and its
+bytes.
 """
 
 from __future__ import annotations
@@ -16,33 +16,31 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import benchmark
-from bench.benchmark import Carrier
-
-from fedtan_hpc.config.schema import Config, to_dict
+from fedtan_hpc.config.schema import Config
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.reporting import options
 from fedtan_hpc.runtime import launcher_env
 
-WAYS = ("none", "beside", "waiting")
+if TYPE_CHECKING:
+    from fedtan_hpc.runtime.device import DevicePlacement
+
+KINDS = ("none", "beside", "waiting")
 
 
-def main() -> None:
-    """Time the ways and print."""
-    benchmark.command("bench_checkpoint", __doc__, ("repeats",), _time)
-
-
-def _time(own: Mapping[str, str], job: list[str]) -> None:
-    config = options.composed(job)
-    repeats = benchmark.repeats(own, 15)
+def run(words: Sequence[str]) -> None:
+    """Times all kinds of rounds, and prints."""
+    tool_options, job_words = options.split(words, ("repeats",))
+    config = options.composed(job_words)
+    repeats = benchmark.repeats(tool_options, 15)
     check(config)
-    [carrier] = benchmark.carriers(config, [str(config.comm.backend)])
-    with carrier.started(config), tempfile.TemporaryDirectory() as folder:
-        results = measure(config, carrier, Path(folder), repeats)
+    [placement] = benchmark.placements(config, [str(config.comm.backend)])
+    with benchmark.process_group(config, placement), tempfile.TemporaryDirectory() as folder:
+        results = measure(config, placement, Path(folder), repeats)
     if launcher_env.rank_hint() == 0:
         setting = benchmark.setting(
             config,
@@ -54,54 +52,50 @@ def _time(own: Mapping[str, str], job: list[str]) -> None:
         print(json.dumps({"setting": setting, **results}))
 
 
-def measure(config: Config, carrier: Carrier, folder: Path, repeats: int) -> dict[str, Any]:
-    """Rounds of the job, each followed by a checkpoint in one of the ways, in turn."""
-
+def measure(
+    config: Config, placement: DevicePlacement, folder: Path, repeats: int
+) -> dict[str, Any]:
+    """Times rounds of the job, each with a checkpoint of one kind, in turn."""
     from fedtan_hpc.distributed import process_group
+    from fedtan_hpc.evaluation.callbacks import RunInfo
     from fedtan_hpc.job import checkpoint_format
     from fedtan_hpc.job.checkpoint_writer import CheckpointWriter
     from fedtan_hpc.job.setup import prepare
-    from fedtan_hpc.runtime.device import DevicePlacement
 
-    benchmark.settle(config)
+    benchmark.prepare_process(config)
     config.rounds, config.eval_every = 10**6, 10**6
-    trainer = prepare(config, DevicePlacement(carrier.device, carrier.backend))
+    trainer = prepare(config, placement)
     (folder / "rounds.jsonl").touch()
-    facts = {"config": to_dict(config), "resumed_after": []}
-    keeper = CheckpointWriter(folder, config.checkpoint, facts)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    writer = CheckpointWriter(trainer.cohort)
+    writer.run_began(RunInfo(config, folder, 0))
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     writing = []
     number = 0
-    for repeat in range(repeats + 1):  # the first warms up
-        for way in WAYS:
+    for repeat in range(repeats + 1):  # the first is a warm-up
+        for kind in KINDS:
             number += 1
             process_group.barrier()
-            begun = time.perf_counter()
-            if way != "none" and number > 1:
-                keeper.save(number, trainer.cohort)
-            if way == "waiting":
-                keeper.wait()
-                writing.append(time.perf_counter() - begun)
+            start = time.perf_counter()
+            if kind != "none" and number > 1:
+                writer.save(number)
+            if kind == "waiting":
+                writer.wait()
+                writing.append(time.perf_counter() - start)
             trainer.round(number)
-            seconds[way].append(time.perf_counter() - begun)
-            keeper.wait()
-        benchmark.tell(repeat, repeats)
-    keeper.close()
-    found = {way: statistics.median(times[1:]) for way, times in seconds.items()}
+            seconds[kind].append(time.perf_counter() - start)
+            writer.wait()
+        benchmark.show_progress(repeat, repeats)
+    writer.run_failed(None)
+    counted = {kind: times[1:] for kind, times in seconds.items()}
     size = sum(path.stat().st_size for path in checkpoint_format.existing(folder)[:1])
     process_group.barrier()
     return {
-        "seconds_a_round": found,
+        "seconds_a_round": {kind: statistics.median(times) for kind, times in counted.items()},
         "seconds_to_write": statistics.median(writing[1:]),
         "bytes": size,
-        "spread": {way: _spread(times[1:]) for way, times in seconds.items()},
+        "spread": {kind: [min(times), max(times)] for kind, times in counted.items()},
     }
 
 
-def _spread(times: Sequence[float]) -> list[float]:
-    """Least and most."""
-    return [min(times), max(times)]
-
-
 if __name__ == "__main__":
-    main()
+    benchmark.main("bench_checkpoint", __doc__, run)

@@ -1,4 +1,4 @@
-"""``python tools/compare.py``: as ``python -m fedtan_hpc.compare``."""
+"""``python tools/compare.py``: the same as ``python -m fedtan_hpc.compare``."""
 
 from fedtan_hpc.reporting.compare import main
 

@@ -1,4 +1,4 @@
-"""Print the README's table of options, made from the fields of ``fedtan_hpc/config.py``.
+"""Print the README's table of options, made from the fields of ``fedtan_hpc/config/schema.py``.
 
 python tools/options_table.py
 """
@@ -11,12 +11,12 @@ from fedtan_hpc.config import help
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints the table."""
     print("\n".join(rows()))
 
 
 def rows() -> Iterator[str]:
-    """The lines of the table in Markdown."""
+    """Yields the lines of the table in Markdown."""
     yield "| option | default | allowed | meaning |"
     yield "| --- | --- | --- | --- |"
     for entry in help.entries():

@@ -1,4 +1,4 @@
-"""``python tools/overview.py``: as ``python -m fedtan_hpc.overview``."""
+"""``python tools/overview.py``: the same as ``python -m fedtan_hpc.overview``."""
 
 from fedtan_hpc.reporting.overview import main
 

@@ -1,18 +1,18 @@
-"""Strong and weak scaling of the job, measured: rounds a second, efficiency, where time goes.
+"""Measure strong and weak scaling of the job: rounds a second, efficiency, and where time goes.
 
     python tools/scaling_study.py world_sizes=[1,2,4] methods=[fedtan,fedavg] model=cnn
     python tools/scaling_study.py world_sizes=[2,4,8] mode=weak launcher=slurm launch.partition=cpu
 
 world_sizes=[...]  numbers of ranks (default [1,2])
-mode=strong|weak   clients in all, or clients of each rank, stay as many (default strong)
-launcher=...       torchrun (default), mpirun or slurm; with slurm, launch.* as for submit.py
+mode=strong|weak   keep the number of all clients, or of the clients of each rank (default strong)
+launcher=...       torchrun (default), mpirun or slurm; slurm takes launch.* as submit.py does
 methods=[...]      algorithms (default [fedtan,fedavg,centralised])
 repeats=N          runs of each point, alternating (default 3)
-out=DIR            folder of the results (default scaling)
+out=DIR            folder for the results (default scaling)
 
-All other words are options of the job; ``clients`` counts those in all (strong), or those of a rank
-(weak).  Finished runs are kept: an interrupted study goes on.  Writes ``scaling.csv``,
-``scaling.md`` and ``scaling.png``.
+All other words are options of the job; ``clients`` is the number of all clients (strong) or of the
+clients of each rank (weak).  Finished runs are kept, so that an interrupted study can go on.
+Writes ``scaling.csv``, ``scaling.md`` and ``scaling.png``.
 """
 
 from __future__ import annotations
@@ -24,22 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from bench import benchmark
-from scaling import launch as launching
-from scaling import report
-
-from fedtan_hpc import cli
 from fedtan_hpc.config.enums import AlgorithmName
 from fedtan_hpc.config.errors import ConfigError, format_option_error
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.reporting import options
+from scaling import study_report, study_runs
+from scaling.study_runs import Point
 
-OWN = ("world_sizes", "mode", "launcher", "methods", "repeats", "out")
-_MODES = ("strong", "weak")
+OPTIONS = ("world_sizes", "mode", "launcher", "methods", "repeats", "out")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked for."""
+    """The command line."""
 
     world_sizes: list[int]
     mode: str
@@ -48,98 +45,71 @@ class Study:
     repeats: int
     out: Path
     clients: int
-    """In all, or of each rank."""
-    job: list[str]
-    """Words of the job."""
-    launch: list[str]
-    """Words on its submission."""
+    """Number of all clients (strong), or of the clients of each rank (weak)."""
+    job_words: list[str]
+    launch_words: list[str]
 
-    def points(self) -> Iterator[launching.Point]:
-        """All runs, alternating."""
+    def points(self) -> Iterator[Point]:
+        """Yields all runs, alternating between methods and numbers of ranks."""
         for repeat in range(self.repeats):
             for method in self.methods:
                 for ranks in self.world_sizes:
                     clients = self.clients * (ranks if self.mode == "weak" else 1)
-                    name = f"{self.mode}-{method}-{ranks}ranks-{repeat}"
-                    words = [*self.job, f"algorithm={method}", f"clients={clients}"]
-                    folder = self.out / "runs" / name
-                    yield launching.Point(method, ranks, clients, repeat, folder, words)
+                    words = [*self.job_words, f"algorithm={method}", f"clients={clients}"]
+                    folder = self.out / "runs" / f"{self.mode}-{method}-{ranks}ranks-{repeat}"
+                    yield Point(method, ranks, clients, repeat, folder, words)
 
 
-def main() -> None:
-    """Run what is missing and write the report."""
-    with cli.exit_codes("scaling_study"):
-        if options.shows_help(sys.argv[1:], __doc__):
-            return
-        study = plan(sys.argv[1:])
-        launching.run_all(list(study.points()), study.launcher, study.launch)
-        write_report(study)
+def run(words: Sequence[str]) -> None:
+    """Runs the missing points, and writes the report."""
+    study = plan(words)
+    points = list(study.points())
+    study_runs.run_all(points, study.launcher, study.launch_words)
+    rows: list[dict[str, Any]] = []
+    for method in study.methods:
+        points_of_method = [point for point in points if point.method == method]
+        rows += study_report.rows(points_of_method, study.mode)
+    command = " ".join(["python tools/scaling_study.py", *sys.argv[1:]])
+    study_report.write(rows, study.out, study.mode, command)
+    print(f"files: {study.out}/scaling.md, scaling.png, scaling.csv")
 
 
 def plan(words: Sequence[str]) -> Study:
-    """The study that the words ask for; raises ``ConfigError`` before anything runs."""
-    own, rest = options.split(words, OWN)
-    launch = [word for word in rest if word.startswith("launch.")]
-    job = [word for word in rest if word not in launch]
-    out = Path(options.folder(own.get("out", "out=scaling")))
+    """Returns the study of the command line; raises ``ConfigError`` before anything runs."""
+    tool_options, rest = options.split(words, OPTIONS)
+    launch_words = [word for word in rest if word.startswith("launch.")]
+    job_words = [word for word in rest if word not in launch_words]
+    world_sizes = tool_options.get("world_sizes", "world_sizes=[1,2]")
+    methods = tool_options.get("methods", "methods=[fedtan,fedavg,centralised]")
     study = Study(
-        world_sizes=_world_sizes(own.get("world_sizes", "world_sizes=[1,2]")),
-        mode=_one_of(own, "mode", _MODES),
-        launcher=_one_of(own, "launcher", launching.LAUNCHERS),
-        methods=_methods(own.get("methods", "methods=[fedtan,fedavg,centralised]")),
-        repeats=benchmark.repeats(own, 3),
-        out=out,
-        clients=options.composed(job).clients,
-        job=job,
-        launch=launch,
+        world_sizes=sorted(benchmark.whole_numbers(world_sizes, "[1,2,4]")),
+        mode=_one_of(tool_options, "mode", ("strong", "weak")),
+        launcher=_one_of(tool_options, "launcher", study_runs.LAUNCHERS),
+        methods=benchmark.choices(
+            methods, [str(name) for name in AlgorithmName], "[fedtan,fedavg]"
+        ),
+        repeats=benchmark.repeats(tool_options, 3),
+        out=Path(options.folder(tool_options.get("out", "out=scaling"))),
+        clients=options.composed(job_words).clients,
+        job_words=job_words,
+        launch_words=launch_words,
     )
     options.check_plotting()
     for point in study.points():
         check(options.composed(point.words))
-    launching.check_launcher(study.launcher, launch)
-    options.check_writable(out / "scaling.md")
+    study_runs.check_launcher(study.launcher, launch_words)
+    options.check_writable(study.out / "scaling.md")
     return study
 
 
-def _world_sizes(word: str) -> list[int]:
-    sizes = options.values(word, "[1,2,4]")
-    if wrong := [size for size in sizes if not isinstance(size, int) or size < 1]:
-        allowed = "whole numbers >= 1"
-        raise ConfigError(
-            format_option_error("world_sizes", wrong[0], allowed, "for example [1,2,4]")
-        )
-    return sorted(sizes)
-
-
-def _methods(word: str) -> list[str]:
-    known = [str(name) for name in AlgorithmName]
-    methods = [str(method) for method in options.values(word, "[fedtan,fedavg]")]
-    if wrong := [method for method in methods if method not in known]:
-        raise ConfigError(
-            format_option_error("methods", wrong[0], " | ".join(known), "choose some of these")
-        )
-    return methods
-
-
-def _one_of(own: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
-    chosen = own.get(name, f"{name}={choices[0]}").partition("=")[2]
-    if chosen not in choices:
-        raise ConfigError(
-            format_option_error(name, chosen, " | ".join(choices), "choose one of these")
-        )
-    return chosen
-
-
-def write_report(study: Study) -> None:
-    """Write table and picture of all points."""
-    rows: list[dict[str, Any]] = []
-    for method in study.methods:
-        of_method = [point for point in study.points() if point.method == method]
-        rows += report.rows(of_method, study.mode)
-    command = " ".join(["python tools/scaling_study.py", *sys.argv[1:]])
-    report.write(rows, study.out, study.mode, command)
-    print(f"files: {study.out}/scaling.md, scaling.png, scaling.csv")
+def _one_of(tool_options: Mapping[str, str], name: str, known: Sequence[str]) -> str:
+    """Returns the value of an option; the first of ``known`` is the default."""
+    value = tool_options.get(name, f"{name}={known[0]}").partition("=")[2]
+    if value not in known:
+        remedy = "choose one of these"
+        raise ConfigError(format_option_error(name, value, " | ".join(known), remedy))
+    return value
 
 
 if __name__ == "__main__":
-    main()
+    benchmark.main("scaling_study", __doc__, run)

@@ -1,4 +1,4 @@
-"""``python tools/show_partition.py``: as ``python -m fedtan_hpc.show_partition``."""
+"""``python tools/show_partition.py``: the same as ``python -m fedtan_hpc.show_partition``."""
 
 from fedtan_hpc.reporting.show_partition import main
 

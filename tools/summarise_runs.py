@@ -1,4 +1,4 @@
-"""``python tools/summarise_runs.py``: accuracy of finished runs, as a table and a picture."""
+"""``python tools/summarise_runs.py``: the same as ``python -m fedtan_hpc.summarise_runs``."""
 
 from fedtan_hpc.reporting.summarise import main
 

@@ -1,6 +1,7 @@
 """The batch normalization layer whose statistics can be those of all clients.
 
-``layer`` is the module, ``context`` makes its statistics global, ``statistics_call`` is one
-exchange of statistics, ``global_kernels`` the arithmetic; ``reference`` restates it in plain
-operations.  Uses ``distributed`` and ``runtime``; used by ``models`` and ``training``.
+The way of a batch: ``context`` binds the layers, ``layer`` is the module, ``global_kernels`` its
+arithmetic, ``statistics_call`` the exchange of statistics; ``reference`` restates them in plain
+operations.  Stacked clients go through ``vmap_autograd``, compiled steps through ``compile_ops``.
+Uses ``distributed`` and ``runtime``; used by ``models``, ``training`` and ``job``.
 """

@@ -1,10 +1,10 @@
-"""The layer with shared statistics as torch.compile sees it.
+"""BN with global statistics as torch.compile sees it, for the training mode of ``layer``.
 
-Its arithmetic is ordinary operations, which the compiler merges with those around them.  The
-exchange of statistics is an operator each way, and what happens inside, collectives included, stays
-out of the graph: a compiled step has no breaks, and the graph is the same for every round and any
-backend.  A layer is known to the operators by a number, for they take neither modules nor other
-objects.
+The arithmetic is ordinary operations, which the compiler fuses with those around them.  The
+exchange of statistics is one custom operator forward and one backward; what happens inside,
+collectives included, stays out of the graph.  A compiled step has no graph breaks, and its graph is
+the same for every round and any backend.  Operators take tensors and numbers only, so a number
+stands for each layer and for each of its calls.
 
 Shapes: x and y (N, C) or (N, C, ...).
 """
@@ -25,58 +25,59 @@ from .moments import statistics_dtype
 from .statistics_call import LayerCall
 
 
-class Caller(Protocol):
-    """A layer as the operators see it."""
+class CompiledLayer(Protocol):
+    """What the operators need of a layer."""
 
-    uses: list[int]
-    """Numbers of those that the backward pass may still ask for."""
+    compiled_calls: list[int]
+    """Numbers of the calls that the backward pass may still ask for."""
 
     def next_call(self) -> LayerCall:
-        """Begin the next use of the layer."""
+        """Begins the next use of the layer."""
 
 
-_CALLERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_USES: dict[int, LayerCall] = {}
+_LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_CALLS: dict[int, LayerCall] = {}
 _numbers = itertools.count()
-_LAST = [torch.zeros((), dtype=torch.int64, device="cpu")]
-"""What the last exchange of a forward pass returned.  The next one takes it, so that the compiler
-keeps their order, and leaves out or merges none of those that look alike to it."""
+_last_call = [torch.zeros((), dtype=torch.int64, device="cpu")]
+"""The number of the last forward exchange.  The next one takes it as an input, so that the compiler
+keeps the order of the exchanges and neither drops nor merges equal ones."""
 CAN_CUT_GRAPHS = hasattr(torch.Tag, "cudagraph_unsafe")
-"""Whether this torch knows operators that CUDA graphs are cut at (2.9 on)."""
+"""Whether this torch can cut CUDA graphs at an operator (2.9 and later)."""
 _CUTS: dict[str, Any] = {"tags": torch.Tag.cudagraph_unsafe} if CAN_CUT_GRAPHS else {}
-"""Of an exchange: a replay would send once more what the first step sent."""
+"""Keeps exchanges out of CUDA graphs: a replay would send the message of the first step again."""
 _VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-"""Part of the operators' names.  torch keeps compiled code on disk by these, with the rules below
-built in, which another version of this file need not share."""
+"""Part of the operators' names.  torch stores compiled code on disk by these names, with the rules
+below built in; another version of this file may have other rules."""
 
 
-def register(caller: Caller) -> Tensor:
-    """The number, 0-d, by which the operators find ``caller`` for as long as it lives.
+def register(layer: CompiledLayer) -> Tensor:
+    """Returns the number of ``layer``, 0-d, by which the operators find it while it lives.
 
-    It is a tensor for the compiler to leave open: copies of a model are one graph.
+    It is a tensor, so that the compiler leaves its value open: copies of a model share one graph.
     """
     number = next(_numbers)
-    _CALLERS[number] = caller
+    _LAYERS[number] = layer
     return torch.tensor(number, device="cpu")
 
 
-def forget(uses: Iterable[int]) -> None:
-    """End ``uses`` with the context that they belong to."""
-    for number in uses:
-        del _USES[number]
+def forget(calls: Iterable[int]) -> None:
+    """Drops calls when their context ends."""
+    for number in calls:
+        del _CALLS[number]
 
 
 def normalise(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, caller: Tensor
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, layer_id: Tensor
 ) -> Tensor:
-    """y = gamma (x - mean) r + beta, r = 1 / sqrt(variance + eps), with ``caller``'s statistics."""
+    """Returns y = gamma (x - mean) r + beta with global mean and r = 1 / sqrt(variance + eps)."""
     wide = x.to(statistics_dtype(x))
     others = [dim for dim in range(x.dim()) if dim != 1]
-    own_variance, own_mean = torch.var_mean(wide, others, correction=0)
-    count = x.numel() // x.size(1)
-    after = _LAST[0]
-    shared: tuple[Tensor, ...] = share_moments(own_mean, own_variance, after, eps, count, caller)
-    mean, r, _LAST[0] = shared
+    local_variance, local_mean = torch.var_mean(wide, others, correction=0)
+    count, last = x.numel() // x.size(1), _last_call[0]
+    shared: tuple[Tensor, ...] = share_moments(
+        local_mean, local_variance, last, eps, count, layer_id
+    )
+    mean, r, _last_call[0] = shared
     scale = r if gamma is None else r * gamma
     shape = [1, -1] + [1] * (x.dim() - 2)
     y = (wide - mean.view(shape)) * scale.view(shape)
@@ -86,33 +87,33 @@ def normalise(
 
 @torch.library.custom_op(f"fedtan_hpc::share_moments_{_VERSION}", mutates_args=(), **_CUTS)
 def share_moments(
-    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: Tensor
+    mean_C: Tensor, variance_C: Tensor, last_call: Tensor, eps: float, count: int, layer_id: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Global mean and r, (C,), from this client's own moments of ``count`` values; one collective.
+    """Returns global mean and r, (C,), from this client's moments of ``count`` values per channel.
 
-    Also returns the number of this use, which the next exchange takes as ``after``.
+    Also returns the number of this call, which the next exchange takes as ``last_call``.
     """
-    layer, number = _CALLERS[int(caller)], next(_numbers)
+    layer, number = _LAYERS[int(layer_id)], next(_numbers)
     call = layer.next_call()
-    layer.uses.append(number)
-    _USES[number] = call
-    use = torch.tensor(number, device="cpu")  # where reading it waits for no device
+    layer.compiled_calls.append(number)
+    _CALLS[number] = call
+    call_id = torch.tensor(number, device="cpu")  # reading it waits for no device
     mean, variance = call.share_moments([count], mean_C.unsqueeze(0), variance_C.unsqueeze(0))
-    return mean.clone().view(-1), (variance + eps).rsqrt_().view(-1), use
+    return mean.clone().view(-1), (variance + eps).rsqrt_().view(-1), call_id
 
 
 @share_moments.register_fake
 def _(
-    mean_C: Tensor, variance_C: Tensor, after: Tensor, eps: float, count: int, caller: Tensor
+    mean_C: Tensor, variance_C: Tensor, last_call: Tensor, eps: float, count: int, layer_id: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    use = torch.empty((), dtype=torch.int64, device="cpu")
-    return torch.empty_like(mean_C), torch.empty_like(variance_C), use
+    call_id = torch.empty((), dtype=torch.int64, device="cpu")
+    return torch.empty_like(mean_C), torch.empty_like(variance_C), call_id
 
 
 @torch.library.custom_op(f"fedtan_hpc::share_derivatives_{_VERSION}", mutates_args=(), **_CUTS)
-def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int) -> Tensor:
-    """s1 and s2 of ``shared_batch.py`` from this client's part of them; one collective."""
-    call = _USES.get(int(use))
+def _share_derivatives(sums_2C: Tensor, call_id: Tensor, count: int) -> Tensor:
+    """Returns s1 and s2 of ``global_kernels`` from this client's part of them."""
+    call = _CALLS.get(int(call_id))
     if call is None:
         raise RuntimeError("a compiled step's backward pass belongs inside federated_statistics")
     sums = call.share_derivatives([count], sums_2C.unsqueeze(0))
@@ -120,28 +121,28 @@ def _share_derivatives(sums_2C: Tensor, use: Tensor, count: int) -> Tensor:
 
 
 @_share_derivatives.register_fake
-def _(sums_2C: Tensor, use: Tensor, count: int) -> Tensor:
+def _(sums_2C: Tensor, call_id: Tensor, count: int) -> Tensor:
     return torch.empty_like(sums_2C)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    own_mean, _, _, _, ctx.count, _ = inputs
-    ctx.save_for_backward(own_mean, *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    local_mean, _, _, _, ctx.count, _ = inputs
+    ctx.save_for_backward(local_mean, *output)
 
 
-def _differentiate(ctx: Any, by_mean: Tensor, by_r: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    """The derivatives of the client's own moments, for its own chain rule to go on from.
+def _backward(ctx: Any, by_mean: Tensor, by_r: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    """Returns the derivatives by the client's moments m and v, for the rest of its chain rule.
 
-    Own derivatives by the global mean and r are -r s1 and s2 / r, with the client's part of s1 and
-    s2.  With mean = sum p m and variance = sum p (v + m^2) - mean^2, the sums over clients give
+    This client's derivatives by the global mean and r are -r s1 and s2 / r, with its part of s1 and
+    s2.  With mean = sum p m and variance = sum p (v + m^2) - mean^2, the sums over all clients give
     -r (s1 + (m - mean) r s2) by m, and -r^2 s2 / 2 by v.
     """
-    own_mean, mean, r, use = ctx.saved_tensors
+    local_mean, mean, r, call_id = ctx.saved_tensors
     parts = torch.cat([-by_mean / r, by_r * r])
-    s1, s2 = _share_derivatives(parts, use, ctx.count).chunk(2)
+    s1, s2 = _share_derivatives(parts, call_id, ctx.count).chunk(2)
     slope = r * r * s2
-    return -r * s1 - (own_mean - mean) * slope, -0.5 * slope, None, None, None, None
+    return -r * s1 - (local_mean - mean) * slope, -0.5 * slope, None, None, None, None
 
 
 _register: Callable[..., None] = share_moments.register_autograd
-_register(_differentiate, setup_context=_keep)
+_register(_backward, setup_context=_setup_context)

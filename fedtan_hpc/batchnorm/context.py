@@ -12,24 +12,25 @@ from ..distributed import collectives, process_group
 from . import compile_ops
 from .layer import batchnorm_layers
 from .lockstep import Lockstep
-from .messages import merge
-from .statistics_call import BatchNormContext, GlobalStatistics
+from .statistics_call import BatchNormContext, GlobalStatistics, merge
 
 
 def federated_statistics(
     module: nn.Module, weight: float, group: process_group.Group = None
 ) -> AbstractContextManager[None]:
-    """Make the statistics of ``module``'s BN layers global while the context is open.
-
-    With activation checkpointing the backward pass belongs inside too, for it runs layers again.
+    """Makes the statistics of ``module``'s BN layers global while the context is open.
 
     ``weight`` is this rank's p_k; the weights of the group's ranks (default: all ranks) must be
     >= 0 and sum to 1.  All ranks run the same layers in the same order, forward and backward, with
-    batches of any size; a rank with weight 0 takes part and adds nothing.  One collective per BN
-    layer forward and one backward.  Without a process group this is the only client.
+    batches of any size; a rank with weight 0 takes part and adds nothing.  A BN layer costs one
+    collective forward (two for float64 inputs) and one backward.  Without a process group this is
+    the only client.  With activation checkpointing the backward pass belongs inside the context
+    too, because it runs layers again.
 
-    Raises ``ValueError`` if the module has unconverted BN layers, or (from a layer's forward pass,
-    on every rank) if the weights are not as said.
+    Raises ``ValueError`` if the module has unconverted BN layers.  The forward pass of a layer
+    raises ``ValueError`` on every rank if the weights are not valid, a batch with a weight above 0
+    is empty or all ranks together have one value per channel, and ``RuntimeError`` if the ranks run
+    different layers; on a GPU these errors are raised when the context ends.
     """
     return _global_statistics(module, weight, group, lockstep=None)
 
@@ -40,14 +41,13 @@ def federated_backward(
     weights: Sequence[float],
     group: process_group.Group = None,
 ) -> list[Tensor]:
-    """Forward and backward pass of all clients of this rank, with global statistics.
+    """Runs the forward and backward pass of all clients of this rank, with global statistics.
 
-    Client k has a module of its own, a function ``losses[k]`` that runs it and returns the loss
-    F_k (0-d), and the weight p_k; the weights of all clients of all ranks sum to 1.  Gradients are
-    added to the modules' parameters, and the losses are returned, detached.  The clients run in
-    lock-step: still one collective per BN layer forward and one backward for all of them together,
-    whatever the sizes of their batches.  A rank without a client gives one module, a batch of one
-    sample and the weight 0.
+    Client k has a module, a function ``losses[k]`` that runs it and returns the loss F_k (0-d), and
+    the weight p_k; the weights of all clients of all ranks sum to 1.  Gradients are added to the
+    modules' parameters.  Returns the losses, detached.  The clients run in lock-step: all of them
+    together cost as many collectives as one client, whatever the sizes of their batches.  A rank
+    without a client gives one module, a batch of one sample and the weight 0.
 
     Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
     are not equally many, or a module serves two clients.  The clients run in threads, which inherit
@@ -78,30 +78,31 @@ def _forward_and_backward(loss: Callable[[], Tensor]) -> Tensor:
 def _global_statistics(
     module: nn.Module, weight: float, group: process_group.Group, lockstep: Lockstep[Tensor] | None
 ) -> Iterator[None]:
-    federation = GlobalStatistics([float(weight)], group, list(batchnorm_layers(module)), lockstep)
-    with normalised_by(module, federation):
+    statistics = GlobalStatistics([float(weight)], group, list(batchnorm_layers(module)), lockstep)
+    with normalised_by(module, statistics):
         try:
             yield
-            federation.close()
+            statistics.close()
         finally:
-            federation.is_open = False
+            statistics.is_open = False
 
 
 @contextmanager
 def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None]:
-    """Let ``context`` provide the statistics of ``module``'s BN layers."""
+    """Lets ``context`` provide the statistics of ``module``'s BN layers."""
     layers = list(batchnorm_layers(module).values())
-    before = []
+    outer = []
     for index, layer in enumerate(layers):
-        if layer._number is None:
-            layer._number = compile_ops.register(layer)
-            layer.uses = []
-        before.append((layer._context, layer._index, layer.uses))
-        layer._context, layer._has_context, layer._index, layer.uses = context, True, index, []
+        if layer._layer_id is None:
+            layer._layer_id = compile_ops.register(layer)
+            layer.compiled_calls = []
+        outer.append((layer._context, layer._index, layer.compiled_calls))
+        layer._context, layer._has_context, layer._index = context, True, index
+        layer.compiled_calls = []
     try:
         yield
     finally:
-        for layer, (outer, index, uses) in zip(layers, before, strict=True):
-            compile_ops.forget(layer.uses)
-            layer._context, layer._has_context = outer, outer is not None
-            layer._index, layer.uses = index, uses
+        for layer, (outer_context, index, calls) in zip(layers, outer, strict=True):
+            compile_ops.forget(layer.compiled_calls)
+            layer._context, layer._has_context = outer_context, outer_context is not None
+            layer._index, layer.compiled_calls = index, calls

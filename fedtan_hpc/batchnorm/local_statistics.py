@@ -1,4 +1,6 @@
-"""Local steps of a stack: its clients side by side, each with statistics of its own.
+"""Local steps of stacked clients: each client has the statistics of its batch.
+
+``training.vmap_clients`` uses both classes without an underscore, in the stack of a rank.
 
 Shapes: K clients, N samples of the largest batch, C channels.
 """
@@ -17,99 +19,102 @@ from .layer import FedTANBatchNorm
 from .local_kernels import RunningBuffers
 from .statistics_call import LayerCall, Update
 
+_ALL = slice(None)
+
 
 class RunningStatistics:
     """A layer's running mean and variance for each client of a stack, (K, C)."""
 
     def __init__(self, layer: FedTANBatchNorm, clients: int) -> None:
         self.momentum = layer.momentum
-        self._buffers: list[Tensor] = []
-        self._counts = torch.zeros(clients, dtype=torch.int64)
+        self._buffers = [value.expand(clients, -1).clone() for value in _buffers(layer)]
+        self._counts_K = torch.zeros(clients, dtype=torch.int64)
         """Batches that each client's statistics have seen."""
-        if layer.running_mean is not None and layer.running_var is not None:
+        if self._buffers:
             assert layer.num_batches_tracked is not None
-            both = (layer.running_mean, layer.running_var)
-            self._buffers = [value.expand(clients, -1).clone() for value in both]
-            self._counts = layer.num_batches_tracked.repeat(clients)
+            self._counts_K = layer.num_batches_tracked.repeat(clients)
 
-    def move(self, mean: Tensor, variance: Tensor, lanes: slice = slice(None)) -> None:
-        """Towards the given moments, (C,) for all clients or (K, C) for those of ``lanes``."""
-        self._counts[lanes] += 1
-        for buffer, now in zip(self._buffers, (mean, variance), strict=False):
-            part, target = buffer[lanes], now.to(buffer.dtype).expand_as(buffer[lanes])
+    def move(self, mean: Tensor, variance: Tensor, clients: slice = _ALL) -> None:
+        """Moves towards the given moments, (C,) for all clients or (K, C) for those selected."""
+        self._counts_K[clients] += 1
+        for buffer, moment in zip(self._buffers, (mean, variance), strict=False):
+            rows = buffer[clients]
+            target = moment.to(buffer.dtype).expand_as(rows)
             if self.momentum is not None:
-                part.lerp_(target, self.momentum)
+                rows.lerp_(target, self.momentum)
             else:  # torch's cumulative average
-                share_K1 = self._counts[lanes].to(part).reciprocal().unsqueeze(1)
-                part.lerp_(target, share_K1.expand_as(part))
+                factor_K1 = self._counts_K[clients].to(rows).reciprocal().unsqueeze(1)
+                rows.lerp_(target, factor_K1.expand_as(rows))
 
-    def begin(self, lanes: slice) -> RunningBuffers:
-        """Count a batch of ``lanes``, whose statistics torch's kernels are to move."""
+    def begin_batch(self, clients: slice) -> RunningBuffers:
+        """Counts a batch; returns the selected clients' buffers, which torch's kernels move."""
         assert self.momentum is not None, "torch's kernels know no cumulative average"
-        self._counts[lanes] += 1
-        mean, variance = [buffer[lanes].view(-1) for buffer in self._buffers] or (None, None)
+        self._counts_K[clients] += 1
+        mean, variance = [buffer[clients].view(-1) for buffer in self._buffers] or (None, None)
         return RunningBuffers(mean, variance, self.momentum)
 
     def copy_from(self, layer: FedTANBatchNorm, client_index: int) -> None:
-        """Let one client begin with the statistics of ``layer``."""
-        if self._buffers:
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            assert layer.num_batches_tracked is not None
-            self._buffers[0][client_index] = layer.running_mean
-            self._buffers[1][client_index] = layer.running_var
-            self._counts[client_index] = layer.num_batches_tracked
+        """Gives one client the statistics of ``layer``."""
+        for buffer, value in zip(self._buffers, _buffers(layer), strict=True):
+            buffer[client_index] = value
+        if layer.num_batches_tracked is not None:
+            self._counts_K[client_index] = layer.num_batches_tracked
 
     def copy_to(self, layer: FedTANBatchNorm, client_index: int) -> None:
-        """The statistics of one client, and the batches that all have seen."""
-        if self._buffers:
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            assert layer.num_batches_tracked is not None
-            layer.running_mean.copy_(self._buffers[0][client_index])
-            layer.running_var.copy_(self._buffers[1][client_index])
-            layer.num_batches_tracked.copy_(self._counts[client_index])
+        """Gives ``layer`` the statistics of one client."""
+        for buffer, value in zip(self._buffers, _buffers(layer), strict=True):
+            value.copy_(buffer[client_index])
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.copy_(self._counts_K[client_index])
+
+
+def _buffers(layer: FedTANBatchNorm) -> list[Tensor]:
+    """Returns the running mean and variance of ``layer``; none if it does not track them."""
+    values = layer.running_mean, layer.running_var
+    return [value for value in values if value is not None]
 
 
 @dataclass(frozen=True)
 class LocalStatistics:
-    """The context of a local step: every client of a part of the stack by itself."""
+    """The context of a local step by some of the stack's clients."""
 
     running: Sequence[RunningStatistics]
-    lanes: slice
+    """By layer, for the whole stack."""
+    clients: slice
+    """Which clients of the stack take the step."""
     mask_KN: Tensor | None
     sizes: Sequence[int]
     is_stacked = True
 
     def call(self, index: int, update: Update) -> LayerCall:
-        """A use of a layer; the stack's running statistics move, not the layer's own."""
+        """Begins a use of layer ``index``; ignores ``update``, the stack's statistics move."""
         running = self.running[index]
-        whole = self.mask_KN is None and running.momentum is not None
-        own = partial(running.begin, self.lanes) if whole else None
-        return LocalCall(running, self.lanes, self.mask_KN, self.sizes, own)
+        by_torch = self.mask_KN is None and running.momentum is not None
+        begin = partial(running.begin_batch, self.clients) if by_torch else None
+        return _LocalCall(running, self.clients, self.mask_KN, self.sizes, begin)
 
 
 @dataclass(frozen=True)
-class LocalCall:
-    """A use of a layer by clients of a stack, each with the statistics of its own batch."""
+class _LocalCall:
+    """A use of a layer by clients of a stack, each with the statistics of its batch."""
 
     running: RunningStatistics
-    lanes: slice
+    clients: slice
     mask_KN: Tensor | None
     sizes: Sequence[int]
-    own: Callable[[], RunningBuffers] | None
-    """None of padded batches and of cumulative averages, which torch's kernels do not know."""
+    local_buffers: Callable[[], RunningBuffers] | None
+    """None for padded batches and cumulative averages, which torch's kernels do not know."""
 
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What came in."""
+        """Returns the clients' moments as they are; moves the running statistics."""
         if min(counts) < 2:
             raise ValueError("one value per channel in a client's batch; a variance needs two")
         n_K1 = constant(tuple(counts), mean_KC.dtype, mean_KC.device).unsqueeze(1)
-        self.running.move(mean_KC, variance_KC * (n_K1 / (n_K1 - 1)), self.lanes)
+        self.running.move(mean_KC, variance_KC * (n_K1 / (n_K1 - 1)), self.clients)
         return mean_KC, variance_KC
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
-        """What came in, in float64."""
+        """Returns the clients' sums as they are, in float64."""
         return sums_K2C.double()

@@ -1,12 +1,12 @@
-"""Several clients of one rank, layer by layer side by side: one thread each, one running at a time.
+"""Several clients of one rank, layer by layer: one thread each, of which one runs at a time.
 
-Each client's forward and backward pass is the ordinary one.  Where it needs the other clients'
-statistics it leaves its message and lets the next client run; the last one sends the sum of all
-messages, and each goes on with the answer.  Clients may have batches of any size, and the order
-of the collectives is that of a single client, whatever the number of clients.
+Each client's forward and backward pass is the ordinary one.  Where a client needs the other
+clients' statistics, it leaves its message and lets the next client run.  The last client sends the
+sum of all messages, and each client continues with the answer.  Clients may have batches of any
+size; the collectives and their order are those of a single client.  ``context`` uses it.
 
-On a GPU torch would run all backward passes in one thread, which cannot wait for itself: the
-clients' threads are told to run their own.
+On a GPU torch would run all backward passes in one thread, which cannot wait for itself; the
+clients' threads are told to run their backward passes themselves.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-_UNLIKE = "the clients of one rank did not run the same layers"
+_DIFFERENT_LAYERS = "the clients of one rank did not run the same layers"
 
 
 class Lockstep(Generic[Result]):
-    """Runs functions together, which meet in ``exchange``; ``send`` adds up what they bring."""
+    """Runs functions together, which meet in ``exchange``; ``send`` adds up their messages."""
 
     def __init__(
         self, functions: Sequence[Callable[[], Result]], send: Callable[[list[Tensor]], Tensor]
@@ -37,18 +37,18 @@ class Lockstep(Generic[Result]):
         self._send = send
         self._turns = [threading.Semaphore(0) for _ in functions]
         self._done = threading.Semaphore(0)
-        self._lane_of_thread = threading.local()
-        self._brought: list[Tensor] = []
+        self._of_thread = threading.local()
+        self._messages: list[Tensor] = []
         self._answer: Tensor | None = None
         self._results: dict[int, Result] = {}
         self._error: BaseException | None = None
 
     def run(self) -> list[Result]:
-        """Results of all functions, in order; the first error of any of them is raised."""
-        modes, number = _Modes(), len(self._functions)
-        threads = [_idle_thread() for _ in range(number)]
+        """Returns the results of all functions, in order; raises the first error of any."""
+        modes = _Modes()
+        threads = [_idle_thread() for _ in self._functions]
         for client_index, thread in enumerate(threads):
-            thread.work.put(partial(self._run_lane, client_index, modes))
+            thread.work.put(partial(self._run_client, client_index, modes))
         self._turns[0].release()
         self._done.acquire()
         for thread in threads:
@@ -59,39 +59,39 @@ class Lockstep(Generic[Result]):
         return [self._results[client_index] for client_index in range(len(self._functions))]
 
     def exchange(self, message: Tensor) -> Tensor:
-        """Called by every function at the same points: the answer to all their messages."""
-        client_index: int = self._lane_of_thread.number
-        if client_index != len(self._brought) or self._results:
-            raise RuntimeError(_UNLIKE)
-        self._brought.append(message)
+        """Returns the answer to all functions' messages; each function calls it equally often."""
+        client_index: int = self._of_thread.client_index
+        if client_index != len(self._messages) or self._results:
+            raise RuntimeError(_DIFFERENT_LAYERS)
+        self._messages.append(message)
         if client_index == len(self._functions) - 1:
-            self._answer = self._send(self._brought)
-            self._brought = []
-        self._hand_over(client_index)
+            self._answer = self._send(self._messages)
+            self._messages = []
+        self._let_others_run(client_index)
         assert self._answer is not None
         return self._answer
 
-    def _hand_over(self, client_index: int) -> None:
-        """Let the next client run, and wait for the turn to come round.
+    def _let_others_run(self, client_index: int) -> None:
+        """Wakes the next client and waits until this one's turn comes again.
 
-        Each client goes on in its own sequence of random numbers.
+        Each client continues in its sequence of random numbers.
         """
-        random = _random_states()
+        states = _random_states()
         self._turns[(client_index + 1) % len(self._turns)].release()
         self._turns[client_index].acquire()
-        for generator, state in random:
+        for generator, state in states:
             generator.set_state(state)
         if self._error is not None:
-            raise _OtherFailed
+            raise _OtherClientFailed
 
-    def _run_lane(self, client_index: int, modes: _Modes) -> None:
-        self._lane_of_thread.number = client_index
+    def _run_client(self, client_index: int, modes: _Modes) -> None:
+        self._of_thread.client_index = client_index
         self._turns[client_index].acquire()
         try:
             if self._error is None:
-                with modes.again():
+                with modes.restored():
                     self._results[client_index] = self._functions[client_index]()
-        except _OtherFailed:
+        except _OtherClientFailed:
             pass
         except BaseException as error:
             self._error = error
@@ -99,14 +99,14 @@ class Lockstep(Generic[Result]):
             self._turns[client_index + 1].release()
             return
         if self._error is None and len(self._results) < len(self._functions):
-            self._error = RuntimeError(_UNLIKE)
-        for turn in self._turns:  # after an error some may still wait for theirs
+            self._error = RuntimeError(_DIFFERENT_LAYERS)
+        for turn in self._turns:  # after an error some clients may still wait
             turn.release()
         self._done.release()
 
 
 class _Thread:
-    """A thread that is kept for later steps: a new one would touch fresh memory in each of them."""
+    """A thread that later steps use again: a new one would touch fresh memory in each of them."""
 
     def __init__(self) -> None:
         self.work: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -120,19 +120,18 @@ class _Thread:
 
 
 _idle: list[_Thread] = []
-os.register_at_fork(after_in_child=_idle.clear)  # a child process has no threads but its own
+os.register_at_fork(after_in_child=_idle.clear)  # threads do not survive a fork
 
 
 def _idle_thread() -> _Thread:
-    """One that is kept, or a new one."""
     try:
-        return _idle.pop()  # two threads of the caller's may both run clients
+        return _idle.pop()  # in one step: two threads of the caller may both run clients
     except IndexError:
         return _Thread()
 
 
 def _random_states() -> list[tuple[torch.Generator, Tensor]]:
-    """Of the CPU, and of the GPU that the calling thread uses."""
+    """Returns the generators of the CPU and the current GPU, with their states."""
     generators = [torch.default_generator]
     if torch.cuda.is_initialized():
         generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
@@ -140,7 +139,7 @@ def _random_states() -> list[tuple[torch.Generator, Tensor]]:
 
 
 class _Modes:
-    """What other threads do not inherit of the calling one."""
+    """The calling thread's modes, which other threads do not inherit."""
 
     def __init__(self) -> None:
         self._threads = torch.get_num_threads()
@@ -152,8 +151,8 @@ class _Modes:
         ]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """The same GPU, gradient mode, autocast and number of threads in this thread."""
+    def restored(self) -> Iterator[None]:
+        """Sets GPU, gradient mode, autocast and number of threads in the current thread."""
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         if self._gpu is not None:
@@ -166,5 +165,5 @@ class _Modes:
             yield
 
 
-class _OtherFailed(Exception):
+class _OtherClientFailed(Exception):
     """Another client of this rank failed; this one ends too."""

@@ -1,6 +1,6 @@
-"""FedTAN's batch normalization as it is understood, with ordinary differentiable operations.
+"""FedTAN's batch normalization in ordinary differentiable operations.
 
-Slow and short: the tests compare the layer that is used (``shared_batch.py``) with this one.
+Slow and short, as the definition reads: the tests compare ``global_kernels`` with it.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from ..distributed import collectives
 class ClientMean(torch.autograd.Function):
     """sum_k p_k v_k over the clients, a mean that is its own adjoint.
 
-    Client k's gradient is that of its own loss F_k, and the global loss is sum_k p_k F_k.  So what
-    flows back into v_k, per unit of p_k, is the same weighted sum of the incoming gradients.
+    Client k's gradient is that of its loss F_k, and the global loss is sum_k p_k F_k.  Per unit of
+    p_k, the derivative by v_k is therefore the same weighted sum of the incoming gradients.
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: float) -> Tensor:
-        """The weighted sum over ranks of ``value`` (any shape, the same on all ranks)."""
+        """Returns the weighted sum over ranks of ``value``, which has one shape on all ranks."""
         ctx.weight = weight
         return collectives.sum_for_training(value * weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The weighted sum over ranks of the gradients."""
+        """Returns the weighted sum over ranks of the gradients."""
         return collectives.sum_for_training(gradient * ctx.weight), None
 
 
 def client_mean(value: Tensor, weight: float) -> Tensor:
-    """``ClientMean`` of ``value``; ``weight`` is this client's p_k."""
+    """Returns the ``ClientMean`` of ``value``; ``weight`` is this client's p_k."""
     return ClientMean.apply(value, weight)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def batch_norm(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, weight: float
 ) -> Tensor:
-    """Normalise ``x``, (N, C) or (N, C, ...), by the moments of all clients.
+    """Normalises ``x``, (N, C) or (N, C, ...), by the moments of all clients.
 
     mean = sum_k p_k mean_k(x), variance = sum_k p_k mean_k((x - mean)^2).
     """

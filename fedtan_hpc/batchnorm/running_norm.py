@@ -1,10 +1,10 @@
-"""Layers that normalise by the round's global statistics, without a gradient through them.
+"""FBN's and HBN's layers: normalisation by the round's global statistics, without their gradient.
 
-FBN (Guerraoui et al. 2024) uses them alone; HBN (Chen et al. 2025) mixes them with the batch's.
-The running statistics move meanwhile by torch's rule, towards the batch's mean m and its second
-moment about the global mean mu, v + (m - mu)^2.  Both are linear in the clients, so that the
+FBN (Guerraoui et al. 2024) uses the global statistics alone; HBN (Chen et al. 2025) mixes them with
+those of the batch.  The running statistics move by torch's rule towards the batch's mean m and its
+second moment about the global mean mu, v + (m - mu)^2.  Both are linear in the clients, so that the
 ordinary average of the models makes them the server-side moving average of all clients' batch
-moments.
+moments.  ``job.setup`` converts the layers; ``training`` opens the context.
 """
 
 from __future__ import annotations
@@ -22,45 +22,47 @@ from .moments import statistics_dtype
 
 
 class RunningBatchNorm(FedTANBatchNorm):
-    """In a ``held`` context: BN by the statistics of its beginning, while the running ones move."""
+    """FBN: in ``fixed_global_statistics`` BN by the running statistics at the context's start."""
 
-    _held: tuple[Tensor, Tensor] | None = None
-    """Mean and variance that normalise, (C,) each."""
+    _fixed: tuple[Tensor, Tensor] | None = None
+    """Mean and variance to normalise by, (C,) each."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise per channel; returns the shape and dtype of ``x``."""
-        if self._held is None or not self.training:
+        """Normalises per channel; returns the shape and dtype of ``x``."""
+        if self._fixed is None or not self.training:
             return super().forward(x)
         self._check_input_dim(x)
         wide = x.to(statistics_dtype(x))
         others = [dim for dim in range(x.dim()) if dim != 1]
         variance_C, mean_C = torch.var_mean(wide, others, correction=0)
-        moved = variance_C.detach() + (mean_C.detach() - self._held[0]).square()
-        self._update_running_statistics(mean_C.detach(), moved)
-        return self._normalised(wide, mean_C, variance_C).to(x.dtype)
+        second_C = variance_C.detach() + (mean_C.detach() - self._fixed[0]).square()
+        self._update_running_statistics(mean_C.detach(), second_C)
+        return self._normalise(wide, mean_C, variance_C).to(x.dtype)
 
-    def _normalised(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
-        """By the held moments; those of the batch do not matter."""
-        assert self._held is not None
-        mean, variance = (moment.to(x.dtype) for moment in self._held)
+    def _normalise(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
+        """Ignores the moments of the batch."""
+        mean, variance = self._fixed_moments(x)
         return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+
+    def _fixed_moments(self, x: Tensor) -> list[Tensor]:
+        assert self._fixed is not None
+        return [moment.to(x.dtype) for moment in self._fixed]
 
 
 class HybridBatchNorm(RunningBatchNorm):
-    """BN by (1 - a) times the batch's moments plus a times the held ones, a = sigmoid(d).
+    """HBN: BN by (1 - a) times the batch's moments plus a times the fixed ones, a = sigmoid(d).
 
     The gradient runs through the batch's moments and d, which is the parameter ``mix``, (C,).
     """
 
     mix: nn.Parameter
 
-    def _normalised(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
-        assert self._held is not None
+    def _normalise(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
+        fixed_mean, fixed_variance = self._fixed_moments(x)
         a_C = torch.sigmoid(self.mix).to(x.dtype)
-        held_mean, held_variance = (moment.to(x.dtype) for moment in self._held)
         shape = [1, -1] + [1] * (x.dim() - 2)
-        mean = torch.lerp(mean_C, held_mean, a_C).view(shape)
-        variance = torch.lerp(variance_C, held_variance, a_C).view(shape)
+        mean = torch.lerp(mean_C, fixed_mean, a_C).view(shape)
+        variance = torch.lerp(variance_C, fixed_variance, a_C).view(shape)
         y = (x - mean) * torch.rsqrt(variance + self.eps)
         if self.weight is None:
             return y
@@ -69,7 +71,7 @@ class HybridBatchNorm(RunningBatchNorm):
 
 
 def normalise_by_running(module: nn.Module, mixes: bool) -> nn.Module:
-    """Turn the FedTAN layers of ``module`` into FBN layers, or HBN layers with d = 0, half each.
+    """Turns the FedTAN layers of ``module`` into FBN layers, or HBN layers with d = 0, half each.
 
     Raises ``ValueError`` for layers that keep no running statistics.
     """
@@ -83,15 +85,15 @@ def normalise_by_running(module: nn.Module, mixes: bool) -> nn.Module:
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
-    """Let the FBN and HBN layers of ``module`` normalise by their present statistics."""
+def fixed_global_statistics(module: nn.Module) -> Iterator[None]:
+    """Lets the FBN and HBN layers of ``module`` normalise by their present running statistics."""
     layers = [layer for layer in module.modules() if isinstance(layer, RunningBatchNorm)]
     for layer in layers:
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        layer._held = layer.running_mean.clone(), layer.running_var.clone()
+        layer._fixed = layer.running_mean.clone(), layer.running_var.clone()
     try:
         yield
     finally:
         for layer in layers:
-            layer._held = None
+            layer._fixed = None

@@ -1,186 +1,299 @@
-"""One synchronised forward and backward pass: with whom, with which weight, at which layer.
+"""Exchanges of BN statistics between all clients: what a message holds and what its sum tells.
 
-A ``GlobalStatistics`` lives as long as a ``federated_statistics`` context.  It numbers the layers' calls,
-sends their messages and reads what comes back.  On a CPU every message is checked at once; on an
-accelerator, where looking at a value waits for the device, when the context ends.
+A ``GlobalStatistics`` serves the layers during one synchronised step.  It gives each use of a layer
+a ``GlobalStatisticsCall``, which packs the message of this rank, sums it over all clients and reads
+the sum.  ``context`` and ``training.vmap_clients`` open it; ``global_kernels`` and ``compile_ops``
+use its calls.
 
-Shapes: K clients that this rank runs stacked (1 unless it stacks), N samples, C channels.
+A message is float64: a header [t, t^2, n, P], then the values of the channels.
+- The tag t stands for the layer, its use and the exchange.  The sum over R ranks of t^2 is
+  (sum of t)^2 / R only if all ranks send one t.
+- n is the number of values per channel, and P the sum of p_k, of the clients that take part: those
+  with a weight above 0.  A weight that is negative or not finite makes P NaN; an empty batch of a
+  client with a weight above 0 makes n infinite.
+All ranks read the same sum, and so all raise the same error.
+
+Shapes: K clients that this rank stacks (1 if it does not), C channels, D values of a message.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..distributed import collectives, process_group
-from . import messages
+from ..runtime.transfer import constant
 from .local_kernels import RunningBuffers
 from .lockstep import Lockstep
-from .messages import ClientWeights
+
+WEIGHT_TOLERANCE = 1e-6
+"""How far the sum of all weights may be from 1."""
+HEADER = 4
+"""Numbers of a message before the values of the channels."""
+
+_MAX_CALLS = 256
+"""Uses of a layer after which tags repeat: the sum of their squares stays exact in float64."""
+_MIXED = (
+    "another rank sent the statistics of another layer: all ranks must run the same layers in the "
+    "same order, all eagerly or all compiled"
+)
 
 Update = Callable[[Tensor, Tensor], None]
 """Moves a layer's running statistics towards a mean and an unbiased variance, (C,) or (K, C)."""
 
 
-_CALLS = 256
-
-
 class LayerCall(Protocol):
-    """One use of one layer: what the arithmetic asks of it."""
+    """One use of one layer: what the kernels ask of it."""
 
     @property
     def mask_KN(self) -> Tensor | None:
-        """Which samples of a padded stack are real; None if all are."""
+        """Which samples of padded batches are real; None if all are."""
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Real samples of each client of a padded stack."""
+        """Real samples of each stacked client; empty for a client that is not stacked."""
 
     @property
-    def own(self) -> Callable[[], RunningBuffers] | None:
-        """Begins a batch of stacked clients that each normalise by their own, without padding."""
+    def local_buffers(self) -> Callable[[], RunningBuffers] | None:
+        """Begins a use with local statistics that torch's kernels compute; None for other uses."""
 
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The clients' own moments in, those to normalise by out, (C,) or (K, C); one dtype."""
+        """Takes the clients' moments of ``counts`` values; returns those to normalise by.
+
+        The variances are biased; the results are (C,) or (K, C), in the dtype of ``mean_KC``.
+        """
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
-        """The clients' own two sums per channel in, those to use out: (2C,) or (K, 2C)."""
+        """Takes each client's two sums per channel; returns those to use, (2C,) or (K, 2C)."""
 
 
 class BatchNormContext(Protocol):
-    """What a layer finds in itself while it is not ordinary local BN."""
+    """What gives a layer its statistics while it is not ordinary local BN."""
 
     @property
     def is_stacked(self) -> bool:
-        """Whether layers run under ``torch.func.vmap``, with all clients of a stack at once."""
+        """Whether the layers run under ``torch.func.vmap``, with all clients of a stack at once."""
 
     def call(self, index: int, update: Update) -> LayerCall:
-        """The next use of layer ``index``, whose own statistics ``update`` moves."""
+        """Begins the next use of layer ``index``, whose running statistics ``update`` moves."""
+
+
+class ClientWeights:
+    """What the clients of one message contribute, with weights p_k and n_k values per channel."""
+
+    def __init__(self, weights: Sequence[float], counts: Sequence[int]) -> None:
+        are_valid = all(math.isfinite(p) and p >= 0 for p in weights)
+        pairs = list(zip(weights, counts, strict=True))
+        has_empty = any(p > 0 and n == 0 for p, n in pairs)
+        self._weights = tuple(p if 0 < p < math.inf and n > 0 else 0.0 for p, n in pairs)
+        self._is_absent = tuple(p == 0 for p in self._weights)
+        count = sum(n for p, n in zip(self._weights, counts, strict=True) if p > 0)
+        total = sum(self._weights) if are_valid else math.nan
+        self.header = math.inf if has_empty else count, total
+
+    def weighted_sum(self, values_KD: Tensor) -> Tensor:
+        """Returns sum_k p_k values_k, (D,) float64; a client without weight may hold NaN."""
+        values = values_KD.double()
+        if any(self._is_absent):
+            absent_K = constant(self._is_absent, torch.bool, values.device)
+            values = values.masked_fill(absent_K.unsqueeze(1), 0.0)
+        if len(self._weights) == 1:  # multiplying by a number is faster
+            return values.squeeze(0) * self._weights[0]
+        p_K = constant(self._weights, values.dtype, values.device)
+        return (values * p_K.unsqueeze(1)).sum(0)
+
+
+def pack(tag: int, weights: ClientWeights, values_KD: Tensor) -> Tensor:
+    """Returns this rank's message, (4 + D,) float64: the header and the weighted values."""
+    header = constant((tag, tag * tag, *weights.header), torch.float64, values_KD.device)
+    return torch.cat([header, weights.weighted_sum(values_KD)])
+
+
+def merge(messages: Sequence[Tensor]) -> Tensor:
+    """Returns the message of a rank from those of its clients; the tag is their mean."""
+    if any(message.shape != messages[0].shape for message in messages):
+        raise RuntimeError(_MIXED)
+    total = torch.stack(list(messages)).sum(0)
+    total[:2] /= len(messages)
+    return total
+
+
+def check_header(header: Tensor, tag: int, ranks: int) -> None:
+    """Raises what the header of a summed message shows, the same error on every rank.
+
+    ``RuntimeError`` is for ranks at different layers, ``ValueError`` for weights and batches.
+    """
+    tags, squares, count, total = header.tolist()
+    if tags != ranks * tag or squares != ranks * tag * tag:
+        raise RuntimeError(_MIXED)
+    if math.isnan(total):
+        raise ValueError(f"a weight on {ranks} ranks is negative or not finite")
+    if math.isinf(count):
+        raise ValueError("a batch is empty, with a weight above 0")
+    if abs(total - 1) > WEIGHT_TOLERANCE:
+        raise ValueError(f"the weights sum to {total:.9g} over {ranks} ranks, not to 1")
+    if count < 2:
+        raise ValueError("one value per channel on all ranks together; a variance needs two")
 
 
 @dataclass(frozen=True)
 class GlobalStatisticsCall:
-    """A use with global statistics; ``number`` is the same on all ranks of the same network."""
+    """One use of a layer with global statistics."""
 
-    federation: GlobalStatistics
+    context: GlobalStatistics
     layer: str
     number: int
+    """The number of the use; all ranks that run the same layers count alike."""
     update: Update
     mask_KN: Tensor | None
     sizes: Sequence[int]
-    own = None
+    local_buffers = None
 
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One collective: the clients' moments in, the global ones out, (C,) each.
+        """Returns the global mean and biased variance, (C,) each; moves the running statistics.
 
-        Moves the running statistics too: this is the one place that all ways of running a layer
-        pass exactly once, outside of any tracing.
+        Every way to run a layer calls this exactly once for each use, outside of any tracing.
         """
-        tag, shares = 2 * self.number, self.federation.shares(counts)
-        message = messages.pack_moments(tag, shares, mean_KC, variance_KC)
-        message = self._send(message, tag, messages.check_moments)
-        moments = messages.unpack_moments(message, mean_KC.size(-1))
-        mean_C, variance_C = (v.to(mean_KC.dtype) for v in (moments.mean_C, moments.variance_C))
-        n = moments.count
+        weights = self.context.client_weights(counts)
+        is_double = mean_KC.dtype is torch.float64
+        share = self._share_in_two_exchanges if is_double else self._share_in_one_exchange
+        n, *moments = share(weights, mean_KC, variance_KC)
+        mean_C, variance_C = (moment.to(mean_KC.dtype) for moment in moments)
         self.update(mean_C, variance_C * (n / (n - 1)))
         return mean_C, variance_C
 
+    def _share_in_one_exchange(
+        self, weights: ClientWeights, mean_KC: Tensor, variance_KC: Tensor
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Returns n, the mean sum p m and the variance sum p (v + m^2) - mean^2.
+
+        In float64 the difference loses (mean / spread)^2 / 2^53.  Rounding the batch's values to
+        the 24 bits of float32 has lost (mean / spread)^2 / (12 * 2^48), which is more.
+        """
+        mean, second = mean_KC.double(), variance_KC.double()
+        second.addcmul_(mean, mean)
+        message = self._exchange(0, weights, torch.cat([mean, second], dim=1))
+        n, total = _count_and_weight(message)
+        mean_C, second_C = (message[HEADER:] / total).chunk(2)
+        variance_C = torch.addcmul(second_C, mean_C, mean_C, value=-1).clamp_min_(0.0)
+        return n, mean_C, variance_C
+
+    def _share_in_two_exchanges(
+        self, weights: ClientWeights, mean_KC: Tensor, variance_KC: Tensor
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Returns n, the mean sum p m and the variance sum p (v + (m - mean)^2), as in the paper.
+
+        The second exchange needs the global mean; it loses nothing where the mean is large.
+        """
+        message = self._exchange(0, weights, mean_KC)
+        n, total = _count_and_weight(message)
+        mean_C = message[HEADER:] / total
+        deviation_KC = mean_KC - mean_C
+        about_mean_KC = torch.addcmul(variance_KC, deviation_KC, deviation_KC)
+        return n, mean_C, self._exchange(1, weights, about_mean_KC)[HEADER:] / total
+
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
-        """One collective: the clients' two sums per channel in, sum_k p_k sums_k out; float64."""
-        tag, shares = 2 * self.number + 1, self.federation.shares(counts)
-        message = messages.pack_derivatives(tag, shares, sums_K2C)
-        return messages.unpack_derivatives(self._send(message, tag, messages.check_derivatives))
+        """Returns sum_k p_k sums_k of the clients' two sums per channel, (2C,) float64."""
+        return self._exchange(2, self.context.client_weights(counts), sums_K2C)[HEADER:]
 
-    def _send(self, message: Tensor, tag: int, check: Callable[[Tensor, int, int], None]) -> Tensor:
-        message = self.federation.sum(message)
-
-        def verify(header: Tensor) -> None:
-            try:
-                check(header, tag, process_group.world_size(self.federation.group))
-            except (ValueError, RuntimeError) as error:
-                raise type(error)(f"layer {self.layer}: {error}") from None
-
-        self.federation.verify_soon(message[: messages.HEADER], verify)
+    def _exchange(self, step: int, weights: ClientWeights, values_KD: Tensor) -> Tensor:
+        """Returns the sum of all messages of one collective; ``step`` counts those of this use."""
+        tag = 3 * self.number + step
+        message = self.context.sum(pack(tag, weights, values_KD))
+        self.context.verify_soon(message[:HEADER], partial(self._verify, tag))
         return message
+
+    def _verify(self, tag: int, header: Tensor) -> None:
+        try:
+            check_header(header, tag, process_group.world_size(self.context.group))
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"layer {self.layer}: {error}") from None
+
+
+def _count_and_weight(message: Tensor) -> Sequence[Any]:
+    """Returns n and P: numbers on a CPU, where they are faster, and tensors on a GPU."""
+    values = message[2:HEADER]
+    return values.tolist() if values.device.type == "cpu" else values.unbind()
 
 
 @dataclass
 class GlobalStatistics:
-    """The clients that normalise together: this rank's weights p_k and the group of ranks."""
+    """The context of a synchronised step: this rank's weights p_k, and the ranks that take part.
+
+    On a CPU the header of each message is checked at once.  On a GPU, where reading a value waits
+    for the device, all headers are checked together when the context ends.
+    """
 
     weights: Sequence[float]
     group: process_group.Group
     layers: Sequence[str]
     """Names of the module's BN layers, in the module's order."""
-    lockstep: Lockstep[Tensor] | None = None
-    """Where this client meets the rank's other ones, if they run in lock-step."""
+    lockstep: Lockstep[Any] | None = None
+    """Where this client meets the other clients of its rank, if they run in lock-step."""
     mask_KN: Tensor | None = None
     """Which samples of a padded stack are real; None if all are."""
     sizes: Sequence[int] = ()
-    """Real samples of each client of a padded stack."""
+    """Real samples of each stacked client."""
     updates: Sequence[Update] | None = None
-    """By layer, in place of the layers' own: a stack keeps running statistics for each client."""
+    """By layer, in place of the layers' updates: a stack has running statistics for each client."""
     is_stacked: bool = False
     is_open: bool = True
     _calls: list[int] = field(default_factory=list)
     _unverified: list[tuple[Tensor, Callable[[Tensor], None]]] = field(default_factory=list)
-    _shares: dict[tuple[int, ...], ClientWeights] = field(default_factory=dict)
+    _weights_by_counts: dict[tuple[int, ...], ClientWeights] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._calls = [0] * len(self.layers)
 
+    def call(self, index: int, update: Update) -> GlobalStatisticsCall:
+        """Begins the next use of layer ``index``."""
+        self._calls[index] = (self._calls[index] + 1) % _MAX_CALLS
+        number = self._calls[index] * len(self.layers) + index
+        if self.updates is not None:
+            update = self.updates[index]
+        name = self.layers[index]
+        return GlobalStatisticsCall(self, name, number, update, self.mask_KN, self.sizes)
+
+    def client_weights(self, counts: Sequence[int]) -> ClientWeights:
+        """Returns what the clients contribute with so many values per channel each."""
+        key = tuple(counts)
+        if key not in self._weights_by_counts:
+            self._weights_by_counts[key] = ClientWeights(self.weights, key)
+        return self._weights_by_counts[key]
+
     def sum(self, message: Tensor) -> Tensor:
-        """The sum over the clients of this rank and of all ranks; one collective."""
+        """Returns the sum over the clients of this rank and of all ranks; one collective."""
         if self.lockstep is None:
             return collectives.sum_for_training(message, self.group)
         return self.lockstep.exchange(message)
 
-    def shares(self, counts: Sequence[int]) -> ClientWeights:
-        """What the clients contribute with so many values per channel each."""
-        key = tuple(counts)
-        if key not in self._shares:
-            self._shares[key] = ClientWeights(self.weights, key)
-        return self._shares[key]
-
-    def call(self, index: int, update: Update) -> LayerCall:
-        """The next call of layer ``index``.
-
-        Calls are counted round to keep numbers small: the sum of their squares must be exact.
-        """
-        self._calls[index] = (self._calls[index] + 1) % _CALLS
-        number = self._calls[index] * len(self.layers) + index
-        mine = update if self.updates is None else self.updates[index]
-        return GlobalStatisticsCall(
-            self, self.layers[index], number, mine, self.mask_KN, self.sizes
-        )
-
     def verify_soon(self, header: Tensor, verify: Callable[[Tensor], None]) -> None:
-        """Run ``verify`` at once, or with all others when the context ends: a GPU is waited for."""
+        """Runs ``verify`` at once on a CPU; on a GPU later, with all others."""
+        if header.device.type == "cpu":
+            verify(header)
+            return
         self._unverified.append((header, verify))
-        if header.device.type == "cpu" or not self.is_open or len(self._unverified) > _CALLS:
+        if not self.is_open or len(self._unverified) > _MAX_CALLS:
             self._verify()
 
     def close(self) -> None:
-        """End the context; raises what the checks put off until now have found."""
+        """Ends the context; raises the first error that the delayed checks find."""
         self.is_open = False
         self._verify()
 
     def _verify(self) -> None:
-        """All headers are read at once."""
         unverified, self._unverified = self._unverified, []
-        if len(unverified) > 1:
-            headers = collectives.to_cpu(torch.cat([header for header, _ in unverified]))
-            sizes = [len(header) for header, _ in unverified]
-            read = headers.split(sizes)
-        else:
-            read = tuple(collectives.to_cpu(header) for header, _ in unverified)
-        for header, (_, verify) in zip(read, unverified, strict=True):
-            verify(header)
+        if unverified:
+            headers = collectives.to_cpu(torch.stack([header for header, _ in unverified]))
+            for header, (_, verify) in zip(headers, unverified, strict=True):
+                verify(header)

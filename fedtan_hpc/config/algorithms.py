@@ -1,4 +1,7 @@
-"""The federated algorithms, as a table of what is normalised with what and what is averaged."""
+"""The federated algorithms as a table: what normalises, and what is averaged.
+
+``plan`` turns a row and the options into the plan of one round.  Used by ``training`` and ``job``.
+"""
 
 from __future__ import annotations
 
@@ -10,115 +13,108 @@ from .schema import Config
 
 
 class ParameterGroup(Enum):
-    """The parts of a model that algorithms treat differently; every tensor is in one of them."""
+    """Groups of a model's tensors that algorithms treat differently; each tensor is in one."""
 
     weights = auto()
-    """Trainable values outside of BN layers."""
+    """Trainable parameters outside of BN layers."""
     affine = auto()
     """gamma and beta of BN layers."""
     statistics = auto()
     """Running means, variances and counters of BN layers."""
     buffers = auto()
-    """Any other buffer; integer ones stay as they were made."""
+    """Other buffers; integer buffers never change."""
     mixing = auto()
-    """HBN's d, by which a channel mixes global and batch statistics."""
+    """HBN's d, which weights global against batch statistics in each channel."""
 
 
 class Normaliser(Enum):
-    """What a BN layer normalises by in a training step that is not synchronised."""
+    """Statistics by which a BN layer normalises in a local step that is not synchronised."""
 
     batch = auto()
-    """The client's own batch: ordinary BN."""
+    """Statistics of the client's batch: ordinary BN."""
     frozen = auto()
-    """The running statistics, which stay as they are."""
+    """Running statistics, which do not change."""
     running = auto()
-    """The round's global statistics, while batch moments move the running ones."""
+    """Global statistics of the round; batch moments update the running statistics."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What sets one federated algorithm apart from another; the defaults are FedAvg with BN."""
+    """One federated algorithm; the defaults describe FedAvg with BN."""
 
     norm: NormName = NormName.bn
-    """What the network's BN layers become."""
+    """Replacement for the network's BN layers."""
     any_norm: bool = False
-    """Whether ``model.norm`` may say otherwise."""
+    """Whether the option ``model.norm`` may choose another replacement."""
     synchronised_steps: int | None = 0
-    """Local steps of a round, from the first, with global BN statistics; None: all."""
+    """Local steps with global statistics, from a round's first; None: all steps."""
     normaliser: Normaliser = Normaliser.batch
-    """Of the other steps."""
+    """Normaliser in the other steps."""
     later_normaliser: Normaliser | None = None
-    """Of the steps from ``algorithm.switch_round`` on, if another."""
+    """Normaliser from the round ``algorithm.switch_round`` on, if it differs."""
     mixes: bool = False
-    """Whether BN layers learn to mix the statistics of the normaliser with those of the batch."""
+    """Whether BN layers learn to mix the normaliser's statistics with the batch statistics."""
     pooled_gradients: bool = False
-    """Whether each synchronised step follows the mean gradient of all clients."""
+    """Whether a synchronised step follows the mean gradient of all clients."""
     private: frozenset[ParameterGroup] = frozenset()
-    """Parts that each client keeps to itself; all others are averaged after each round."""
+    """Groups that each client keeps for itself; a round ends with the average of the others."""
 
 
 ALGORITHMS = {
-    # FedTAN (arXiv 2301.02982): global in the first local step, forward and backward.
+    # FedTAN (arXiv 2301.02982): the first local step is global, forward and backward.
     AlgorithmName.fedtan: Algorithm(synchronised_steps=1),
-    # FedAvg (McMahan et al. 2017) on networks with BN, group or layer normalization.
+    # FedAvg (McMahan et al. 2017) with BN, group normalization or layer normalization.
     AlgorithmName.fedavg: Algorithm(any_norm=True),
     AlgorithmName.fedavg_gn: Algorithm(norm=NormName.gn),
     AlgorithmName.fedavg_ln: Algorithm(norm=NormName.ln),
-    # FedBN (Li et al. 2021): BN layers stay with the client.
+    # FedBN (Li et al. 2021): clients keep their BN layers.
     AlgorithmName.fedbn: Algorithm(
         private=frozenset({ParameterGroup.affine, ParameterGroup.statistics})
     ),
-    # SiloBN (Andreux et al. 2020): only their statistics do.
+    # SiloBN (Andreux et al. 2020): clients keep the statistics of their BN layers.
     AlgorithmName.silobn: Algorithm(private=frozenset({ParameterGroup.statistics})),
-    # FixBN (Zhong et al. 2023): FedAvg, then frozen statistics.
+    # FixBN (Zhong et al. 2023): FedAvg, later with frozen statistics.
     AlgorithmName.fixbn: Algorithm(later_normaliser=Normaliser.frozen),
-    # FBN (Guerraoui et al. 2024): a server-side moving average normalises.
+    # FBN (Guerraoui et al. 2024): the server's moving average normalises.
     AlgorithmName.fbn: Algorithm(normaliser=Normaliser.running),
-    # HBN (Chen et al. 2025): a learnt mix of it and the batch, each client's own.
+    # HBN (Chen et al. 2025): each client learns to mix that average with its batch statistics.
     AlgorithmName.hbn: Algorithm(
         normaliser=Normaliser.running, mixes=True, private=frozenset({ParameterGroup.mixing})
     ),
-    # One model on the pooled data: large-batch SGD, spread over the ranks.
+    # Large-batch SGD of one model on the pooled data, distributed over the ranks.
     AlgorithmName.centralised: Algorithm(
         any_norm=True, synchronised_steps=None, pooled_gradients=True
     ),
-    # Each client alone.
+    # Each client trains alone.
     AlgorithmName.singleset: Algorithm(any_norm=True, private=frozenset(ParameterGroup)),
 }
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What happens in one round."""
+    """What the algorithm does in one round; the fields mean the same as in ``Algorithm``."""
 
     synchronised_steps: int
     pooled_gradients: bool
     normaliser: Normaliser
     averaged: frozenset[ParameterGroup]
+    """Groups that are averaged after the round."""
 
 
 def plan(config: Config, round_number: int) -> RoundPlan:
-    """What the algorithm, with its options, does in a round."""
-    algorithm, options = ALGORITHMS[config.algorithm.name], config.algorithm
+    """Returns the plan of round ``round_number``, counted from 1, for the chosen algorithm."""
+    options, algorithm = config.algorithm, ALGORITHMS[config.algorithm.name]
     steps = algorithm.synchronised_steps
     if options.synchronised_steps is not None:
         steps = options.synchronised_steps
     if (round_number - 1) % (options.synchronise_every or 1) != 0:
         steps = 0
     normaliser = algorithm.normaliser
-    if algorithm.later_normaliser and round_number >= _switch_round(config):
+    switch_round = options.switch_round or max(2, config.rounds // 2 + 1)
+    if algorithm.later_normaliser and round_number >= switch_round:
         normaliser = algorithm.later_normaliser
-    averaged = set(ParameterGroup) - algorithm.private
+    averaged = frozenset(ParameterGroup) - algorithm.private
     if normaliser is Normaliser.frozen:
         averaged -= {ParameterGroup.statistics}
-    return RoundPlan(
-        synchronised_steps=config.local_steps if steps is None else steps,
-        pooled_gradients=algorithm.pooled_gradients,
-        normaliser=normaliser,
-        averaged=frozenset(averaged),
-    )
-
-
-def _switch_round(config: Config) -> int:
-    """Half of the rounds by default."""
-    return config.algorithm.switch_round or max(2, config.rounds // 2 + 1)
+    steps = config.local_steps if steps is None else steps
+    return RoundPlan(steps, algorithm.pooled_gradients, normaliser, averaged)

@@ -1,32 +1,34 @@
-"""Sizes that both the checks (without numpy) and the data need."""
+"""Sizes of data sets, for the checks of the options and for the data room."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from .enums import DataName
+
 MINIMUM_SAMPLES = 2
-"""Training samples of a client; local batch normalization needs two values per channel."""
+"""Fewest training samples of a client: local batch normalization needs two values per channel."""
 
 TEST_SHARE = 0.2
-"""Share of the samples that is kept for the test set, where a data set has none of its own."""
-
-KNOWN_DATA = {
-    "digits": (1437, 360, (1, 8, 8), 10),
-    "fashion_mnist": (60_000, 10_000, (1, 28, 28), 10),
-    "mnist": (60_000, 10_000, (1, 28, 28), 10),
-    "cifar10": (50_000, 10_000, (3, 32, 32), 10),
-    "cifar100": (50_000, 10_000, (3, 32, 32), 100),
-}
-"""Training samples, test samples, shape (C, H, W) of a sample, classes."""
+"""Fraction of the samples in the test set, for data sets that come without a test set."""
 
 
 class DatasetInfo(NamedTuple):
-    """What is known of a data set by its options alone."""
+    """Sizes of a data set: ``shape`` is (channels, height, width) of one sample."""
 
     train: int
-    """Training samples."""
+    """Number of training samples."""
     test: int
-    """Test samples."""
+    """Number of test samples."""
     shape: tuple[int, ...]
-    """Of a sample, (channels, height, width)."""
     classes: int
+
+
+KNOWN_DATASETS = {
+    DataName.digits: DatasetInfo(1437, 360, (1, 8, 8), 10),
+    DataName.fashion_mnist: DatasetInfo(60_000, 10_000, (1, 28, 28), 10),
+    DataName.mnist: DatasetInfo(60_000, 10_000, (1, 28, 28), 10),
+    DataName.cifar10: DatasetInfo(50_000, 10_000, (3, 32, 32), 10),
+    DataName.cifar100: DatasetInfo(50_000, 10_000, (3, 32, 32), 100),
+}
+"""Complete data sets; the sizes of synthetic data are options."""

@@ -1,4 +1,4 @@
-"""The named choices that options offer.  No torch."""
+"""The choices of options that have a fixed set of names.  Used by ``schema`` and all rooms."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from enum import Enum
 
 
 class Choice(str, Enum):
-    """A named choice; it prints as its name."""
+    """A choice that prints as its name."""
 
     __str__ = str.__str__
 
 
 class AlgorithmName(Choice):
-    """What is normalised with what: a row of ``algorithms.ALGORITHMS``."""
+    """Federated algorithms, the rows of ``algorithms.ALGORITHMS``."""
 
     fedtan = "fedtan"
     fedavg = "fedavg"
@@ -28,7 +28,7 @@ class AlgorithmName(Choice):
 
 
 class ServerOptimizerName(Choice):
-    """What the server makes of the clients' average (FedOpt)."""
+    """Optimizers of the server (FedOpt)."""
 
     none = "none"
     momentum = "momentum"
@@ -37,7 +37,7 @@ class ServerOptimizerName(Choice):
 
 
 class DataName(Choice):
-    """Data sets that ``data.load`` knows."""
+    """Data sets that ``datasets.load`` can load."""
 
     digits = "digits"
     fashion_mnist = "fashion_mnist"
@@ -48,14 +48,14 @@ class DataName(Choice):
 
 
 class NormalisationName(Choice):
-    """What makes pixels standardised inputs."""
+    """Sources of the mean and deviation that standardise pixels."""
 
     training = "training"
     imagenet = "imagenet"
 
 
 class ModelSource(Choice):
-    """Where a network comes from."""
+    """Origins of a network."""
 
     builtin = "builtin"
     torchvision = "torchvision"
@@ -74,7 +74,7 @@ class ModelName(Choice):
 
 
 class NormName(Choice):
-    """What the network's BN layers become."""
+    """Layers that replace the BN layers of a network."""
 
     bn = "bn"
     gn = "gn"
@@ -83,14 +83,14 @@ class NormName(Choice):
 
 
 class GammaName(Choice):
-    """Initial scales of BN."""
+    """Initial values of gamma."""
 
     ones = "ones"
     uniform = "uniform"
 
 
 class PartitionName(Choice):
-    """Ways to share the training samples out among the clients."""
+    """Ways to divide the training samples among the clients."""
 
     iid = "iid"
     shards = "shards"
@@ -100,21 +100,21 @@ class PartitionName(Choice):
 
 
 class ShiftName(Choice):
-    """What a feature shift does to a client's inputs."""
+    """Transformations of a client's inputs in a feature shift."""
 
     rotation = "rotation"
     intensity = "intensity"
 
 
 class SamplingName(Choice):
-    """How a client draws its batches."""
+    """Ways in which a client draws its batches."""
 
     shuffled = "shuffled"
     replacement = "replacement"
 
 
 class DeviceName(Choice):
-    """Where a rank computes."""
+    """Devices of the ranks."""
 
     auto = "auto"
     cpu = "cpu"
@@ -122,7 +122,7 @@ class DeviceName(Choice):
 
 
 class BackendName(Choice):
-    """Who carries the collectives."""
+    """Backends of the collectives."""
 
     auto = "auto"
     gloo = "gloo"
@@ -131,14 +131,14 @@ class BackendName(Choice):
 
 
 class ParticipationName(Choice):
-    """How a round's participants are drawn."""
+    """Ways to draw the participants of a round."""
 
     uniform = "uniform"
     weighted = "weighted"
 
 
 class PrecisionName(Choice):
-    """Floating-point type of model and data, or of the large operations."""
+    """Floating-point type of model and data; bfloat16 is that of large operations alone."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -146,7 +146,7 @@ class PrecisionName(Choice):
 
 
 class CohortMode(Choice):
-    """How a rank runs the local steps of its clients."""
+    """Ways in which a rank runs the local steps of its clients."""
 
     auto = "auto"
     stacked = "stacked"

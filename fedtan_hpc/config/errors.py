@@ -1,10 +1,10 @@
-"""The failures that users meet: a mistake in the configuration, and a run that cannot go on."""
+"""Errors that users see: mistakes in the options, and runs that fail or stop."""
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in the configuration, one line each; found before any data loads.
+    """One or more mistakes in the options, one line each, found before training starts.
 
-    ``on_all_ranks``: every rank raises the same, so that one of them may speak for all.
+    ``on_all_ranks`` is true where every rank raises an equal error; then one rank reports it.
     """
 
     on_all_ranks = False
@@ -15,21 +15,21 @@ class ConfigError(ValueError):
 
 
 class LauncherError(ConfigError):
-    """A mistake in how the ranks were started, which each of them meets by itself."""
+    """The launcher did not start the ranks correctly; each rank finds this out by itself."""
 
     on_all_ranks = True
 
 
 class AgreedError(ConfigError):
-    """A mistake that one rank has found and told the others."""
+    """Mistakes that one rank found and sent to all ranks."""
 
     on_all_ranks = True
 
 
 class RunError(RuntimeError):
-    """A failure in the middle of a run; the message names the round and the rank or client.
+    """A failure during a run; the message names the round and the rank or client.
 
-    ``on_all_ranks``: every rank raises the same, so that one of them may speak for all.
+    ``on_all_ranks`` is true where every rank raises an equal error; then one rank reports it.
     """
 
     def __init__(self, message: str, on_all_ranks: bool) -> None:
@@ -38,7 +38,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """A signal asked for the end; the round was finished and, if there is a folder, saved."""
+    """A signal stopped the run after a whole round, which is saved if the run has a folder."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message, on_all_ranks=True)
@@ -46,10 +46,10 @@ class Stopped(RunError):
 
 
 def format_option_error(option: str, value: object, allowed: str, remedy: str) -> str:
-    """One line: the option, the value given, what is allowed and what to do."""
+    """Returns one line: the option, the given value, the allowed values, and a remedy."""
     return f"{option}={value}: allowed is {allowed}; {remedy}"
 
 
 def one_line(error: BaseException) -> str:
-    """Return the kind and the message of ``error`` on one line, at most 300 characters."""
+    """Returns type and message of ``error`` on one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

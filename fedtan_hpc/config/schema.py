@@ -1,4 +1,7 @@
-"""Every option of a job: its type, default, meaning and unit.  No torch, so that it loads fast."""
+"""The options of a job: type, default, meaning and unit.
+
+``help`` makes ``--help`` and the README's table from the docstrings below the fields.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,24 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from .dataset_info import KNOWN_DATA, TEST_SHARE, DatasetInfo
-from .enums import (
-    AlgorithmName,
-    BackendName,
-    CohortMode,
-    DataName,
-    DeviceName,
-    GammaName,
-    ModelSource,
-    NormalisationName,
-    NormName,
-    ParticipationName,
-    PartitionName,
-    PrecisionName,
-    SamplingName,
-    ServerOptimizerName,
-    ShiftName,
-)
+from . import enums
+from .dataset_info import KNOWN_DATASETS, TEST_SHARE, DatasetInfo
 
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
     """Group ``algorithm``."""
 
-    name: AlgorithmName = AlgorithmName.fedtan
-    """Federated algorithm: what is normalised with what, and what is averaged; see Methods."""
+    name: enums.AlgorithmName = enums.AlgorithmName.fedtan
+    """Federated algorithm; the section Methods lists what each normalises with and averages."""
     synchronised_steps: int | None = None
-    """Local steps of a round, from the first, with global statistics; fedtan only (there 1)."""
+    """Local steps with global statistics, from a round's first. Only for fedtan; default 1."""
     synchronise_every: int | None = None
-    """Rounds from one with synchronised steps to the next; fedtan only (there 1)."""
+    """Rounds from one with synchronised steps to the next. Only for fedtan; default 1."""
     switch_round: int | None = None
-    """First round with frozen statistics; fixbn only (there after half of the rounds)."""
+    """First round with frozen statistics. Only for fixbn; default: after half of the rounds."""
     groups: int | None = None
-    """Groups of channels in group normalization; fedavg_gn or model.norm=gn only (there 2)."""
+    """Channel groups of group normalization. Only for fedavg_gn or model.norm=gn; default 2."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,116 +35,116 @@ class ClientConfig:
     """Group ``client``."""
 
     proximal_mu: float = 0.0
-    """FedProx: the loss gains mu / 2 times the squared distance from the round's first values."""
+    """FedProx: adds mu / 2 times the squared distance from a round's initial model to the loss."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ServerConfig:
-    """Group ``server``: a step on averaged trainable values; running statistics have no part."""
+    """Group ``server``: a step on averaged trainable parameters, not on running statistics."""
 
-    optimizer: ServerOptimizerName = ServerOptimizerName.none
-    """FedOpt: none (take the average), momentum, adam or yogi on the round's mean change."""
+    optimizer: enums.ServerOptimizerName = enums.ServerOptimizerName.none
+    """FedOpt: server step on the round's mean change; none takes the clients' average itself."""
     lr: float | None = None
-    """Server learning rate; null: 1 with momentum, 0.01 with adam and yogi."""
+    """Server learning rate. Default 1 for momentum, 0.01 for adam and yogi."""
     momentum: float | None = None
-    """Share of the past in the mean change (beta_1); null: 0.9."""
+    """Decay of the server's mean change (beta_1). Default 0.9."""
     beta2: float | None = None
-    """Share of the past in the mean squared change; adam and yogi only (there 0.99)."""
+    """Decay of the server's mean squared change. Only for adam and yogi; default 0.99."""
     tau: float | None = None
-    """Added to the root of the mean squared change; adam and yogi only (there 1e-3)."""
+    """Added to the root of the mean squared change. Only for adam and yogi; default 1e-3."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Group ``data``.  Options left at null are the data set's own."""
+    """Group ``data``.  Sizes that are null come from the data set."""
 
-    name: DataName = DataName.digits
-    """Data set; digits (1,797 real ones, 8x8) and synthetic (Gaussian classes) need no files."""
+    name: enums.DataName = enums.DataName.digits
+    """Data set. digits (1,797 real images, 8x8) and synthetic (Gaussian classes) need no files."""
     root: str | None = None
-    """Folder with the files of a data set; null: data/, and Debian's copy of fashion_mnist."""
+    """Folder with the data set's files; null: data/, or Debian's copy of fashion_mnist."""
     train_samples: int | None = None
-    """Training samples to use, drawn by seed with each class's share; null: all."""
+    """Training samples in use, a random subset stratified by class; null: all."""
     test_samples: int | None = None
-    """Test samples to use, drawn by seed with each class's share; null: all."""
-    normalisation: NormalisationName = NormalisationName.training
-    """Mean and deviation per channel: of the training pixels, or ImageNet's (3 channels only)."""
+    """Test samples in use, a random subset stratified by class; null: all."""
+    normalisation: enums.NormalisationName = enums.NormalisationName.training
+    """Mean and deviation per channel: of the training pixels, or of ImageNet (3 channels only)."""
     flip: bool = False
-    """Augmentation: mirror each training image left to right with chance 1/2."""
+    """Augmentation: mirrors each training image left to right with probability 1/2."""
     crop_padding: int = 0
-    """Augmentation: pad each training image by so many pixels of 0, then crop at random."""
+    """Augmentation: pads each training image with this many zero pixels, then crops at random."""
     samples: int | None = None
-    """Samples in all, training (80 %) and test (20 %); synthetic only (there 10000)."""
+    """Number of samples, 80 % training and 20 % test. Only for synthetic; default 10000."""
     shape: list[int] | None = None
-    """Shape of a sample, [channels, height, width]; synthetic only (there [3, 32, 32])."""
+    """Shape of a sample, [channels, height, width]. Only for synthetic; default [3, 32, 32]."""
     classes: int | None = None
-    """Number of classes; synthetic only (there 10)."""
+    """Number of classes. Only for synthetic; default 10."""
 
-    def facts(self) -> DatasetInfo:
-        """Sizes, before anything loads."""
-        if self.name is DataName.synthetic:
-            samples = 10_000 if self.samples is None else self.samples
-            shape = (3, 32, 32) if self.shape is None else tuple(self.shape)
-            classes = 10 if self.classes is None else self.classes
-            test = math.ceil(samples * TEST_SHARE)
-            facts = DatasetInfo(samples - test, test, shape, classes)
-        else:
-            facts = DatasetInfo(*KNOWN_DATA[str(self.name)])
-        return DatasetInfo(
-            facts.train if self.train_samples is None else self.train_samples,
-            facts.test if self.test_samples is None else self.test_samples,
-            facts.shape,
-            facts.classes,
-        )
+    def full_info(self) -> DatasetInfo:
+        """Returns the sizes of the whole data set, without reading files."""
+        if self.name is not enums.DataName.synthetic:
+            return KNOWN_DATASETS[self.name]
+        samples = 10_000 if self.samples is None else self.samples
+        shape = (3, 32, 32) if self.shape is None else tuple(self.shape)
+        classes = 10 if self.classes is None else self.classes
+        test = math.ceil(samples * TEST_SHARE)
+        return DatasetInfo(samples - test, test, shape, classes)
+
+    def info(self) -> DatasetInfo:
+        """Returns the sizes of the part of the data set that is in use, without reading files."""
+        full = self.full_info()
+        train = full.train if self.train_samples is None else self.train_samples
+        test = full.test if self.test_samples is None else self.test_samples
+        return full._replace(train=train, test=test)
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Group ``model``."""
 
-    source: ModelSource = ModelSource.builtin
-    """Where the network comes from: this package, torchvision or model.target."""
+    source: enums.ModelSource = enums.ModelSource.builtin
+    """Origin of the network: this package, torchvision, or model.target."""
     name: str = "mlp"
-    """Network: mlp, cnn, resnet20, resnet32, resnet56, vgg11_bn, or torchvision's name for one."""
+    """Network: mlp, cnn, resnet20, resnet32, resnet56, vgg11_bn, or the name of torchvision's."""
     target: str | None = None
-    """package.module:callable that makes the network; model=import only."""
+    """Function that creates the network, package.module:callable. Only for model=import."""
     small_input: bool = False
-    """Adapt the stem to small images: no stride, no pooling; model=torchvision only."""
-    norm: NormName | None = None
-    """What the network's BN layers become: bn, gn, ln or none; null: the algorithm's own."""
-    gamma: GammaName = GammaName.ones
-    """Initial scales of normalization layers: ones, or uniform in 0 to 1 as the authors' code."""
+    """Adapts the stem to small images: no stride, no pooling. Only for model=torchvision."""
+    norm: enums.NormName | None = None
+    """Replacement for the BN layers: bn, gn, ln or none; null: the algorithm's choice."""
+    gamma: enums.GammaName = enums.GammaName.ones
+    """Initial scales of normalization layers: ones, or uniform in 0 to 1 (authors' code)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PartitionConfig:
-    """Group ``partition``.  Options left at null belong to another partition."""
+    """Group ``partition``."""
 
-    name: PartitionName = PartitionName.shards
-    """How samples are shared out: evenly, by label, by number, or with a shift of the inputs."""
+    name: enums.PartitionName = enums.PartitionName.shards
+    """Partition: iid, by label (shards, dirichlet), by size (quantity), or feature_shift."""
     classes_per_client: int | None = None
-    """Classes that a client holds; shards only (there 2, or more if the clients are too few)."""
+    """Classes per client. Only for shards; default 2, or more if few clients share all classes."""
     alpha: float | None = None
-    """Concentration, small is uneven: of label shares (dirichlet) or sizes (quantity); 0.5."""
-    shift: ShiftName | None = None
-    """What each client's inputs go through; feature_shift only (there rotation)."""
+    """Dirichlet concentration; small is uneven. Only for dirichlet and quantity; default 0.5."""
+    shift: enums.ShiftName | None = None
+    """Transformation of each client's inputs. Only for feature_shift; default rotation."""
     strength: float | None = None
-    """Largest angle in degrees (45), or factor on intensity (2); feature_shift only."""
+    """Largest angle in degrees (default 45) or intensity factor (2). Only for feature_shift."""
 
-    def classes_held(self, clients: int, classes: int) -> int:
-        """What ``classes_per_client`` says, else the least that shares all classes out, from 2."""
+    def shard_classes(self, clients: int, classes: int) -> int:
+        """Returns ``classes_per_client``; by default the least number >= 2 to use all classes."""
         return self.classes_per_client or min(classes, max(2, -(-classes // clients)))
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """Group ``optimizer``: SGD, made afresh for every client in every round."""
+    """Group ``optimizer``: SGD of the clients, which starts anew in every round."""
 
     lr: float = 0.1
     """Learning rate of the first round."""
     momentum: float = 0.0
-    """Momentum over the local steps of one round; nothing survives the round."""
+    """Momentum within the local steps of one round; each round starts with zero velocity."""
     weight_decay: float = 0.0
-    """L2 penalty on all parameters, BN's gamma and beta included."""
+    """L2 penalty on all parameters, gamma and beta of BN layers included."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,19 +152,19 @@ class LrScheduleConfig:
     """Group ``lr_schedule``."""
 
     milestones: list[int] = field(default_factory=list)
-    """Rounds after which the learning rate is multiplied by gamma, ascending."""
+    """Rounds, ascending, after which the learning rate is multiplied by lr_schedule.gamma."""
     gamma: float = 0.1
-    """Factor at each milestone."""
+    """Factor on the learning rate at each milestone."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CommConfig:
     """Group ``comm``."""
 
-    backend: BackendName = BackendName.auto
-    """Carrier of the collectives: auto is nccl with a GPU for each rank, mpi by mpirun, or gloo."""
+    backend: enums.BackendName = enums.BackendName.auto
+    """Backend of collectives. auto: nccl with one GPU per rank, mpi under mpirun, else gloo."""
     timeout_seconds: float = 300.0
-    """Seconds after which a collective that a rank does not join fails."""
+    """Seconds after which a collective fails if a rank does not join it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,24 +172,24 @@ class CheckpointConfig:
     """Group ``checkpoint``."""
 
     every: int | None = 20
-    """Rounds between checkpoints; null: only when a signal asks the run to stop."""
+    """Rounds between checkpoints; null: only when a signal stops the run."""
     keep: int = 2
-    """Checkpoints to keep, the newest; more guard against damaged ones."""
+    """Number of newest checkpoints to keep; more of them protect against damaged files."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CohortConfig:
-    """Group ``cohort``: the clients that one rank hosts in a round."""
+    """Group ``cohort``: how a rank trains the clients that it hosts in a round."""
 
-    mode: CohortMode = CohortMode.auto
-    """Local steps of a rank's clients: stacked, or sequential; auto is the faster on the device."""
+    mode: enums.CohortMode = enums.CohortMode.auto
+    """Local steps of a rank's clients: stacked (vmap) or sequential; auto: the faster of both."""
     max_stacked: int = 16
-    """Most clients of a rank that are stacked at a time, in steps that need not all be at once."""
+    """Most clients that a rank stacks at once, except in steps that need all its clients."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """A whole job.  The default is five clients with two digits each."""
+    """All options of a job.  The default trains five clients that have two digits each."""
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
@@ -216,49 +203,51 @@ class Config:
     cohort: CohortConfig = field(default_factory=CohortConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     clients: int = 5
-    """Number of clients, on any number of ranks."""
+    """Number of clients; any number of ranks can host them."""
     clients_per_round: int | None = None
-    """Clients that take part in a round, drawn by seed and round; null: all."""
-    participation: ParticipationName = ParticipationName.uniform
+    """Clients that take part in a round, drawn from seed and round; null: all."""
+    participation: enums.ParticipationName = enums.ParticipationName.uniform
     """uniform: equal chances, weights p_k renormalised; weighted: chances p_k, equal weights."""
     rounds: int = 100
-    """Communication rounds: local steps, then one average of the models."""
+    """Communication rounds: local steps of the clients, then one average of their models."""
     local_steps: int = 5
-    """SGD steps of a client in a round (the paper's E)."""
+    """SGD steps of a client in a round (E in the paper)."""
     batch_size: int = 32
-    """Samples in a client's batch; a client that has fewer uses all that it has."""
-    sampling: SamplingName = SamplingName.shuffled
-    """Batches: shuffled (each sample once a pass) or drawn with replacement (authors' code)."""
+    """Samples in a client's batch; a client with fewer samples uses all of them."""
+    sampling: enums.SamplingName = enums.SamplingName.shuffled
+    """Batches: shuffled (each sample once per pass), or replacement (as in the authors' code)."""
     seed: int = 0
-    """Seed of the split, the partition, the initial model and every client's batches."""
+    """Seed of the split, the partition, the initial model and all random draws in training."""
     eval_every: int = 10
     """Rounds between evaluations on the test set; the last round is always evaluated."""
     eval_train_samples: int = 10_000
-    """Most training samples of which the loss is taken when evaluating; 0: none."""
+    """Most training samples for the training loss of an evaluation; 0: none."""
     eval_clients: int | None = 100
-    """Most clients whose own models are judged, where they have such; null: all ever drawn."""
+    """Most clients whose personal models are evaluated; null: all that ever took part."""
     check_every: int | None = None
-    """Rounds between checks that all ranks hold the same model; null: when evaluating."""
-    device: DeviceName = DeviceName.auto
-    """Where ranks compute: auto is cuda where there is one, else cpu."""
-    precision: PrecisionName = PrecisionName.float32
-    """float64: exact comparisons; bfloat16: training's large operations alone, by autocast."""
+    """Rounds between checks that all ranks have equal models; null: at every evaluation."""
+    device: enums.DeviceName = enums.DeviceName.auto
+    """Device of the ranks. auto: cuda if there is a GPU, else cpu."""
+    precision: enums.PrecisionName = enums.PrecisionName.float32
+    """Floating-point type; float64 for exact comparisons; bfloat16 by autocast in training only."""
     tf32: bool = False
-    """On a GPU: float32's products and convolutions in TensorFloat-32, quicker, of 11 bits."""
+    """Multiplies float32 values on a GPU in TensorFloat-32: faster, 11 significant bits."""
     compile: bool = False
-    """Compile training steps (torch.compile); if a rank cannot, all go on eagerly, and say so."""
+    """Compiles training steps (torch.compile); if one rank cannot, all run eagerly, with a note."""
     channels_last: bool = True
-    """Keep images channels last in convolutions, which is faster; not in float64."""
+    """Stores images in channels-last format for convolutions, which is faster; not in float64."""
     threads: int | None = None
-    """CPU threads of a rank; null: the CPUs that SLURM gives a task, else 1."""
+    """CPU threads of a rank; null: the CPUs that SLURM gives to a task, else 1."""
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in run_dir; never; or a checkpoint's path."""
+    """auto: resumes from the newest intact checkpoint in run_dir; never; or a checkpoint's path."""
     run_dir: str | None = None
-    """Folder of the results; null: runs/ and a name made from the other options."""
+    """Folder of the results; null: runs/ and a name that is made from the other options."""
+    callbacks: list[str] = field(default_factory=list)
+    """package.module:callable each; rank 0 makes these callbacks and tells them of every round."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The options as plain values (choices by name), nested as in the YAML files."""
+    """Returns the options as plain values (choices by name), nested as in the YAML files."""
 
     def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: str(v) if isinstance(v, Enum) else v for key, v in pairs}

@@ -1,130 +1,171 @@
-"""Every mistake that can be found before torch is loaded, all of them at once."""
+"""Collects all mistakes in the options that are visible without torch.
+
+Tables hold the rules for single options; ``validate_*`` check options that depend on each other.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from .enums import BackendName, DeviceName, ParticipationName
+from . import enums
 from .errors import ConfigError, format_option_error
-from .schema import Config, LrScheduleConfig
+from .schema import Config
 from .validate_data import data_mistakes
-from .validate_methods import method_mistakes
-from .validate_model import model_mistakes
+from .validate_training import is_import_path, training_mistakes
 
-_LONGEST_TIMEOUT = 365 * 86400.0
+
+class Range(NamedTuple):
+    """The valid values of an option, and their description."""
+
+    contains: Callable[[Any], bool]
+    description: str
+
+
+_POSITIVE = Range(lambda value: 0 < value < inf, "a finite number > 0")
+_NON_NEGATIVE = Range(lambda value: 0 <= value < inf, "a finite number >= 0")
+_DECAY = Range(lambda value: 0 <= value < 1, "a number >= 0 and below 1")
+_YEAR = Range(lambda value: 0 < value <= 365 * 86400, "seconds > 0, 31536000 (a year) at most")
+
+_MINIMA = {
+    "clients": 1,
+    "clients_per_round": 1,
+    "rounds": 1,
+    "local_steps": 1,
+    "batch_size": 2,
+    "eval_every": 1,
+    "eval_train_samples": 0,
+    "eval_clients": 1,
+    "check_every": 1,
+    "threads": 1,
+    "algorithm.synchronise_every": 1,
+    "algorithm.groups": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "cohort.max_stacked": 1,
+}
+
+# Valid values, and an example for the remedy.
+_RANGES = {
+    "seed": (Range(lambda value: 0 <= value < 2**32, "a whole number >= 0 and below 2^32"), 0),
+    "optimizer.lr": (_POSITIVE, 0.1),
+    "optimizer.momentum": (_DECAY, 0.9),
+    "optimizer.weight_decay": (_NON_NEGATIVE, 1e-4),
+    "lr_schedule.gamma": (Range(lambda value: 0 < value <= 10, "a number > 0, 10 at most"), 0.1),
+    "client.proximal_mu": (_NON_NEGATIVE, 0.01),
+    "server.lr": (_POSITIVE, 0.01),
+    "server.momentum": (_DECAY, 0.9),
+    "server.beta2": (_DECAY, 0.99),
+    "server.tau": (_POSITIVE, 1e-3),
+    "partition.alpha": (Range(lambda value: 0 < value <= 1e6, "a number > 0, 1e6 at most"), 0.5),
+    "comm.timeout_seconds": (_YEAR, 300),
+}
+
+_ADAPTIVE = [enums.ServerOptimizerName.adam, enums.ServerOptimizerName.yogi]
+_FEDOPT = [enums.ServerOptimizerName.momentum, *_ADAPTIVE]
+# For each option that depends on a choice: the choices that use it.
+_USERS: dict[str, dict[str, Sequence[enums.Choice]]] = {
+    "algorithm.name": {
+        "algorithm.synchronised_steps": [enums.AlgorithmName.fedtan],
+        "algorithm.synchronise_every": [enums.AlgorithmName.fedtan],
+        "algorithm.switch_round": [enums.AlgorithmName.fixbn],
+    },
+    "data.name": {
+        "data.samples": [enums.DataName.synthetic],
+        "data.shape": [enums.DataName.synthetic],
+        "data.classes": [enums.DataName.synthetic],
+    },
+    "partition.name": {
+        "partition.classes_per_client": [enums.PartitionName.shards],
+        "partition.alpha": [enums.PartitionName.dirichlet, enums.PartitionName.quantity],
+        "partition.shift": [enums.PartitionName.feature_shift],
+        "partition.strength": [enums.PartitionName.feature_shift],
+    },
+    "server.optimizer": {
+        "server.lr": _FEDOPT,
+        "server.momentum": _FEDOPT,
+        "server.beta2": _ADAPTIVE,
+        "server.tau": _ADAPTIVE,
+    },
+}
 
 
 def check(config: Config) -> None:
-    """Raise ``ConfigError`` with one line for each mistake in ``config``."""
+    """Raises ``ConfigError`` with one line for each mistake in ``config``."""
     mistakes = [
-        *_counts(config),
-        *_numbers(config),
-        *_schedule(config.lr_schedule),
+        *below_minimum(config, _MINIMA),
+        *_out_of_range(config),
+        *_unused(config),
+        *_rounds(config),
         *data_mistakes(config),
-        *model_mistakes(config),
-        *method_mistakes(config),
-        *_places(config),
+        *training_mistakes(config),
+        *_job(config),
     ]
     if mistakes:
         raise ConfigError(*mistakes)
 
 
-def _counts(config: Config) -> Iterator[str]:
-    """Whole numbers with a lower bound."""
-    bounds = {
-        "clients": (config.clients, 1),
-        "rounds": (config.rounds, 1),
-        "local_steps": (config.local_steps, 1),
-        "batch_size": (config.batch_size, 2),
-        "seed": (config.seed, 0),
-        "eval_every": (config.eval_every, 1),
-        "eval_train_samples": (config.eval_train_samples, 0),
-        "checkpoint.keep": (config.checkpoint.keep, 1),
-        "cohort.max_stacked": (config.cohort.max_stacked, 1),
-    }
-    if config.threads is not None:
-        bounds["threads"] = (config.threads, 1)
-    if config.checkpoint.every is not None:
-        bounds["checkpoint.every"] = (config.checkpoint.every, 1)
-    if config.clients_per_round is not None:
-        bounds["clients_per_round"] = (config.clients_per_round, 1)
-    if config.eval_clients is not None:
-        bounds["eval_clients"] = (config.eval_clients, 1)
-    if config.check_every is not None:
-        bounds["check_every"] = (config.check_every, 1)
-    if config.seed >= 2**32:
-        yield format_option_error("seed", config.seed, "a whole number below 2^32", "set seed=0")
-    for option, (value, least) in bounds.items():
-        if value < least:
-            yield format_option_error(
-                option, value, f"a whole number >= {least}", f"set {option}={least}"
-            )
-    if config.clients_per_round is None and config.participation is ParticipationName.weighted:
+def below_minimum(options: object, minima: Mapping[str, int], prefix: str = "") -> Iterator[str]:
+    """Yields a line for each option below its minimum; null is allowed."""
+    for name, least in minima.items():
+        value = attrgetter(name)(options)
+        if value is not None and value < least:
+            option, allowed = prefix + name, f"a whole number >= {least}"
+            yield format_option_error(option, value, allowed, f"set {option}={least}")
+
+
+def _out_of_range(config: Config) -> Iterator[str]:
+    for option, (valid, example) in _RANGES.items():
+        value = attrgetter(option)(config)
+        if value is not None and not valid.contains(value):
+            yield format_option_error(option, value, valid.description, f"try {option}={example}")
+
+
+def _unused(config: Config) -> Iterator[str]:
+    """Options that are set although the current choice does not use them."""
+    for choice, users in _USERS.items():
+        chosen, name = attrgetter(choice)(config), choice.removesuffix(".name")
+        for option, names in users.items():
+            value = attrgetter(option)(config)
+            if value is not None and chosen not in names:
+                remedy = f"leave it out or use {' or '.join(f'{name}={each}' for each in names)}"
+                yield format_option_error(option, value, f"null with {name}={chosen}", remedy)
+
+
+def _rounds(config: Config) -> Iterator[str]:
+    """Participation in rounds, and the schedule of the learning rate."""
+    per_round, milestones = config.clients_per_round, config.lr_schedule.milestones
+    if per_round is None and config.participation is enums.ParticipationName.weighted:
+        allowed = "uniform while all clients take part"
         remedy = "set clients_per_round, or leave participation out"
-        yield format_option_error(
-            "participation", "weighted", "uniform while all clients take part", remedy
-        )
-    if (config.clients_per_round or 1) > max(config.clients, 1):
+        yield format_option_error("participation", "weighted", allowed, remedy)
+    if (per_round or 1) > max(config.clients, 1):
         allowed = f"1 to clients, {config.clients}"
         remedy = f"set clients_per_round={config.clients} or leave it out"
-        yield format_option_error("clients_per_round", config.clients_per_round, allowed, remedy)
-
-
-def _numbers(config: Config) -> Iterator[str]:
-    """Real numbers: finite, and above or at 0."""
-    sgd = config.optimizer
-    if not (math.isfinite(sgd.lr) and sgd.lr > 0):
-        yield format_option_error(
-            "optimizer.lr", sgd.lr, "a finite number > 0", "try optimizer.lr=0.1"
-        )
-    if not 0 <= sgd.momentum < 1:
-        remedy = "try optimizer.momentum=0.9"
-        yield format_option_error("optimizer.momentum", sgd.momentum, "0 <= momentum < 1", remedy)
-    if not (math.isfinite(sgd.weight_decay) and sgd.weight_decay >= 0):
-        remedy = "try optimizer.weight_decay=1e-4"
-        yield format_option_error(
-            "optimizer.weight_decay", sgd.weight_decay, "a finite number >= 0", remedy
-        )
-    seconds = config.comm.timeout_seconds
-    if not 0 < seconds <= _LONGEST_TIMEOUT:
-        remedy = "try comm.timeout_seconds=300"
-        allowed = f"seconds > 0, {_LONGEST_TIMEOUT:.0f} at most"
-        yield format_option_error("comm.timeout_seconds", seconds, allowed, remedy)
-
-
-def _schedule(schedule: LrScheduleConfig) -> Iterator[str]:
-    milestones = schedule.milestones
+        yield format_option_error("clients_per_round", per_round, allowed, remedy)
     if milestones != sorted(set(milestones)) or any(m < 1 for m in milestones):
-        yield format_option_error(
-            "lr_schedule.milestones",
-            milestones,
-            "a list of rounds >= 1 in ascending order",
-            "for example lr_schedule.milestones=[60,80]",
-        )
-    if not 0 < schedule.gamma <= 10:
-        remedy = "try lr_schedule.gamma=0.1"
-        yield format_option_error(
-            "lr_schedule.gamma", schedule.gamma, "a number > 0, 10 at most", remedy
-        )
+        allowed = "a list of rounds >= 1 in ascending order"
+        remedy = "for example lr_schedule.milestones=[60,80]"
+        yield format_option_error("lr_schedule.milestones", milestones, allowed, remedy)
 
 
-def _places(config: Config) -> Iterator[str]:
-    if config.tf32 and (config.device is DeviceName.cpu or config.precision != "float32"):
+def _job(config: Config) -> Iterator[str]:
+    """Device, backend, files and callbacks."""
+    if config.tf32 and (config.device is enums.DeviceName.cpu or config.precision != "float32"):
         allowed = "false, unless device is auto or cuda and precision is float32"
         yield format_option_error("tf32", "true", allowed, "leave it out")
     if config.run_dir is not None and not config.run_dir.strip():
-        remedy = "name a folder or leave it out"
-        yield format_option_error(
-            "run_dir", config.run_dir, "the name of a folder, or null", remedy
-        )
+        allowed, remedy = "the name of a folder, or null", "name a folder or leave it out"
+        yield format_option_error("run_dir", config.run_dir, allowed, remedy)
     if not config.resume.strip():
-        remedy = "name a file or leave it out"
-        yield format_option_error(
-            "resume", config.resume, "auto, never or a checkpoint's file", remedy
-        )
-    if config.comm.backend is BackendName.nccl and config.device is DeviceName.cpu:
-        allowed = "auto or gloo with device=cpu"
-        yield format_option_error(
-            "comm.backend", "nccl", allowed, "set comm.backend=gloo or device=cuda"
-        )
+        allowed, remedy = "auto, never or a checkpoint's file", "name a file or leave it out"
+        yield format_option_error("resume", config.resume, allowed, remedy)
+    for callback in config.callbacks:
+        if not is_import_path(callback):
+            remedy = "for example callbacks=[my_callbacks:Plot]"
+            yield format_option_error("callbacks", callback, "package.module:callable", remedy)
+    if config.comm.backend is enums.BackendName.nccl and config.device is enums.DeviceName.cpu:
+        remedy = "set comm.backend=gloo or device=cuda"
+        yield format_option_error("comm.backend", "nccl", "auto or gloo with device=cpu", remedy)

@@ -1,4 +1,7 @@
-"""Clients and their samples, which a rank loads when it comes to host them."""
+"""Clients and their samples, which a rank loads when it hosts them.
+
+Used by ``training`` and ``evaluation``; ``job`` creates the store.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets import Dataset
 from .batching import Samples
-from .partition import Indices
+from .datasets import Dataset
 from .feature_shift import Shift, clients_of_test
+from .partition import Indices
 
 
 @dataclass(frozen=True)
 class Client:
-    """A participant: its number, its weight in this round (they sum to 1), its samples."""
+    """A participant of a round: its number, its weight (they sum to 1) and its samples."""
 
     number: int
     weight: float
@@ -25,89 +28,84 @@ class Client:
 
 
 class ClientStore:
-    """Samples of the clients that this rank hosts; the least recently used are let go.
+    """Loads the samples of clients, and drops those of the least recently used clients.
 
-    Memory follows the clients of a round, not all that there are.
+    So memory grows with the clients of a round, not with all clients.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        parts: list[Indices],
+        partition: list[Indices],
         device: torch.device,
         dtype: torch.dtype,
         shift: Shift | None = None,
         seed: int = 0,
     ) -> None:
-        self._dataset = dataset
-        self.parts = parts
-        """Each client's training samples, as indices into the data set."""
+        self._dataset, self._device, self._dtype, self._seed = dataset, device, dtype, seed
+        self.partition = partition
+        """Training samples of each client, as indices into the data set."""
         self.shift = shift
-        """What each client's inputs go through, if there is such a thing."""
-        self._seed = seed
-        self._device = device
-        self._dtype = dtype
-        self._loaded: OrderedDict[int, Samples] = OrderedDict()
-        total = sum(len(part) for part in parts)
-        self.sizes = [len(part) for part in parts]
-        """Samples of each client."""
+        """Feature shift of the clients' inputs, if there is one."""
+        self.sizes = [len(indices) for indices in partition]
+        """Number of training samples of each client."""
+        total = sum(self.sizes)
         self.shares = [size / total for size in self.sizes]
-        """p_k of each client: its share of all training samples."""
+        """p_k of each client: its fraction of all training samples."""
+        self._loaded: OrderedDict[int, Samples] = OrderedDict()
 
     def host(self, weights: dict[int, float]) -> list[Client]:
-        """The clients with their samples on the device; ``weights`` by client."""
-        clients = [Client(number, w, self._samples(number)) for number, w in weights.items()]
+        """Returns the clients that are keys of ``weights``, with their samples on the device."""
+        clients = [Client(number, w, self._load(number)) for number, w in weights.items()]
         while len(self._loaded) > 2 * max(1, len(weights)):
             self._loaded.popitem(last=False)
         return clients
 
     def dummy(self) -> Samples:
-        """One sample, for a rank that has no client to run the network with."""
+        """Returns one zero sample, with which a rank without clients can run the network."""
         inputs = torch.zeros(1, *self._dataset.shape, dtype=self._dtype)
         return Samples(inputs, torch.zeros(1, dtype=torch.int64)).to(self._device)
 
     def example(self, size: int) -> Samples:
-        """A batch of ``size`` as those of clients lie in memory; one sample over and over."""
-        few = self._take(self.parts[0][:2]).to(self._device)
+        """Returns a batch of ``size`` equal samples, with the memory layout of clients' batches."""
+        few = self.unshifted(self.partition[0][:2])
         return few[torch.zeros(size, dtype=torch.int64, device=self._device)]
 
     def label_mix(self, client: int) -> Tensor:
-        """Share of each class in the client's training samples, (C,) in float64; they sum to 1."""
-        labels = self._dataset.labels_N[self.parts[client]]
+        """Returns the fraction of each class in the client's training samples, (C,) in float64."""
+        labels = self._dataset.labels_N[self.partition[client]]
         counts = np.bincount(labels, minlength=self._dataset.classes)
         return torch.from_numpy(counts / counts.sum()).to(self._device)
 
-    def of_clients(self, indices: Indices, clients: Indices) -> Samples:
-        """Samples of the data set on the device, each as the client beside it sees it."""
-        samples = self._take(indices)
-        if self.shift is None or not len(indices):
+    def client_samples(self, indices_N: Indices, clients_N: Indices) -> Samples:
+        """Returns samples of the data set, each with the feature shift of the client beside it."""
+        samples = self.unshifted(indices_N)
+        if self.shift is None or not len(indices_N):
             return samples
-        return Samples(self.shift.apply_mixed(samples.inputs, clients), samples.labels)
+        return Samples(self.shift.apply_mixed(samples.inputs, clients_N), samples.labels)
 
-    def test_samples(self, indices: Indices, places: Indices) -> Samples:
-        """Test samples at ``places`` of the test set; under a shift each as some client sees it."""
+    def test_samples(self, indices_N: Indices, positions_N: Indices) -> Samples:
+        """Returns test samples at ``indices_N`` of the data set, ``positions_N`` of the test set.
+
+        With a feature shift each test sample is assigned to one client and has that client's shift.
+        """
         if self.shift is None:
-            return self._take(indices)
-        owners = clients_of_test(len(self._dataset.test), len(self.sizes), self._seed)
-        return self.of_clients(indices, owners[places])
+            return self.unshifted(indices_N)
+        clients = clients_of_test(len(self._dataset.test), len(self.sizes), self._seed)
+        return self.client_samples(indices_N, clients[positions_N])
 
-    def unshifted(self, indices: Indices) -> Samples:
-        """Samples of the data set on the device, as no client sees them."""
-        return self._take(indices)
+    def unshifted(self, indices_N: Indices) -> Samples:
+        """Returns samples of the data set on the device, without feature shift."""
+        return self._dataset.take(indices_N).to(self._device, self._dtype)
 
     def shifted(self, samples: Samples, client: int) -> Samples:
-        """Those samples as ``client`` sees them."""
-        assert self.shift is not None
+        """Returns ``samples`` with the feature shift of ``client``, if there is one."""
+        if self.shift is None:
+            return samples
         return Samples(self.shift.apply(samples.inputs, client), samples.labels)
 
-    def _take(self, indices: Indices) -> Samples:
-        return self._dataset.take(indices).to(self._device, self._dtype)
-
-    def _samples(self, number: int) -> Samples:
-        if number not in self._loaded:
-            samples = self._take(self.parts[number])
-            if self.shift is not None:
-                samples = Samples(self.shift.apply(samples.inputs, number), samples.labels)
-            self._loaded[number] = samples
-        self._loaded.move_to_end(number)
-        return self._loaded[number]
+    def _load(self, client: int) -> Samples:
+        if client not in self._loaded:
+            self._loaded[client] = self.shifted(self.unshifted(self.partition[client]), client)
+        self._loaded.move_to_end(client)
+        return self._loaded[client]

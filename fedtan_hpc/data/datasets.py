@@ -1,53 +1,51 @@
-"""Data sets, as labels for all samples and inputs for those that a rank asks for.
+"""Data sets: labels of all samples, and inputs of the samples that a rank asks for.
 
-Shapes: N samples of C channels and H x W pixels; B a batch; E local steps.
+``load`` is used by ``job`` and ``reporting``.  Shapes: N samples of C channels and H x W pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from . import image_files
-from ..runtime import random_streams
-from ..config.enums import DataName, NormalisationName, SamplingName
+from ..config.dataset_info import KNOWN_DATASETS, TEST_SHARE
+from ..config.enums import DataName, NormalisationName
 from ..config.schema import DataConfig
-from ..config.dataset_info import KNOWN_DATA, TEST_SHARE
+from ..runtime import random_streams
+from . import image_files
 from .batching import Samples
 from .partition import Indices
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and deviation of red, green and blue, 0 to 1, as torchvision's pretrained models have it."""
-
-
+"""Mean and deviation of red, green and blue, 0 to 1, as in torchvision's pretrained models."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labels and split are known in full; inputs come for the indices that are asked for."""
+    """All labels and the split are in memory; ``read_inputs`` returns inputs for given indices."""
 
     labels_N: Indices
     train: Indices
     test: Indices
     shape: tuple[int, ...]
+    """Shape (C, H, W) of a sample."""
     classes: int
     read_inputs: Callable[[Indices], npt.NDArray[np.float32]]
 
     def take(self, indices: Indices) -> Samples:
-        """The samples at ``indices`` of the whole data set, on the CPU."""
+        """Returns the samples at ``indices`` of the whole data set, on the CPU."""
         inputs = torch.from_numpy(self.read_inputs(indices))
         return Samples(inputs, torch.from_numpy(self.labels_N[indices]))
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
-    """Read or generate the data set; its files, if it has any, ``fetch`` has seen to.
+    """Reads or generates the data set; ``download.fetch`` provides its files beforehand.
 
-    A set without a test part of its own is split by ``seed``, 80 % training, 20 % test, stratified.
+    A data set without a test set is split by ``seed``: 80 % training, 20 % test, stratified.
     Raises ``ConfigError`` if files are missing or damaged.
     """
     if config.name is DataName.digits:
@@ -58,32 +56,30 @@ def load(config: DataConfig, seed: int) -> Dataset:
 
 
 def _images(config: DataConfig, seed: int) -> Dataset:
-    """Images from files, kept as the bytes of those samples that are used: training, then test."""
-    pixels, labels = image_files.read(config)
-    everything = np.arange(len(labels))
-    first_test = KNOWN_DATA[str(config.name)][0]
-    train, test = _used(config, labels, everything[:first_test], everything[first_test:], seed)
-    if len(train) + len(test) < len(labels):
+    """Reads images from files; keeps the bytes of the samples in use, training before test."""
+    pixels_NCHW, labels_N = image_files.read(config)
+    info = KNOWN_DATASETS[config.name]
+    train, test = np.split(np.arange(len(labels_N)), [info.train])
+    train, test = _subsets(config, labels_N, train, test, seed)
+    if len(train) + len(test) < len(labels_N):
         used = np.concatenate([train, test])
-        pixels, labels = pixels[used], labels[used]
-    places = np.arange(len(labels))
-    train, test = places[: len(train)], places[len(train) :]
-    mean_C11, deviation_C11 = _moments(pixels[: len(train)], config.normalisation)
+        pixels_NCHW, labels_N = pixels_NCHW[used], labels_N[used]
+    mean_C11, deviation_C11 = _moments(pixels_NCHW[: len(train)], config.normalisation)
 
     def read_inputs(indices: Indices) -> npt.NDArray[np.float32]:
-        inputs = pixels[indices].astype(np.float32)
+        inputs = pixels_NCHW[indices].astype(np.float32)
         inputs -= mean_C11
         inputs /= deviation_C11
         return inputs
 
-    _, _, shape, classes = config.facts()
-    return Dataset(labels, train, test, shape, classes, read_inputs)
+    train, test = np.split(np.arange(len(labels_N)), [len(train)])
+    return Dataset(labels_N, train, test, info.shape, info.classes, read_inputs)
 
 
 def _moments(
     pixels_NCHW: npt.NDArray[np.uint8], normalisation: NormalisationName
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Mean and deviation per channel, each (C, 1, 1), of pixels 0 to 255: counted, so exact."""
+    """Returns exact mean and deviation per channel of pixels 0 to 255, each (C, 1, 1)."""
     if normalisation is NormalisationName.imagenet:
         moments = np.array(_IMAGENET) * 255
     else:
@@ -93,12 +89,12 @@ def _moments(
         squares = (counts * (values - mean[:, np.newaxis]) ** 2).sum(1)
         moments = np.array([mean, np.sqrt(squares / counts.sum(1))])
     mean_C, deviation_C = moments.astype(np.float32)
-    deviation_C[deviation_C == 0] = 1  # a channel of one value becomes 0
+    deviation_C[deviation_C == 0] = 1  # a channel with one value becomes 0
     return mean_C[:, np.newaxis, np.newaxis], deviation_C[:, np.newaxis, np.newaxis]
 
 
 def _histogram(pixels_NHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """How often each of the 256 values is there, in pieces, since counting widens its input."""
+    """Counts the 256 values in chunks, because np.bincount converts its input to int64."""
     counts = np.zeros(256, dtype=np.int64)
     for start in range(0, len(pixels_NHW), 1024):
         counts += np.bincount(pixels_NHW[start : start + 1024].ravel(), minlength=256)
@@ -106,29 +102,28 @@ def _histogram(pixels_NHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def _digits(config: DataConfig, seed: int) -> Dataset:
-    """scikit-learn's copy of the UCI handwritten digits: 1,797 of 8x8 pixels, 0 to 16.
+    """Loads scikit-learn's copy of the UCI handwritten digits: 1,797 of 8x8 pixels, 0 to 16.
 
-    Standardised by the mean and deviation of all training pixels.
+    One mean and one deviation of all training pixels standardise the pixels.
     """
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    labels = raw.target.astype(np.int64)
-    train, test = _used(config, labels, *_split(labels, seed), seed)
+    labels_N = raw.target.astype(np.int64)
+    train, test = _subsets(config, labels_N, *_split(labels_N, seed), seed)
     pixels = raw.images[train]
     images = (raw.images - pixels.mean()) / pixels.std()
     inputs = images.astype(np.float32)[:, np.newaxis]
-    return Dataset(labels, train, test, (1, 8, 8), 10, lambda indices: inputs[indices])
+    return Dataset(labels_N, train, test, (1, 8, 8), 10, lambda indices: inputs[indices])
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:
-    """Gaussian classes: a class has its own mean per channel and pixel; the spread is 1.
+    """Generates Gaussian classes: each has its mean per channel and pixel; the deviation is 1.
 
-    A sample depends on the seed and its index alone, so a rank makes only the ones it holds.
+    A sample depends on the seed and its index alone, so a rank generates only its samples.
     """
-    facts = replace(config, train_samples=None, test_samples=None).facts()
-    shape, classes = facts.shape, facts.classes
-    labels = np.arange(facts.train + facts.test, dtype=np.int64) % classes
+    train_size, test_size, shape, classes = config.full_info()
+    labels_N = np.arange(train_size + test_size, dtype=np.int64) % classes
     rng = random_streams.generator(random_streams.CLASS_MEANS, seed)
     means = 0.5 * rng.standard_normal((classes, shape[0], 1, 1))
     means = means + 0.1 * rng.standard_normal((classes, *shape))
@@ -136,12 +131,12 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
     def read_inputs(indices: Indices) -> npt.NDArray[np.float32]:
         inputs = np.empty((len(indices), *shape), dtype=np.float32)
         for row, index in enumerate(indices):
-            noise = random_streams.generator(random_streams.SAMPLE, seed, int(index)).standard_normal(shape)
-            inputs[row] = means[labels[index]] + noise
+            noise_rng = random_streams.generator(random_streams.SAMPLE, seed, int(index))
+            inputs[row] = means[labels_N[index]] + noise_rng.standard_normal(shape)
         return inputs
 
-    train, test = _used(config, labels, *_split(labels, seed), seed)
-    return Dataset(labels, train, test, shape, classes, read_inputs)
+    train, test = _subsets(config, labels_N, *_split(labels_N, seed), seed)
+    return Dataset(labels_N, train, test, shape, classes, read_inputs)
 
 
 def _split(labels_N: Indices, seed: int) -> tuple[Indices, Indices]:
@@ -153,33 +148,31 @@ def _split(labels_N: Indices, seed: int) -> tuple[Indices, Indices]:
     return np.sort(train), np.sort(test)
 
 
-def _used(
+def _subsets(
     config: DataConfig, labels_N: Indices, train: Indices, test: Indices, seed: int
 ) -> tuple[Indices, Indices]:
-    """As many of each as the options say, drawn by seed."""
+    """Draws as many training and test samples as the options ask for."""
     if config.train_samples is not None:
         rng = random_streams.generator(random_streams.TRAIN_SUBSET, seed)
-        train = train[_subset(labels_N[train], config.train_samples, rng)]
+        train = train[_stratified(labels_N[train], config.train_samples, rng)]
     if config.test_samples is not None:
         rng = random_streams.generator(random_streams.TEST_SUBSET, seed)
-        test = test[_subset(labels_N[test], config.test_samples, rng)]
+        test = test[_stratified(labels_N[test], config.test_samples, rng)]
     return train, test
 
 
-def _subset(labels_N: Indices, wanted: int, rng: np.random.Generator) -> Indices:
-    """Places of ``wanted`` samples, ascending, with each class's share as near as can be.
+def _stratified(labels_N: Indices, size: int, rng: np.random.Generator) -> Indices:
+    """Draws ``size`` ascending indices; each class keeps its fraction as closely as possible.
 
-    Shares are rounded down and those with the largest remainder get one more; a class that would
-    have none gets one from the class that has most, if ``wanted`` goes round.
+    Class sizes are rounded down, and the classes with the largest remainders get one more.  If
+    ``size`` allows it, a class without samples then gets one from the largest class.
     """
     classes, counts = np.unique(labels_N, return_counts=True)
-    shares, remainders = np.divmod(wanted * counts, len(labels_N))
-    shares[np.argsort(-remainders, kind="stable")[: wanted - shares.sum()]] += 1
-    for place in np.flatnonzero(shares == 0) if wanted >= len(classes) else ():
-        shares[np.argmax(shares)] -= 1
-        shares[place] += 1
+    sizes, remainders = np.divmod(size * counts, len(labels_N))
+    sizes[np.argsort(-remainders, kind="stable")[: size - sizes.sum()]] += 1
+    for empty in np.flatnonzero(sizes == 0) if size >= len(classes) else ():
+        sizes[np.argmax(sizes)] -= 1
+        sizes[empty] += 1
     members = (np.flatnonzero(labels_N == label) for label in classes)
-    drawn = [rng.permutation(m)[:share] for m, share in zip(members, shares, strict=True)]
+    drawn = [rng.permutation(m)[:wanted] for m, wanted in zip(members, sizes, strict=True)]
     return np.sort(np.concatenate(drawn))
-
-

@@ -1,88 +1,83 @@
-"""Files of data sets: seen to be there and whole, else downloaded by torchvision."""
+"""Provides the files of data sets: checks them, or downloads them with torchvision.
+
+Used by ``job``, in one process of each machine.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from http.client import HTTPException
 from pathlib import Path
+from tarfile import TarError
 from tempfile import TemporaryDirectory
 
-from ..config.schema import DataConfig
 from ..config.errors import ConfigError, format_option_error, one_line
-from .image_files import SOURCES, damaged, find, missing, read, root_of
+from ..config.schema import DataConfig
 from ..runtime.torchvision_import import import_torchvision
+from .image_files import SOURCES, damaged, find, missing, read, root_of
 
-_SILENCE = 20.0
-"""Seconds without a sign of life after which a download fails; networks may swallow all traffic."""
-_FAILURES = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    HTTPException,
-    tarfile.TarError,
-    zlib.error,
-)
-"""What downloads end in."""
+_SOCKET_TIMEOUT = 20.0
+"""Seconds without data after which a download fails; some networks drop all traffic silently."""
+_ERRORS = OSError, EOFError, RuntimeError, ValueError, HTTPException, TarError, zlib.error
+"""Errors that downloading and unpacking raise."""
 
 
 def fetch(config: DataConfig) -> None:
-    """Find the files, or download them, and see that they are whole; any process may then read.
+    """Finds or downloads the files and checks that they are whole; then any process may read them.
 
-    For one process of each machine.  Nothing to do for data sets without files.
-    Raises ``ConfigError``, which says what to put where.
+    Does nothing for data sets without files.  Raises ``ConfigError`` that says which files to put
+    where.
     """
     if config.name not in SOURCES:
         return
     root = root_of(config)
     if root.exists() and not root.is_dir():
-        remedy = "name another, or leave it out for ./data"
-        raise ConfigError(format_option_error("data.root", root, "a folder, and this is a file", remedy))
+        allowed, remedy = "a folder, and this is a file", "name another, or leave it out for ./data"
+        raise ConfigError(format_option_error("data.root", root, allowed, remedy))
     if find(config) is None:
         _download(config)
     read(config)
 
 
 def _download(config: DataConfig) -> None:
-    """Into a folder of its own first, so that no reader ever meets half a file."""
+    """Downloads into a temporary folder first, so that no reader finds incomplete files."""
     source, root = SOURCES[config.name], root_of(config)
-    kind = getattr(import_torchvision().datasets, source.kind)
+    dataset_class = getattr(import_torchvision().datasets, source.torchvision_class)
     archive = _archive(config)
-    new = not root.exists()
+    root_is_new = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _patience(), TemporaryDirectory(prefix=".download-", dir=root) as workplace:
+        with _download_settings(), TemporaryDirectory(prefix=".download-", dir=root) as temporary:
             if archive:
-                (Path(workplace) / archive.name).symlink_to(archive)
-            kind(workplace, download=True)
-            _move(Path(workplace) / source.folder, root / source.folder)
-    except _FAILURES as error:
-        if new:
+                (Path(temporary) / archive.name).symlink_to(archive)
+            dataset_class(temporary, download=True)
+            _move(Path(temporary) / source.folder, root / source.folder)
+    except _ERRORS as error:
+        if root_is_new:
             with suppress(OSError):
                 root.rmdir()
         raise missing(config, f"could not be downloaded ({one_line(error)})") from None
 
 
 def _archive(config: DataConfig) -> Path | None:
-    """The one file that holds all others, if somebody has put it into the root; it is whole."""
+    """Returns the checked archive of all files, if the user has put it into the root folder."""
     source, root = SOURCES[config.name], root_of(config)
-    path = root / source.files[0]
-    if len(source.files) > 1 or not os.path.isfile(path):
+    if source.archive is None or not os.path.isfile(path := root / source.archive):
         return None
     datasets = import_torchvision().datasets
-    if not datasets.utils.check_integrity(path, getattr(datasets, source.kind).tgz_md5):
+    checksum = getattr(datasets, source.torchvision_class).tgz_md5
+    if not datasets.utils.check_integrity(path, checksum):
         raise damaged(config, path, "its checksum is wrong")
     return path
 
 
 def _move(folder: Path, target: Path) -> None:
-    """At one stroke; another machine that shares the disk may have been faster."""
+    """Moves atomically; does nothing if another machine on the shared disk was faster."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         folder.rename(target)
@@ -92,10 +87,10 @@ def _move(folder: Path, target: Path) -> None:
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
-    """Inside, new sockets wait no longer than ``_SILENCE``, and chatter goes to stderr."""
+def _download_settings() -> Iterator[None]:
+    """Gives new sockets a timeout and sends torchvision's messages to standard error."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_SILENCE)
+    socket.setdefaulttimeout(_SOCKET_TIMEOUT)
     try:
         with redirect_stdout(sys.stderr):
             yield

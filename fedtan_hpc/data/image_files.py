@@ -1,6 +1,6 @@
-"""Image data sets that come in files: which they are, where they lie, and their bytes.
+"""Image data sets in files: sources, folders, and reading.  Used by ``datasets`` and ``download``.
 
-N samples of C channels and H x W pixels.
+Shapes: N samples of C channels and H x W pixels.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..config.dataset_info import KNOWN_DATASETS
 from ..config.enums import DataName
-from ..config.schema import DataConfig
 from ..config.errors import ConfigError, format_option_error, one_line
-from ..config.dataset_info import KNOWN_DATA
+from ..config.schema import DataConfig
 from ..runtime.torchvision_import import import_torchvision
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Labels: TypeAlias = npt.NDArray[np.int64]
-_Halves: TypeAlias = list[tuple[Bytes, npt.NDArray[Any]]]
-"""Pixels and labels for training and for test."""
+_Splits: TypeAlias = list[tuple[Bytes, npt.NDArray[Any]]]
+"""Pixels and labels of the training set and of the test set."""
 
 _IDX = (
     "train-images-idx3-ubyte",
@@ -36,50 +36,39 @@ _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Source(NamedTuple):
-    """Where the files of a data set come from and lie, as torchvision has it."""
+    """Origin of a data set's files, and torchvision's layout for them."""
 
-    kind: str
-    """torchvision's class."""
+    torchvision_class: str
     folder: str
-    """Of the files, below torchvision's root."""
-    files: tuple[str, ...]
-    """What a person without a network has to get."""
-    place: str
-    """The folder for them, below torchvision's root."""
+    """Folder with the unpacked files, relative to torchvision's root."""
     page: str
-    """Where to get them."""
-
-
-def _idx_source(kind: str, page: str) -> Source:
-    return Source(kind, f"{kind}/raw", tuple(f"{name}.gz" for name in _IDX), f"{kind}/raw", page)
+    """Web page that offers the files."""
+    archive: str | None = None
+    """File that contains all others and lies in torchvision's root; None for IDX files."""
 
 
 _ZALANDO = "github.com/zalandoresearch/fashion-mnist or Debian's package dataset-fashion-mnist"
 _TORONTO = "www.cs.toronto.edu/~kriz"
 _MIRROR = "ossci-datasets.s3.amazonaws.com/mnist"
 SOURCES = {
-    DataName.mnist: _idx_source("MNIST", _MIRROR),
-    DataName.fashion_mnist: _idx_source("FashionMNIST", _ZALANDO),
-    DataName.cifar10: Source(
-        "CIFAR10", "cifar-10-batches-py", ("cifar-10-python.tar.gz",), "", _TORONTO
-    ),
-    DataName.cifar100: Source(
-        "CIFAR100", "cifar-100-python", ("cifar-100-python.tar.gz",), "", _TORONTO
-    ),
+    DataName.mnist: Source("MNIST", "MNIST/raw", _MIRROR),
+    DataName.fashion_mnist: Source("FashionMNIST", "FashionMNIST/raw", _ZALANDO),
+    DataName.cifar10: Source("CIFAR10", "cifar-10-batches-py", _TORONTO, "cifar-10-python.tar.gz"),
+    DataName.cifar100: Source("CIFAR100", "cifar-100-python", _TORONTO, "cifar-100-python.tar.gz"),
 }
 _FIRST_LABELS = {DataName.mnist: [5, 0, 4, 1, 9], DataName.fashion_mnist: [9, 0, 0, 3, 0]}
-"""Of the training samples; the names of the files, and all sizes in them, are the same."""
+"""First training labels; names and sizes of the files are equal in both data sets."""
 
 
 def root_of(config: DataConfig) -> Path:
-    """torchvision's root."""
+    """Returns the root folder of torchvision's layout."""
     return Path("data" if config.root is None else config.root).expanduser().absolute()
 
 
 def find(config: DataConfig) -> Path | None:
-    """The folder that has the files of the data set, or some of them.
+    """Returns the folder that has the data set's files, or some of them; None if there is none.
 
-    It is torchvision's; for IDX files also ``data.root`` itself, and Debian's.
+    Looks in torchvision's folder and, for IDX files, in ``data.root`` itself or Debian's folder.
     """
     folder = root_of(config) / SOURCES[config.name].folder
     if config.name not in _FIRST_LABELS:
@@ -93,7 +82,7 @@ def find(config: DataConfig) -> Path | None:
 
 
 def read(config: DataConfig) -> tuple[Bytes, Labels]:
-    """Pixels (N, C, H, W) and labels (N,): all training samples, then all test samples.
+    """Returns pixels (N, C, H, W) and labels (N,): all training samples, then all test samples.
 
     Raises ``ConfigError`` if files are missing or damaged.
     """
@@ -101,9 +90,9 @@ def read(config: DataConfig) -> tuple[Bytes, Labels]:
     if folder is None:
         raise missing(config, "have not been fetched")
     try:
-        halves = _read_idx(folder) if config.name in _FIRST_LABELS else _read_cifar(config, folder)
-        _check_not_another(halves, config, folder)
-        return _joined(halves, config.name)
+        splits = _read_idx(folder) if config.name in _FIRST_LABELS else _read_cifar(config, folder)
+        _check_not_confused(splits, config, folder)
+        return _joined(splits, config.name)
     except ConfigError:
         raise
     except (OSError, EOFError, RuntimeError, ValueError) as error:
@@ -111,17 +100,21 @@ def read(config: DataConfig) -> tuple[Bytes, Labels]:
 
 
 def missing(config: DataConfig, why: str) -> ConfigError:
-    """What to put where, if the files cannot be had."""
+    """Returns the error for absent files, which says where to get them and where to put them."""
     source, root = SOURCES[config.name], root_of(config)
     allowed = f"a folder with the files of {config.name}, which are not in {root} and {why}"
-    remedy = f"put {', '.join(source.files)} into {root / source.place}, from {source.page}"
-    return ConfigError(format_option_error("data.root", config.root or "null", allowed, remedy))
+    files = source.archive or ", ".join(f"{name}.gz" for name in _IDX)
+    target = root if source.archive else root / source.folder
+    return _root_error(config, allowed, f"put {files} into {target}, from {source.page}")
 
 
 def damaged(config: DataConfig, path: Path, why: str) -> ConfigError:
-    """A file or folder that is not as it should be."""
+    """Returns the error for a damaged file or folder."""
     allowed = f"a folder with whole files of {config.name}, and {path} is damaged ({why})"
-    remedy = "copy the files again or name another folder"
+    return _root_error(config, allowed, "copy the files again or name another folder")
+
+
+def _root_error(config: DataConfig, allowed: str, remedy: str) -> ConfigError:
     return ConfigError(format_option_error("data.root", config.root or "null", allowed, remedy))
 
 
@@ -130,13 +123,13 @@ def _idx_file(folder: Path, name: str) -> Path | None:
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
-def _read_idx(folder: Path) -> _Halves:
+def _read_idx(folder: Path) -> _Splits:
     images, labels, test_images, test_labels = (_read_idx_file(folder, name) for name in _IDX)
     return [(images, labels), (test_images, test_labels)]
 
 
 def _read_idx_file(folder: Path, name: str) -> Bytes:
-    """An array of bytes in LeCun's format: 0, 0, 8, number of dimensions, sizes, values."""
+    """Reads LeCun's IDX format of bytes: 0, 0, 8, number of dimensions, sizes, values."""
     path = _idx_file(folder, name)
     if path is None:
         raise FileNotFoundError(f"{name} is missing")
@@ -152,32 +145,31 @@ def _read_idx_file(folder: Path, name: str) -> Bytes:
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
 
 
-def _read_cifar(config: DataConfig, folder: Path) -> _Halves:
-    """By torchvision, which compares checksums before it opens the pickled files."""
-    kind = getattr(import_torchvision().datasets, SOURCES[config.name].kind)
+def _read_cifar(config: DataConfig, folder: Path) -> _Splits:
+    """Reads with torchvision, which compares checksums before it opens the pickled files."""
+    dataset_class = getattr(import_torchvision().datasets, SOURCES[config.name].torchvision_class)
     try:
-        halves = [kind(folder.parent, train=train) for train in (True, False)]
+        splits = [dataset_class(folder.parent, train=train) for train in (True, False)]
     except RuntimeError:
         raise ValueError("a file in it is missing, or its checksum is wrong") from None
-    return [(half.data.transpose(0, 3, 1, 2), np.array(half.targets)) for half in halves]
+    return [(split.data.transpose(0, 3, 1, 2), np.array(split.targets)) for split in splits]
 
 
-def _check_not_another(halves: _Halves, config: DataConfig, folder: Path) -> None:
-    """MNIST's files are not taken for Fashion-MNIST's, nor these for those."""
-    first = [int(label) for label in halves[0][1][:5]]
+def _check_not_confused(splits: _Splits, config: DataConfig, folder: Path) -> None:
+    """Raises ``ConfigError`` if files of MNIST are given as Fashion-MNIST, or the other way."""
+    first = [int(label) for label in splits[0][1][:5]]
     for other, labels in _FIRST_LABELS.items():
         if labels == first and other is not config.name:
             allowed = f"a folder with files of {config.name}, and those in {folder} are {other}'s"
-            remedy = f"name another folder, or use data={other}"
-            raise ConfigError(format_option_error("data.root", config.root or "null", allowed, remedy))
+            raise _root_error(config, allowed, f"name another folder, or use data={other}")
 
 
-def _joined(halves: _Halves, name: DataName) -> tuple[Bytes, Labels]:
-    """One array each, if they are what is known of the data set."""
-    train, test, shape, classes = KNOWN_DATA[str(name)]
-    pixels = np.concatenate([pixels for pixels, _ in halves]).reshape(-1, *shape)
-    labels = np.concatenate([labels for _, labels in halves]).astype(np.int64)
-    if [len(labels) for _, labels in halves] != [train, test] or len(pixels) != len(labels):
+def _joined(splits: _Splits, name: DataName) -> tuple[Bytes, Labels]:
+    """Joins training and test set, after checks of their sizes and labels."""
+    train, test, shape, classes = KNOWN_DATASETS[name]
+    pixels = np.concatenate([pixels for pixels, _ in splits]).reshape(-1, *shape)
+    labels = np.concatenate([labels for _, labels in splits]).astype(np.int64)
+    if [len(labels) for _, labels in splits] != [train, test] or len(pixels) != len(labels):
         raise ValueError(f"not {train} and {test} samples of shape {list(shape)}")
     if labels.max() >= classes:
         raise ValueError(f"a label {labels.max()} among {classes} classes")

@@ -1,7 +1,7 @@
-"""How long collectives take: by the host's clock, on a GPU by events in its stream.
+"""Seconds that collectives take: by the host's clock for CPU tensors, by CUDA events on a GPU.
 
-A GPU's collective returns to the host before it is done.  Events cost no synchronisation; they are
-read when the device has passed them.
+On a GPU a collective returns to the host before it is done.  CUDA events cost no synchronisation;
+their times are read once the GPU has passed them.  ``collectives`` times, the trainer reads.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from contextlib import contextmanager
 
 import torch
 
-Add = Callable[[float], None]
-_ahead: deque[tuple[torch.cuda.Event, torch.cuda.Event, Add]] = deque()
-"""Of work that the device may not have passed yet."""
+AddSeconds = Callable[[float], None]
+_pending: deque[tuple[torch.cuda.Event, torch.cuda.Event, AddSeconds]] = deque()
+"""Start and end events that the GPU may not have passed yet, oldest first."""
 
 
 @contextmanager
-def timed(device: torch.device, add: Add) -> Iterator[None]:
-    """Hand the seconds of what is done inside to ``add``; on a GPU later, or by ``read``."""
+def timed(device: torch.device, add_seconds: AddSeconds) -> Iterator[None]:
+    """Gives the block's duration to ``add_seconds``; on a GPU later, at the latest in ``read``."""
     if device.type != "cuda":
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         yield
-        add(time.perf_counter() - begun)
+        add_seconds(time.perf_counter() - begin)
         return
     stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record(stream)
     yield
     end.record(stream)
-    _ahead.append((start, end, add))
-    while _ahead and _ahead[0][1].query():
-        _hand_over()
+    _pending.append((start, end, add_seconds))
+    while _pending and _pending[0][1].query():
+        _report_oldest()
 
 
 def read() -> None:
-    """Hand over all that GPUs have timed; waits for what they have not done yet."""
-    while _ahead:
-        _ahead[0][1].synchronize()
-        _hand_over()
+    """Reports all durations that are still pending; waits until the GPU has passed their events."""
+    while _pending:
+        _pending[0][1].synchronize()
+        _report_oldest()
 
 
-def _hand_over() -> None:
-    start, end, add = _ahead.popleft()
-    add(start.elapsed_time(end) / 1000)
+def _report_oldest() -> None:
+    start, end, add_seconds = _pending.popleft()
+    add_seconds(start.elapsed_time(end) / 1000)

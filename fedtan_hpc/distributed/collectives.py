@@ -1,7 +1,13 @@
-"""Collectives: sums over ranks, gathers and broadcasts, and what they cost."""
+"""Collectives: sums, maxima, gathers and broadcasts over ranks, with what they cost.
+
+Every room that exchanges tensors calls these.  In a single process without a process group each
+function returns what one rank alone would receive.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,125 +15,113 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import collective_timer
-from .counters import EXCHANGED, joining, training_traffic, waiting
+from .counters import MAX_EXCHANGE_BYTES, collective, training_traffic, waiting
 from .process_group import Group, is_started, rank, world_size
 
 
-def sum_for_training(message: Tensor, group: Group = None, of_models: bool = False) -> Tensor:
-    """Sum ``message`` over the ranks in place, as one counted collective; same bits everywhere.
+def sum_for_training(
+    message: Tensor, group: Group = None, *, of_models: bool = False, is_payload: bool = True
+) -> Tensor:
+    """Sums ``message`` over the ranks in place, as one counted collective; same bits everywhere.
 
-    It holds statistics, or what ``of_models`` is sent once a step or round.
+    By default ``message`` holds BN statistics.  With ``of_models`` it holds models, gradients or
+    private states, and its time counts as that of averaging.  ``is_payload=False`` is for tensors
+    that only move between ranks: they do not count as payload.
     """
-    training_traffic.sums += 1
-    training_traffic.payload += message.nbytes
+    traffic = training_traffic
+    if is_payload:
+        traffic.payload_messages += 1
+        traffic.payload_bytes += message.nbytes
     if is_started():
-        training_traffic.messages += 1
-        training_traffic.bytes += message.nbytes
-        add = training_traffic.add_to_average if of_models else training_traffic.add_to_statistics
-        with collective_timer.timed(message.device, add), joining():
-            _add(message, group)
+        traffic.messages += 1
+        traffic.bytes += message.nbytes
+        with collective_timer.timed(message.device, partial(traffic.add_seconds, of_models)):
+            _join(_sum, message, group)
     return message
 
 
-def _add(message: Tensor, group: Group = None) -> None:
-    """Sum over the ranks in place.
+def _sum(message: Tensor, group: Group = None) -> None:
+    """Sums ``message`` over the ranks in place.
 
-    gloo's all-reduce passes a message round a ring, and wakes a thread of each rank at every one of
-    its 2 (W - 1) steps.  Small messages go to all others at once, and every rank adds what it has
-    got, in the same order: one step, and the same bits everywhere.
+    gloo's all-reduce passes a message round a ring, and wakes a thread of each rank at each of its
+    2 (W - 1) steps.  A small message goes to all other ranks at once instead, and every rank adds
+    what it receives in the same order: one step, and the same bits everywhere.
     """
     ranks = dist.get_world_size(group)
-    is_small = message.nbytes <= EXCHANGED and message.device.type == "cpu"
+    is_small = message.nbytes <= MAX_EXCHANGE_BYTES and message.device.type == "cpu"
     if not is_small or ranks == 1 or dist.get_backend(group) != "gloo":
         dist.all_reduce(message, group=group)
         return
-    own = message.detach()
-    sent = own.reshape(-1).repeat(ranks)
-    of_all = torch.empty_like(sent)
-    dist.all_to_all_single(of_all, sent, group=group)
-    torch.sum(of_all.view(ranks, *own.shape), 0, dtype=own.dtype, out=own)
+    result = message.detach()
+    copies = result.reshape(-1).repeat(ranks)
+    received = torch.empty_like(copies)
+    dist.all_to_all_single(received, copies, group=group)
+    torch.sum(received.view(ranks, *result.shape), 0, dtype=result.dtype, out=result)
 
 
-def sum_for_moving(message: Tensor) -> Tensor:
-    """The same for what only moves from rank to rank: it is no payload of the algorithm."""
-    before = training_traffic.copy()
-    sum_for_training(message, of_models=True)
-    training_traffic.sums, training_traffic.payload = before.sums, before.payload
-    return message
+def _join(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Calls and counts a collective; does nothing without a process group."""
+    if is_started():
+        with collective():
+            function(*arguments, **options)
 
 
 def sum_over_ranks(message: Tensor) -> Tensor:
-    """Sum ``message`` over all ranks in place: metrics, evaluation and checks; not counted."""
-    if is_started():
-        with joining():
-            _add(message)
+    """Sums ``message`` over all ranks in place, for metrics, evaluation and checks; not counted."""
+    _join(_sum, message)
     return message
 
 
-def values_of_sum(message: Tensor) -> list[float]:
-    """The sum of a 1-d ``message`` over all ranks."""
+def sum_as_list(message: Tensor) -> list[float]:
+    """Sums the 1-d ``message`` over all ranks in place and returns the values; not counted."""
     return to_cpu(sum_over_ranks(message)).tolist()
 
 
 def to_cpu(message: Tensor) -> Tensor:
-    """What collectives have left, on the CPU.
+    """Copies the result of a collective to the CPU.
 
-    On a GPU they return at once, and a rank waits where it reads: here a watchdog sees that it
-    does.
+    On a GPU a collective returns at once, and the rank waits for others where it reads the result.
+    Here the watchdog sees that it waits.
     """
     with waiting():
         return message.cpu()
 
 
 def max_over_ranks(message: Tensor) -> Tensor:
-    """The largest of the ranks' ``message``, element by element, in place; not counted."""
-    if is_started():
-        with joining():
-            dist.all_reduce(message, op=dist.ReduceOp.MAX)
+    """Takes the element-wise maximum of ``message`` over all ranks, in place; not counted."""
+    _join(dist.all_reduce, message, op=dist.ReduceOp.MAX)
     return message
 
 
 def all_gather(message: Tensor) -> list[Tensor]:
-    """The ranks' ``message`` tensors (one shape), by rank; for reports, not in a hot path."""
-    if not is_started():
-        return [message]
-    gathered = [torch.empty_like(message) for _ in range(world_size())]
-    with joining():
-        dist.all_gather(gathered, message)
+    """Returns the ``message`` of every rank, by rank; all messages have one shape."""
+    gathered = [message.clone() for _ in range(world_size())]
+    _join(dist.all_gather, gathered, message)
     return gathered
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """The ranks' ``value``, by rank, on every rank."""
+    """Returns the ``value`` of every rank, by rank."""
     gathered = [value] * world_size()
-    if is_started():
-        with joining():
-            dist.all_gather_object(gathered, value)
+    _join(dist.all_gather_object, gathered, value)
     return gathered
 
 
-def gather_to_first(message: Tensor) -> list[Tensor]:
-    """The ranks' ``message`` tensors (one shape), by rank, on rank 0; empty on the others."""
-    if not is_started():
-        return [message]
-    gathered = [torch.empty_like(message) for _ in range(world_size())] if rank() == 0 else []
-    with joining():
-        dist.gather(message, gathered if rank() == 0 else None, dst=0)
-    return gathered
+def gather_to_rank_0(message: Tensor) -> list[Tensor]:
+    """Returns on rank 0 what ``all_gather`` returns, and an empty list on the other ranks."""
+    gathered = [message.clone() for _ in range(world_size())] if rank() == 0 else None
+    _join(dist.gather, message, gathered, dst=0)
+    return gathered or []
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank."""
+    """Returns the ``value`` of rank 0 on every rank."""
     box = [value]
-    if is_started():
-        with joining():
-            dist.broadcast_object_list(box, src=0)
+    _join(dist.broadcast_object_list, box, src=0)
     return box[0]
 
 
 def broadcast_tensors(tensors: list[Tensor]) -> None:
-    """Overwrite every rank's ``tensors`` with rank 0's."""
-    if is_started():
-        for tensor in tensors:
-            with joining():
-                dist.broadcast(tensor.detach(), src=0)
+    """Overwrites ``tensors`` on every rank with those of rank 0."""
+    for tensor in tensors:
+        _join(dist.broadcast, tensor.detach(), src=0)

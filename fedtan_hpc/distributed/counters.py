@@ -1,79 +1,78 @@
-"""What this rank has sent, and how far it has come.  No torch."""
+"""What this rank has sent, and how far it has come.  No torch.
+
+``collectives`` counts; the trainer records the traffic of a round, the watchdog compares progress.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-EXCHANGED = 32768
-"""Bytes of the largest message that ranks over gloo sum in one exchange.  With alpha seconds a step
-and beta a byte, an exchange of n bytes takes alpha + (W - 1) n beta and a ring 2 (W - 1) alpha and
-more: the exchange is the quicker for n < 2 alpha / beta, on any number of ranks.  With 100 µs that
-is 25 kB at 1 Gbit/s, and 250 kB at 10."""
+MAX_EXCHANGE_BYTES = 32768
+"""Largest message in bytes that ranks over gloo sum in one all-to-all exchange.
+
+With a latency of alpha seconds and beta seconds a byte, an exchange of n bytes between W ranks
+takes alpha + (W - 1) n beta, and a ring 2 (W - 1) alpha or more.  The exchange is faster for
+n < 2 alpha / beta: with alpha = 100 µs below 25 kB at 1 Gbit/s, and below 250 kB at 10 Gbit/s."""
 
 
 @dataclass
 class CommCounters:
-    """Collectives that training needs (statistics and model averages), counted on this rank."""
+    """This rank's collectives for training: statistics, models, gradients and private states."""
 
     messages: int = 0
-    """Collective calls."""
+    """Collective calls; 0 in a single process."""
     bytes: int = 0
-    """Payload that this rank put into them, in bytes."""
-    sums: int = 0
-    payload: int = 0
-    """The same two, counted in a single process too, which has nobody to send anything to."""
+    """Bytes that this rank put into these calls."""
+    payload_messages: int = 0
+    """Calls without those that only move private states; a single process counts them too."""
+    payload_bytes: int = 0
+    """Bytes of the calls in ``payload_messages``."""
     statistics_seconds: float = 0.0
+    """Time in collectives of BN statistics."""
     average_seconds: float = 0.0
-    """Time in those for statistics, and for models, gradients and private states."""
+    """Time in collectives of models, gradients and private states."""
 
-    def add_to_statistics(self, seconds: float) -> None:
-        """Count time in a collective of statistics."""
-        self.statistics_seconds += seconds
-
-    def add_to_average(self, seconds: float) -> None:
-        """Count time in a collective of models, gradients or private states."""
-        self.average_seconds += seconds
+    def add_seconds(self, of_models: bool, seconds: float) -> None:
+        """Adds the time of a collective of models, gradients and states, or of statistics."""
+        if of_models:
+            self.average_seconds += seconds
+        else:
+            self.statistics_seconds += seconds
 
     def since(self, earlier: CommCounters) -> CommCounters:
-        """What was added after ``earlier`` was copied from this counter."""
+        """Returns what was counted after ``earlier`` was copied from this counter."""
+        names = [field.name for field in fields(self)]
         return CommCounters(
-            self.messages - earlier.messages,
-            self.bytes - earlier.bytes,
-            self.sums - earlier.sums,
-            self.payload - earlier.payload,
-            self.statistics_seconds - earlier.statistics_seconds,
-            self.average_seconds - earlier.average_seconds,
+            **{name: getattr(self, name) - getattr(earlier, name) for name in names}
         )
 
     def copy(self) -> CommCounters:
-        """The present count, which does not move on."""
+        """Returns a snapshot, which later collectives do not change."""
         return replace(self)
 
 
 @dataclass
 class Progress:
-    """How far this rank has come; for a watchdog that compares the ranks."""
+    """How far this rank has come; the watchdog compares it between ranks."""
 
     round: int = 0
-    """In which it is; 0 before the first."""
-    joined: int = 0
-    """Collectives that it has begun: as many on every rank at the same place."""
+    """Number of the current round; 0 before the first."""
+    collectives: int = 0
+    """Collectives that this rank has begun; equal on all ranks at the same point of the program."""
     waiting_since: float | None = None
-    """On ``time.monotonic``'s clock, if it is in a collective now."""
+    """Time on ``time.monotonic``'s clock since which this rank waits for others, or None."""
 
 
 training_traffic = CommCounters()
-
-
 progress = Progress()
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Mark this rank as waiting for others, for the watchdog."""
+    """Marks this rank as waiting for other ranks during the block."""
     progress.waiting_since = time.monotonic()
     try:
         yield
@@ -82,8 +81,8 @@ def waiting() -> Iterator[None]:
 
 
 @contextmanager
-def joining() -> Iterator[None]:
-    """Count a collective that this rank joins, and mark it as waiting."""
-    progress.joined += 1
+def collective() -> Iterator[None]:
+    """Counts the collective in the block as begun, and marks this rank as waiting."""
+    progress.collectives += 1
     with waiting():
         yield

@@ -1,127 +1,106 @@
-"""Joining and leaving the process group, and this process's place in it."""
+"""The process group: start and stop it, this process's rank in it, and barriers.
+
+Jobs start and stop it; every room that exchanges tensors asks for rank and world size.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
-import socket
 import sys
 from datetime import timedelta
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from ..runtime import launcher_env
-from . import rendezvous as slurm
+from . import rendezvous
 from .channel import Channel
-from .counters import joining, progress
+from .counters import collective, progress
 
 Group: TypeAlias = dist.ProcessGroup | None
 
-
-_starts = itertools.count(1)
-
-
-_SLACK = 1.5
-"""A collective's own time-out over that of the watchdog, which names the rank that is missing."""
-
-
-_ANSWER_SECONDS = 30.0
-
-
-_served: list[Any] = []
-"""Rank 0's stores of channels over MPI; each ends with its object, which goes when ranks stop."""
-
-
-_first: list[Any] = []
-"""The first store of this process, kept until it ends: where rank 0 serves it, a rank that is
-already at its next start may be connected to it, and later stores share its server."""
+_c10d: Any = dist
+_TIMEOUT_FACTOR = 1.5
+"""Time-out of a collective over that of the watchdog, which must name the missing rank first."""
+_CHANNEL_SECONDS = 30.0
+"""Time-out of a call of the channel."""
+_start_numbers = itertools.count(1)
+_channel_servers: list[Any] = []
+"""Stores that rank 0 serves for channels over MPI; a server ends with its object."""
+_first_store: list[Any] = []
+"""The first store of this process, kept until the process ends.  Where rank 0 serves it, later
+stores share its server, and a rank that is already at its next start may be connected to it."""
 
 
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> Channel:
-    """Join the process group that the launcher's MASTER_ADDR and MASTER_PORT describe.
+    """Joins the process group at MASTER_ADDR and MASTER_PORT; returns a channel beside it.
 
-    srun and mpirun set neither: SLURM knows the first node, and over MPI (backend mpi) none is
-    needed; for the others rank 0 names a place by MPI.  A process may start and stop several times,
-    as a sweep does, and torchrun may restart it: each start has keys of its own in the store, where
-    the addresses of the last one still stand.  Returns a channel beside the collectives.
+    srun and mpirun do not set the two variables: under srun they follow from SLURM's variables,
+    and under mpirun rank 0 sends its address by MPI.  The backend mpi needs no address.
+
+    A process may start and stop several times, as in a sweep, and torchrun may restart it.  So each
+    start uses its own keys of the store, which still holds the addresses of earlier starts.
     """
-    progress.round = progress.joined = 0
-    limit = timedelta(seconds=_SLACK * timeout_seconds)
+    progress.round = progress.collectives = 0
+    limit = timedelta(seconds=_TIMEOUT_FACTOR * timeout_seconds)
     if backend == "mpi":
         _mpi().init_process_group()
-        return _channel(_mpi().share(_free_place() if rank == 0 else None), serves=rank == 0)
+        return _open_channel(_rank_0_endpoint(rank), serves=rank == 0)
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        place = _free_place() if _is_by_mpirun() and rank == 0 else None
-        place = _mpi().share(place) if _is_by_mpirun() else slurm.meeting_place()
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=limit))
-    if not _first:
-        _first.append(store)
-    prefix = f"fedtan_hpc/restart{launcher_env.restarts()}/start{next(_starts)}"
-    own_keys = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend, store=own_keys, rank=rank, world_size=world_size, timeout=limit
-    )
-    return _channel((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), prefix)
+        by_mpirun = launcher_env.detect().launcher in launcher_env.MPI_LAUNCHERS
+        endpoint = _rank_0_endpoint(rank) if by_mpirun else rendezvous.master_endpoint()
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = endpoint
+    store, _, _ = next(torch_rendezvous("env://", rank, world_size, timeout=limit))
+    if not _first_store:
+        _first_store.append(store)
+    prefix = f"fedtan_hpc/restart{launcher_env.restart_count()}/start{next(_start_numbers)}"
+    keys = _c10d.PrefixStore(prefix, store)
+    dist.init_process_group(backend, store=keys, rank=rank, world_size=world_size, timeout=limit)
+    return _open_channel((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), prefix)
 
 
-def _channel(place: tuple[str, str], prefix: str = "fedtan_hpc", serves: bool = False) -> Channel:
-    """A connection to the store at ``place``, or, on the rank that ``serves``, the store itself."""
-    c10d: Any = dist
-    how = {"wait_for_workers": False, "timeout": timedelta(seconds=_ANSWER_SECONDS)}
-    host, port = place[0], int(place[1])
+def _open_channel(
+    endpoint: tuple[str, str], prefix: str = "fedtan_hpc", serves: bool = False
+) -> Channel:
+    """Connects to the store at ``endpoint``; the rank that ``serves`` starts it first."""
+    options = {"wait_for_workers": False, "timeout": timedelta(seconds=_CHANNEL_SECONDS)}
+    host, port = endpoint[0], int(endpoint[1])
     if serves:
-        _served.append(c10d.TCPStore(host, port, is_master=True, **how))
-    own = c10d.TCPStore(host, port, is_master=False, **how)
-    return Channel(c10d.PrefixStore(f"{prefix}/channel", own))
+        _channel_servers.append(_c10d.TCPStore(host, port, is_master=True, **options))
+    # The channel has its own connection: the process group's may hang.
+    store = _c10d.TCPStore(host, port, is_master=False, **options)
+    return Channel(_c10d.PrefixStore(f"{prefix}/channel", store))
 
 
-def _is_by_mpirun() -> bool:
-    return launcher_env.detect().launcher in launcher_env.MPI_LAUNCHERS
+def _rank_0_endpoint(rank: int) -> tuple[str, str]:
+    endpoint: tuple[str, str] = _mpi().share(rendezvous.free_endpoint() if rank == 0 else None)
+    return endpoint
 
 
 def _mpi() -> Any:
-    """The module that loads MPI, which only jobs that need it do."""
+    """Imports the MPI backend, which only jobs over MPI need."""
     from .mpi import backend
 
     return backend
 
 
-def _free_place() -> tuple[str, str]:
-    """An address of this host that others reach, and a port that is free."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    return _own_address(), port
-
-
-def _own_address() -> str:
-    """By which other hosts reach this one: that of its way out, else its name's."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way_out:
-        try:
-            way_out.connect(("192.0.2.1", 9))  # an address for documentation; nothing is sent
-            return str(way_out.getsockname()[0])
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
-
-
 def stop() -> None:
-    """Leave the process group once all ranks are here."""
+    """Leaves the process group once all ranks have come here."""
     barrier()
     dist.destroy_process_group()
-    _served.clear()
+    _channel_servers.clear()
 
 
 def end_job(code: int) -> None:
-    """End all processes of a job under MPI, which would hang on one that is gone."""
+    """Ends all processes of a job over MPI; without this they would wait for this one."""
     if mpi := sys.modules.get(f"{__package__}.mpi.backend"):
         mpi.abort(code)
 
 
-def has_lost_a_rank(error: BaseException) -> bool:
-    """Whether a collective failed with ``error`` because another rank's process is gone."""
+def is_lost_rank_error(error: BaseException) -> bool:
+    """Returns whether a collective failed because another rank's process has ended."""
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",
@@ -132,22 +111,22 @@ def has_lost_a_rank(error: BaseException) -> bool:
 
 
 def is_started() -> bool:
-    """Whether there is a process group."""
+    """Returns whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank(group: Group = None) -> int:
-    """This process's number in the group, from 0."""
+    """Returns this process's rank in ``group``, from 0; 0 without a process group."""
     return dist.get_rank(group) if is_started() else 0
 
 
 def world_size(group: Group = None) -> int:
-    """Number of processes in the group."""
+    """Returns the number of ranks in ``group``; 1 without a process group."""
     return dist.get_world_size(group) if is_started() else 1
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Waits until all ranks have come here."""
     if is_started():
-        with joining():
+        with collective():
             dist.barrier()

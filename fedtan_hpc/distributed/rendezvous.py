@@ -1,4 +1,7 @@
-"""Where the ranks that srun started meet: no host names to know, no variables to set.  No torch."""
+"""Addresses at which ranks meet, from SLURM's variables or from this host's network.  No torch.
+
+``process_group`` uses them where the launcher sets no MASTER_ADDR.
+"""
 
 from __future__ import annotations
 
@@ -11,50 +14,62 @@ from collections.abc import Mapping
 from ..config.errors import ConfigError, format_option_error
 
 _FIRST_PORT, _PORTS = 20_000, 10_000
-_ASKING_SECONDS = 20.0
+_SCONTROL_SECONDS = 20.0
 
 
-def meeting_place(variables: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """Address and port of rank 0, the same on every rank, as MASTER_ADDR and MASTER_PORT.
+def master_endpoint(variables: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """Returns MASTER_ADDR and MASTER_PORT for a job that srun started, equal on all ranks.
 
-    The address is the first node's name if it resolves, else the address that SLURM has for it; the
-    port follows from the job's number, so that it is the same after a requeue.  What the two
-    variables say already stands.
+    The address is the first node's name if it resolves, else the address that SLURM knows for it.
+    The port follows from the job's number, so a requeued job keeps it.  Either variable, if set,
+    has precedence.
 
-    Raises ``ConfigError`` if neither name nor address can be had.
+    Raises ``ConfigError`` if the first node has neither a name that resolves nor an address.
     """
     port = _FIRST_PORT + int(variables.get("SLURM_JOB_ID", "0")) % _PORTS
-    given = variables.get("MASTER_ADDR")
-    return given or _address(variables), variables.get("MASTER_PORT", str(port))
+    address = variables.get("MASTER_ADDR") or _address_of_first_node(variables)
+    return address, variables.get("MASTER_PORT", str(port))
+
+
+def free_endpoint() -> tuple[str, str]:
+    """Returns an address of this host that other hosts reach, and a free port."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port = str(listener.getsockname()[1])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outgoing:
+        try:
+            outgoing.connect(("192.0.2.1", 9))  # a documentation address; nothing is sent
+            return str(outgoing.getsockname()[0]), port
+        except OSError:  # this host has no route to others
+            return socket.gethostbyname(socket.gethostname()), port
 
 
 def first_node(nodes: str) -> str:
-    """The first name of SLURM's list, such as ``gpu[03-07,9],login``: gpu03."""
-    found = re.match(r"(?:[^,\[]|\[[^]]*])+", nodes)
-    return re.sub(r"\[(\d+)[^]]*]", r"\1", found[0]) if found else ""
+    """Returns the first name of SLURM's node list: gpu03 for ``gpu[03-07,9],login``."""
+    first = re.match(r"(?:[^,\[]|\[[^]]*])+", nodes)
+    return re.sub(r"\[(\d+)[^]]*]", r"\1", first[0]) if first else ""
 
 
-def _address(variables: Mapping[str, str]) -> str:
+def _address_of_first_node(variables: Mapping[str, str]) -> str:
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
     node = first_node(nodes)
     try:
         socket.getaddrinfo(node, None)
         return node
     except OSError:
-        pass
-    found = re.search(r"\bNodeAddr=(\S+)", _asked_of_slurm(node))
-    if not found:
+        address = re.search(r"\bNodeAddr=(\S+)", _scontrol_show_node(node))
+    if not address:
         remedy = "set MASTER_ADDR to the address of the first node"
         allowed = "a name that resolves, or one whose address `scontrol show node` tells"
         raise ConfigError(format_option_error("SLURM_STEP_NODELIST", nodes, allowed, remedy))
-    return found[1]
+    return address[1]
 
 
-def _asked_of_slurm(node: str) -> str:
+def _scontrol_show_node(node: str) -> str:
     words = ["scontrol", "show", "node", node]
     try:
         return subprocess.run(
-            words, capture_output=True, text=True, timeout=_ASKING_SECONDS, check=False
+            words, capture_output=True, text=True, timeout=_SCONTROL_SECONDS, check=False
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

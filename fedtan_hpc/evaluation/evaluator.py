@@ -1,14 +1,16 @@
-"""What is evaluated: the global model, or each client's own, on test and training samples.
+"""Evaluates the global model, or the models of the clients, on test and training samples.
 
-Where algorithms leave each client a model of its own there is no global one to judge: then the
-mean stands for it over the models of all clients that have ever been drawn (``eval_clients`` of
-them); the others' have not been trained.
+With algorithms that give each client its own model, the mean over the clients' models stands for
+the global model.  It covers ``eval_clients`` of the clients that have ever been drawn; models of
+other clients are not trained.  Used by ``job``.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +23,58 @@ from ..data.partition import Indices
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
 from ..runtime import random_streams
+from ..runtime.transfer import copy_all
 from ..training.client_state import PrivateStates
-from .metrics import Evaluation, OverClients, evaluate, in_mix, over_clients, table
+from .metrics import Evaluation, OverClients, class_totals, evaluate, in_mix, over_clients
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """An evaluation, the same on all ranks."""
+    """The result of an evaluation, equal on all ranks."""
 
     test: Evaluation
-    """Of the global model on the test set, or the mean over the clients' own models."""
+    """The global model on the test set, or the mean over the clients' models."""
     over_clients: OverClients | None
-    """If clients have models of their own."""
+    """The clients' models; None if there is one global model."""
     pooled_train_loss: float | None
-    """sum_k p_k F_k over all training samples, or those drawn for it; where clients have models of
-    their own, over those that are judged, each with its own model."""
+    """sum_k p_k F_k over all training samples or ``eval_train_samples`` of them.
+
+    The clients' models count over the samples of the evaluated clients.
+    """
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the fields of ``RoundRecord`` that an evaluation fills, by name."""
+        figures: dict[str, Any] = {
+            "test_loss": self.test.loss,
+            "test_accuracy": self.test.accuracy,
+            "pooled_train_loss": self.pooled_train_loss,
+        }
+        if clients := self.over_clients:
+            figures |= {
+                "clients_judged": clients.clients,
+                "clients_test_accuracy_mean": clients.test.accuracy,
+                "clients_test_accuracy_spread": clients.test_spread,
+                "clients_own_mix_accuracy_mean": clients.own_mix.accuracy,
+                "clients_own_mix_accuracy_spread": clients.own_mix_spread,
+            }
+        return figures
+
+    def not_finite(self) -> str:
+        """Returns in words which loss is not finite, with its value; empty if all are finite."""
+        loss: float | None = self.test.loss
+        if self.over_clients and self.over_clients.not_finite:
+            which = f"the models of clients {self.over_clients.not_finite[:10]}"
+        elif not math.isfinite(self.test.loss):
+            which = "the averaged model on the test set"
+        elif not math.isfinite(self.pooled_train_loss or 0.0):
+            which, loss = "the averaged model on the training set", self.pooled_train_loss
+        else:
+            return ""
+        return f"{which} is not finite ({loss})"
 
 
 class Evaluator:
-    """Evaluates after a round."""
+    """Evaluates the global ``model``, or the clients' models if ``states`` has such."""
 
     def __init__(
         self,
@@ -49,83 +84,66 @@ class Evaluator:
         states: PrivateStates,
         config: Config,
     ) -> None:
-        self._model = model
-        self._store = store
-        self._states = states
+        self._model, self._store, self._states, self._config = model, store, states, config
         self._classes = dataset.classes
-        self._chosen, self._owners = _chosen(store.parts, config.eval_train_samples, config.seed)
-        self._most, self._order = config.eval_clients, _order(config.clients, config.seed)
-        everywhere = states.are_models  # else a rank has its share of the samples
-        mine = (
-            slice(None)
-            if everywhere
-            else slice(process_group.rank(), None, process_group.world_size())
-        )
-        places = np.arange(len(dataset.test))[mine]
-        self._test = store.test_samples(dataset.test[mine], places)
-        if everywhere:
-            self._own = copy.deepcopy(model)
-            self._plain_test = store.unshifted(dataset.test) if store.shift else self._test
-        else:
-            self._train = store.of_clients(self._chosen[mine], self._owners[mine])
+        indices, clients = _train_samples(store.partition, config.eval_train_samples, config.seed)
+        self._train_indices, self._train_clients = indices, clients
+        positions = np.arange(len(dataset.test))
+        if states.are_models:
+            self._client_model = copy.deepcopy(model)
+            self._test = store.test_samples(dataset.test, positions)
+            self._unshifted_test = store.unshifted(dataset.test) if store.shift else self._test
+        else:  # each rank evaluates its share of the samples
+            share = slice(process_group.rank(), None, process_group.world_size())
+            self._test = store.test_samples(dataset.test[share], positions[share])
+            self._train = store.client_samples(indices[share], clients[share])
 
-    def judge(self) -> EvaluationResult:
-        """One pass over the test set, for each client if it has a model of its own."""
+    def evaluate(self) -> EvaluationResult:
+        """Evaluates on all ranks together; collective."""
         if self._states.are_models:
-            return self._judge_clients()
-        loss = evaluate(self._model, self._train).loss if len(self._chosen) else None
+            return self._evaluate_clients()
+        loss = evaluate(self._model, self._train).loss if len(self._train_indices) else None
         return EvaluationResult(evaluate(self._model, self._test), None, loss)
 
-    def _judge_clients(self) -> EvaluationResult:
-        """The clients are dealt out evenly, and their states move with them."""
-        drawn = set(self._states.drawn())
-        judged = [client for client in self._order if client in drawn][: self._most]
-        hosted = [
-            judged[rank :: process_group.world_size()] for rank in range(process_group.world_size())
-        ]
+    def _evaluate_clients(self) -> EvaluationResult:
+        """Assigns the clients evenly to the ranks, moves their states there and evaluates them."""
+        rng = random_streams.generator(random_streams.EVALUATED_CLIENTS, self._config.seed)
+        order, drawn = rng.permutation(self._config.clients), set(self._states.drawn())
+        clients = [int(client) for client in order if client in drawn][: self._config.eval_clients]
+        ranks = process_group.world_size()
+        hosted = [clients[rank::ranks] for rank in range(ranks)]
         self._states.move(hosted, training=False)
-        totals = torch.zeros(3, dtype=torch.float64, device=self._test.labels.device)
+        train_totals = torch.zeros(3, dtype=torch.float64, device=self._test.labels.device)
         rows: dict[int, Tensor] = {}
         for client in hosted[process_group.rank()]:
-            model = self._model_of(client)
-            rows[client] = self._row(client, model)
-            mine = self._chosen[self._owners == client]
-            if len(mine):
-                samples = self._store.of_clients(mine, np.full(len(mine), client))
-                totals += table(model, samples, 1)[0]
-        found = over_clients(rows, judged, self._test.labels)
-        loss, _, count = collectives.values_of_sum(totals)
-        return EvaluationResult(found.test, found, loss / count if count else None)
+            copy_all(model_tensors(self._client_model), model_tensors(self._model))
+            self._states.load(client, self._client_model)
+            rows[client] = self._test_row(client)
+            indices = self._train_indices[self._train_clients == client]
+            if len(indices):
+                samples = self._store.client_samples(indices, np.full(len(indices), client))
+                train_totals += class_totals(self._client_model, samples, 1)[0]
+        figures = over_clients(rows, clients, self._test.labels)
+        loss, _, count = collectives.sum_as_list(train_totals)
+        return EvaluationResult(figures.test, figures, loss / count if count else None)
 
-    def _row(self, client: int, model: nn.Module) -> Tensor:
-        """Loss and accuracy of a client on the test set, then in its own mix, (4,)."""
-        on_test_C3 = own_C3 = table(model, self._test, self._classes)
+    def _test_row(self, client: int) -> Tensor:
+        """Returns loss and accuracy on the test set, then in the client's label mix, (4,)."""
+        model, classes = self._client_model, self._classes
+        on_test_C3 = in_shift_C3 = class_totals(model, self._test, classes)
         if self._store.shift is not None:
-            own_C3 = table(model, self._store.shifted(self._plain_test, client), self._classes)
-        summed = on_test_C3.sum(0)
-        return torch.cat([summed[:2] / summed[2], in_mix(own_C3, self._store.label_mix(client))])
-
-    @torch.no_grad()
-    def _model_of(self, client: int) -> nn.Module:
-        values = zip(model_tensors(self._own), model_tensors(self._model), strict=True)
-        for own, of_all in values:
-            own.copy_(of_all)
-        self._states.load(client, self._own)
-        return self._own
+            samples = self._store.shifted(self._unshifted_test, client)
+            in_shift_C3 = class_totals(model, samples, classes)
+        totals, mix_C = on_test_C3.sum(0), self._store.label_mix(client)
+        return torch.cat([totals[:2] / totals[2], in_mix(in_shift_C3, mix_C)])
 
 
-def _order(clients: int, seed: int) -> list[int]:
-    """In which clients come to be judged, if there are more than are asked for."""
-    rng = random_streams.generator(random_streams.JUDGED, seed)
-    return [int(client) for client in rng.permutation(clients)]
-
-
-def _chosen(parts: list[Indices], samples: int, seed: int) -> tuple[Indices, Indices]:
-    """Training samples to take the loss of, all or a random ``samples``, and their clients."""
-    indices = np.concatenate(parts)
-    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    if samples < len(indices):
+def _train_samples(partition: list[Indices], count: int, seed: int) -> tuple[Indices, Indices]:
+    """Returns indices of all training samples or ``count`` random ones, and their clients."""
+    indices = np.concatenate(partition)
+    clients = np.repeat(np.arange(len(partition)), [len(part) for part in partition])
+    if count < len(indices):
         rng = random_streams.generator(random_streams.TRAIN_LOSS, seed)
-        places = np.sort(rng.choice(len(indices), samples, replace=False))
-        indices, owners = indices[places], owners[places]
-    return indices, owners
+        chosen = np.sort(rng.choice(len(indices), count, replace=False))
+        indices, clients = indices[chosen], clients[chosen]
+    return indices, clients

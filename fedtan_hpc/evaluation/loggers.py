@@ -1,41 +1,83 @@
-"""What rank 0 shows: a progress bar on a terminal, plain lines elsewhere, a table at the end."""
+"""Callbacks of rank 0: ``rounds.jsonl``, TensorBoard's event file, and the display.
+
+The display is a progress bar on a terminal, plain lines elsewhere, and a table at the end.
+"""
 
 from __future__ import annotations
 
 import json
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from .records import RoundCallback, RoundRecord, Summary
+from .callbacks import RoundCallback, RunInfo
+from .records import RoundRecord, Summary
+
+
+class RoundsFile(RoundCallback):
+    """Appends one line a round to ``rounds.jsonl``."""
+
+    def run_began(self, run: RunInfo) -> None:
+        """Learns the folder."""
+        self._path = run.run_dir / "rounds.jsonl"
+
+    def round_ended(self, record: RoundRecord) -> None:
+        """Writes the line."""
+        with open(self._path, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+
+
+class TensorBoardLog(RoundCallback):
+    """Draws one curve for each figure of the rounds in TensorBoard's event file."""
+
+    _writer: Any = None
+
+    def run_began(self, run: RunInfo) -> None:
+        """Opens the file; curves lose the points of rounds that are trained again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = run.rounds_done + 1 if run.rounds_done else None
+        self._writer = SummaryWriter(str(run.run_dir), purge_step=purge_step)
+
+    def round_ended(self, record: RoundRecord) -> None:
+        """Adds a point to each curve."""
+        for name, value in asdict(record).items():
+            if value is not None and name != "round":
+                self._writer.add_scalar(name, value, record.round)
+
+    def run_failed(self, error: object) -> None:
+        """Closes the file."""
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+
+    run_ended = run_failed
 
 
 class Display(RoundCallback):
-    """Follows the rounds of a run."""
+    """Shows the progress and the result of a run on standard output."""
 
-    def __init__(self, rounds: int, behind: int = 0) -> None:
-        self._rounds = rounds
+    def __init__(self) -> None:
         self._console = Console()
         self._bar: Progress | None = None
+        self._rounds = 0
         self._accuracy = ""
+
+    def run_began(self, run: RunInfo) -> None:
+        """Starts the bar on a terminal."""
+        self._rounds = run.config.rounds
         if self._console.is_terminal:
-            columns = (
-                TextColumn("round"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("", total=rounds, completed=behind)
+            columns = "round", MofNCompleteColumn(), BarColumn(), "{task.description}"
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task("", total=self._rounds, completed=run.rounds_done)
             self._bar.start()
 
-    def round(self, record: RoundRecord) -> None:
-        """Move the bar on; without a terminal, a line for each evaluation."""
+    def round_ended(self, record: RoundRecord) -> None:
+        """Advances the bar; without a terminal, prints a line for each evaluated round."""
         if record.test_accuracy is not None:
             self._accuracy = f"  test accuracy {100 * record.test_accuracy:.1f} %"
         text = f"train loss {record.train_loss:.4f}{self._accuracy}"
@@ -46,19 +88,24 @@ class Display(RoundCallback):
             seconds = f"{record.round_seconds:.3f} s/round"
             print(f"round {number}/{self._rounds}  {text}  {seconds}", flush=True)
 
-    def close(self) -> None:
-        """Leave the bar as it stands."""
+    def run_ended(self, summary: Summary) -> None:
+        """Stops the bar and shows the result."""
+        self.run_failed(summary)
+        show_result(summary)
+
+    def run_failed(self, error: object) -> None:
+        """Stops the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def show_result(summary: Summary) -> None:
-    """The result table."""
+    """Prints the table of results."""
     table = Table(title="Result", show_header=False)
     rows = (
         ("algorithm", summary.algorithm),
         ("test accuracy", f"{100 * summary.test_accuracy:.2f} %"),
-        *_of_clients(summary),
+        *_rows_over_clients(summary),
         ("test loss", f"{summary.test_loss:.4f}"),
         ("rounds", f"{summary.rounds}"),
         ("seconds", f"{summary.total_seconds:.1f}"),
@@ -70,43 +117,17 @@ def show_result(summary: Summary) -> None:
         table.add_row(*row, style="bold" if row[0] == "test accuracy" else "")
     console = Console()
     if not console.is_terminal:
-        console.width = 100 + len(summary.run_dir)  # a log has room for the whole path
+        console.width = 100 + len(summary.run_dir)  # so that no line breaks inside the path
     console.print(table)
 
 
-def _of_clients(summary: Summary) -> list[tuple[str, str]]:
-    """What the figures are of, if not of one global model."""
-    if summary.clients_own_mix_accuracy_mean is None:
+def _rows_over_clients(summary: Summary) -> list[tuple[str, str]]:
+    """Returns what the test accuracy is the mean of, unless it is that of one global model."""
+    mean, spread = summary.clients_own_mix_accuracy_mean, summary.clients_own_mix_accuracy_spread
+    if mean is None:
         return []
-    spread = summary.clients_test_accuracy_spread or 0.0
-    own, of_own = summary.clients_own_mix_accuracy_mean, summary.clients_own_mix_accuracy_spread
+    test_spread = summary.clients_test_accuracy_spread or 0.0
     return [
-        ("is the", f"{summary.judged} ({summary.clients_judged}), ± {100 * spread:.2f}"),
-        ("in own mix of labels", f"{100 * own:.2f} ± {100 * (of_own or 0.0):.2f} %"),
+        ("is the", f"{summary.judged} ({summary.clients_judged}), ± {100 * test_spread:.2f}"),
+        ("in own mix of labels", f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %"),
     ]
-
-
-class RunLog(RoundCallback):
-    """Appends to ``rounds.jsonl`` and to TensorBoard's event file."""
-
-    def __init__(self, folder: Path, behind: int = 0) -> None:
-        """Rounds until ``behind`` are there already; curves lose what came after them."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._lines = open(folder / "rounds.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(folder), purge_step=behind + 1 if behind else None)
-
-    def round(self, record: RoundRecord) -> None:
-        """One line, written through at once, and one point on each curve."""
-        values = asdict(record)
-        self._lines.write(json.dumps(values, allow_nan=False) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if value is not None and name != "round":
-                self._board.add_scalar(name, value, record.round)
-
-    def close(self) -> None:
-        """Flush and close both files; what they lost was told when it was written."""
-        for each in (self._lines, self._board):
-            with suppress(OSError):
-                each.close()

@@ -1,4 +1,4 @@
-"""Loss and accuracy, shared out over the ranks and summed exactly.
+"""Loss and accuracy, computed by all ranks together and summed exactly.  Used by ``evaluator``.
 
 Shapes: C classes, K clients.
 """
@@ -28,34 +28,34 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class OverClients:
-    """The clients' own models: mean and sample deviation of each client's figures."""
+    """Mean and sample standard deviation over the clients' models of their figures."""
 
     clients: int
-    """How many were judged."""
+    """Number of evaluated clients."""
     not_finite: Sequence[int]
-    """Those whose loss is not a finite number."""
+    """Clients whose loss is not finite."""
 
     test: Evaluation
-    """On the global test set, the mean over the clients."""
+    """Mean over the clients, on the global test set."""
     test_spread: float
-    """Deviation of the accuracies on the global test set."""
+    """Deviation of the accuracy on the global test set."""
     own_mix: Evaluation
-    """On test samples in each client's own mix of labels (and shift of inputs)."""
+    """Mean over the clients, each on test samples in its label mix (and shift of inputs)."""
     own_mix_spread: float
+    """Deviation of the accuracy in the client's label mix."""
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples) -> Evaluation:
-    """Judge ``model`` on the union of all ranks' ``samples`` (some ranks may have none)."""
-    loss, right, count = collectives.values_of_sum(table(model, samples, 1).sum(0))
+    """Evaluates ``model`` on the union of all ranks' ``samples``; some ranks may have none."""
+    loss, right, count = collectives.sum_as_list(class_totals(model, samples, 1).sum(0))
     return Evaluation(loss / count, right / count)
 
 
 @torch.no_grad()
-def table(model: nn.Module, samples: Samples, classes: int) -> Tensor:
-    """Sum of losses, right answers and samples of each class, (C, 3) in float64.
+def class_totals(model: nn.Module, samples: Samples, classes: int) -> Tensor:
+    """Returns sum of losses, right answers and number of samples by class, (C, 3) in float64.
 
-    With one class there is a single row for all samples.
+    With ``classes`` = 1 a single row has the totals of all samples.
     """
     model.eval()
     totals_C3 = torch.zeros(classes, 3, dtype=torch.float64, device=samples.labels.device)
@@ -65,39 +65,40 @@ def table(model: nn.Module, samples: Samples, classes: int) -> Tensor:
         losses = cross_entropy(scores.double(), batch.labels, reduction="none")
         right = (scores.argmax(1) == batch.labels).double()
         rows = torch.stack([losses, right, torch.ones_like(losses)], dim=1)
-        place = batch.labels if classes > 1 else torch.zeros_like(batch.labels)
-        totals_C3.index_add_(0, place, rows)
+        index = batch.labels if classes > 1 else torch.zeros_like(batch.labels)
+        totals_C3.index_add_(0, index, rows)
     return totals_C3
 
 
-def in_mix(table_C3: Tensor, mix_C: Tensor) -> Tensor:
-    """Mean loss and accuracy, (2,), if the classes came in the shares of ``mix_C``.
+def in_mix(totals_C3: Tensor, mix_C: Tensor) -> Tensor:
+    """Returns mean loss and accuracy, (2,), for classes in the shares of ``mix_C``.
 
-    A class that the test set lacks is left out.
+    Classes without test samples are left out.
     """
-    count_C = table_C3[:, 2]
-    share_C = mix_C.to(table_C3) * (count_C > 0)
-    return (table_C3[:, :2] / count_C.clamp_min(1).unsqueeze(1)).T @ (share_C / share_C.sum())
+    count_C = totals_C3[:, 2]
+    share_C = mix_C.to(totals_C3) * (count_C > 0)
+    return (totals_C3[:, :2] / count_C.clamp_min(1).unsqueeze(1)).T @ (share_C / share_C.sum())
 
 
 def over_clients(rows: Mapping[int, Tensor], clients: Sequence[int], like: Tensor) -> OverClients:
-    """From this rank's rows [loss, accuracy, loss in own mix, accuracy in own mix] by client.
+    """Gathers the figures of ``clients``, each evaluated by one rank; all ranks return the same.
 
-    Each of ``clients`` is judged by one rank; all ranks return the same.
+    ``rows`` are this rank's, by client: test loss, test accuracy, and both in the client's label
+    mix.  The collective is on the device of ``like``.
     """
-    all_K4 = torch.zeros(len(clients), 4, dtype=torch.float64, device=like.device)
-    for place, client in enumerate(clients):
+    figures_K4 = torch.zeros(len(clients), 4, dtype=torch.float64, device=like.device)
+    for index, client in enumerate(clients):
         if client in rows:
-            all_K4[place] = rows[client]
-    all_K4 = collectives.to_cpu(collectives.sum_over_ranks(all_K4))
-    loss, accuracy, own_loss, own_accuracy = all_K4.mean(0).tolist()
-    spread = all_K4.std(0).tolist() if len(clients) > 1 else [0.0] * 4
-    finite = all_K4.isfinite().all(1).tolist()
+            figures_K4[index] = rows[client]
+    figures_K4 = collectives.to_cpu(collectives.sum_over_ranks(figures_K4))
+    loss, accuracy, mix_loss, mix_accuracy = figures_K4.mean(0).tolist()
+    spread = figures_K4.std(0).tolist() if len(clients) > 1 else [0.0] * 4
+    finite = figures_K4.isfinite().all(1).tolist()
     return OverClients(
         clients=len(clients),
-        not_finite=[c for c, good in zip(clients, finite, strict=True) if not good],
+        not_finite=[c for c, is_finite in zip(clients, finite, strict=True) if not is_finite],
         test=Evaluation(loss, accuracy),
         test_spread=spread[1],
-        own_mix=Evaluation(own_loss, own_accuracy),
+        own_mix=Evaluation(mix_loss, mix_accuracy),
         own_mix_spread=spread[3],
     )

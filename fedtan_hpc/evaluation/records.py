@@ -1,55 +1,56 @@
-"""What a run reports: one record a round, one summary at the end, and who writes them down."""
+"""What a run reports: a record of each round, and a summary at the end.  Loads without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One line of ``rounds.jsonl``."""
+    """One line of ``rounds.jsonl``.  Evaluation figures are null in rounds without evaluation."""
 
     round: int
-    """From 1."""
+    """Number of the round, from 1."""
     train_loss: float
     """sum_k p_k times client k's mean loss over its local steps, before each step."""
-    test_loss: float | None
-    """Mean cross-entropy on the test set; null if the round was not evaluated."""
-    test_accuracy: float | None
-    """Share of right answers on the test set, 0 to 1; null if not evaluated.
+    test_loss: float | None = None
+    """Mean cross-entropy on the test set."""
+    test_accuracy: float | None = None
+    """Share of right answers on the test set, 0 to 1.
 
-    Of the global model; where clients have models of their own, the mean over those judged.
+    That of the global model; if clients have models of their own, the mean over these models.
     """
-    pooled_train_loss: float | None
+    pooled_train_loss: float | None = None
     """sum_k p_k F_k on the training samples (``eval_train_samples`` of them), after the round."""
-    clients_judged: int | None
-    """Clients whose own models were judged; null where there is one global model."""
-    clients_test_accuracy_mean: float | None
-    """Of the clients' own models on the global test set; null where there is one global model."""
-    clients_test_accuracy_spread: float | None
-    """Sample deviation of the same over the clients."""
-    clients_own_mix_accuracy_mean: float | None
-    """The same models, each on test samples in its client's own mix of labels."""
-    clients_own_mix_accuracy_spread: float | None
-    """Sample deviation of the same over the clients."""
+    clients_judged: int | None = None
+    """Clients whose models are evaluated; null if there is a global model."""
+    clients_test_accuracy_mean: float | None = None
+    """Mean accuracy of the clients' models on the test set; null if there is a global model."""
+    clients_test_accuracy_spread: float | None = None
+    """Sample standard deviation over the clients of the accuracy on the test set."""
+    clients_own_mix_accuracy_mean: float | None = None
+    """Mean accuracy of the clients' models, each on test samples in its client's label mix."""
+    clients_own_mix_accuracy_spread: float | None = None
+    """Sample standard deviation over the clients of the accuracy in the client's label mix."""
     learning_rate: float
     round_seconds: float
-    """Wall time of local steps and average on rank 0; evaluation and checks are apart."""
+    """Wall time of local steps and average on rank 0, without evaluation and checks."""
     comm_messages: int
     """Collectives of BN statistics and model average on rank 0."""
     comm_bytes: int
-    """Payload of those collectives that rank 0 put in, in bytes."""
+    """Bytes that rank 0 puts into these collectives."""
     payload_messages: int
+    """As ``comm_messages``, but also counted in a single process, which sends nothing."""
     payload_bytes: int
-    """The same two, counted in a single process too, which has nobody to send anything to."""
+    """As ``comm_bytes``, but also counted in a single process, which sends nothing."""
     clients: int
     """Clients that took part."""
     statistics_seconds: float = 0.0
-    """Of ``round_seconds``, those in collectives of BN statistics, on rank 0's host."""
+    """The part of ``round_seconds`` in collectives of BN statistics, on rank 0's host."""
     average_seconds: float = 0.0
-    """The same of the model average, pooled gradients and private states."""
+    """The part of ``round_seconds`` in collectives of models, gradients and private states."""
     evaluation_seconds: float = 0.0
-    """Evaluation and checks, beside ``round_seconds``."""
+    """Evaluation and checks, which ``round_seconds`` does not include."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,22 @@ class Summary:
     """Share of right answers on the test set after the last round, 0 to 1."""
     test_loss: float
     total_seconds: float
-    """From the start of ``run`` to the final model, start-up and evaluation included."""
+    """From the start of ``run`` to the final model, with start-up and evaluation."""
     startup_seconds: float
-    """Of ``total_seconds``, those before the first round."""
+    """The part of ``total_seconds`` before the first round."""
     median_round_seconds: float
     peak_memory_bytes: int
-    """Most memory of any rank's process; on a GPU, of the GPU's memory."""
+    """Largest memory use of any rank's process; on a GPU, of the GPU's memory."""
     world_size: int
     backend: str
-    """Carrier of the collectives; "none" in a single process."""
+    """Backend of the collectives; "none" in a single process."""
     device: str
     parameters: int
     """Trainable values of the model."""
     versions: dict[str, str]
     run_dir: str
     machine: str = ""
-    """What rank 0 computed on."""
+    """GPU or CPUs of rank 0."""
     judged: str = "global model"
     """What the test figures are of: the global model, or the mean over the clients' own models."""
     pooled_train_loss: float | None = None
@@ -86,20 +87,10 @@ class Summary:
     clients_test_accuracy_spread: float | None = None
     clients_own_mix_accuracy_mean: float | None = None
     clients_own_mix_accuracy_spread: float | None = None
-    """These six as in the last line of ``rounds.jsonl``."""
+    """These six figures are those of the last ``RoundRecord``."""
     compile_seconds: float = 0.0
-    """Of ``startup_seconds``, those for compiling the training step; 0 if it runs eagerly."""
+    """The part of ``startup_seconds`` that compiles the training step; 0 if it runs eagerly."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Where a round's time goes (``phases``): seconds, medians over rounds of means over ranks."""
+    """Seconds of a round by phase: medians over rounds of means over ranks."""
     resumed_after: list[int] = field(default_factory=list)
-    """Rounds after which the run was interrupted and taken up; times are without the gaps."""
-
-
-class RoundCallback:
-    """Writes nothing: for every rank but 0."""
-
-    def round(self, record: RoundRecord) -> None:
-        """Take note of a round."""
-
-    def close(self) -> None:
-        """Nothing more comes."""
+    """Rounds after which the run was interrupted and resumed; times leave the gaps out."""

@@ -1,11 +1,11 @@
-"""Checkpoints: all that training needs to go on after a round, in files that are whole or refused.
+"""The files of a checkpoint, which holds all that training needs to continue after a round.
 
-round-000120.pt             the model, what outlives rounds, and the states that clients keep
-round-000120.states-1-0.pt  such states in files of their own, by rank, if they are very many
+round-000120.pt             the model, what else outlives a round, and the names of the shards
+round-000120.states-1-0.pt  a shard: private client states of rank 1, in one or more files a rank
 
-Each file is written under another name, synced and renamed, holds a digest of its values, and loads
-with torch's ``weights_only=True``, which runs nothing that a file might hold.  The first is written
-last, and names the others.
+Each file is written under another name, synced and renamed; it holds a digest of its values, and
+loads with torch's ``weights_only=True``, which runs no code from the file.  The first file is
+written last.  ``checkpoint_writer`` writes these files and ``resume`` reads them.
 """
 
 from __future__ import annotations
@@ -25,40 +25,41 @@ from ..runtime import atomic_files
 
 FOLDER = "checkpoints"
 """In the folder of a run."""
-FORMAT = 1
-_NAME = re.compile(r"round-(\d+)\.pt")
+FORMAT = 2
+_NAME = re.compile(r"round-(\d+)(\.states-\d+-\d+)?\.pt")
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint that is not whole; says which file, and why."""
+    """A checkpoint is not whole; the message says which file, and why."""
 
 
 def path_of(folder: Path, number: int) -> Path:
-    """The checkpoint after round ``number`` of the run in ``folder``."""
+    """Returns the path of the checkpoint after round ``number`` of the run in ``folder``."""
     return folder / FOLDER / f"round-{number:06d}.pt"
 
 
 def shard_of(path: Path, rank: int, index: int) -> Path:
-    """A file of states beside the checkpoint ``path``."""
+    """Returns the path of a shard of the checkpoint ``path``."""
     return path.with_name(f"{path.stem}.states-{rank}-{index}.pt")
 
 
 def existing(folder: Path) -> list[Path]:
-    """The checkpoints of the run in ``folder``, the newest first; whole or not."""
-    found = [path for path in (folder / FOLDER).glob("round-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=round_of, reverse=True)
+    """Returns the checkpoints of the run in ``folder``, newest first, whole or not."""
+    matches = (_NAME.fullmatch(path.name) for path in (folder / FOLDER).glob("round-*.pt"))
+    numbers = [int(match[1]) for match in matches if match and not match[2]]
+    return [path_of(folder, number) for number in sorted(numbers, reverse=True)]
 
 
 def round_of(path: Path) -> int:
-    """The round that a checkpoint's name says."""
-    name = _NAME.fullmatch(path.name)
-    return int(name[1]) if name else 0
+    """Returns the round in the file name of a checkpoint or shard."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
 
 
 def write(path: Path, content: dict[str, Any]) -> str:
-    """Write ``content`` (plain values, tensors, and dicts and lists of them); returns its digest.
+    """Writes ``content`` (plain values, tensors, and dicts and lists of them); returns its digest.
 
-    Raises ``OSError``; what was at ``path`` is then still there.
+    Raises ``OSError``; a file that was at ``path`` is then still there.
     """
     digest = _digest(content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,58 +68,56 @@ def write(path: Path, content: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What ``write`` wrote to ``path``; states from other files are not among it.
+    """Returns what ``write`` wrote to ``path``.
 
-    Raises ``CorruptCheckpointError``, ``OSError`` for a file that cannot be read now, and ``ConfigError`` for one
-    that another version has written.
+    Raises ``CorruptCheckpointError``, ``OSError`` for a file that cannot be read at the moment, and
+    ``ConfigError`` for a file of another version.
     """
     packed = io.BytesIO(path.read_bytes())
     try:
         content = torch.load(packed, map_location="cpu", weights_only=True)
-        found = content.pop("format"), content.pop("digest")
+        version, digest = content.pop("format"), content.pop("digest")
     except MemoryError:
         raise
-    except Exception as error:  # of a damaged file torch raises whatever it meets
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
         raise CorruptCheckpointError(f"{path}: {one_line(error)}") from error
-    if found[0] != FORMAT:
+    if version != FORMAT:
         remedy = "go on with the version that wrote it, or set resume=never"
-        raise ConfigError(
-            format_option_error("resume", path, f"a checkpoint of format {FORMAT}", remedy)
-        )
-    if found[1] != _digest(content):
+        allowed = f"a checkpoint of format {FORMAT}"
+        raise ConfigError(format_option_error("resume", path, allowed, remedy))
+    if digest != _digest(content):
         raise CorruptCheckpointError(f"{path}: its values are not those that were written")
     return content  # type: ignore[no-any-return]
 
 
-def read_shard(path: Path, name: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The file of states ``name`` that belongs to the checkpoint at ``path``."""
-    shard = read(path.parent / name)
-    if _digest(shard) != content["shards"][name]:
-        raise CorruptCheckpointError(
-            f"{path.parent / name}: belongs to another checkpoint than {path}"
-        )
-    return shard
+def read_shards(path: Path, digests: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Reads shards of the checkpoint ``path``; ``digests`` by file name.  Raises as ``read``."""
+    for name, digest in digests.items():
+        shard = read(path.parent / name)
+        if _digest(shard) != digest:
+            raise CorruptCheckpointError(f"{path.parent / name}: belongs to another checkpoint")
+        yield shard
 
 
 def remove_all_but(folder: Path, keep: int) -> None:
-    """Remove all checkpoints of the run in ``folder`` but the last ``keep``, with their shards."""
-    found = existing(folder)
-    for path in found[keep:]:
+    """Removes all checkpoints of the run in ``folder`` except the newest ``keep``, with shards."""
+    paths = existing(folder)
+    for path in paths[keep:]:
         path.unlink(missing_ok=True)
-    oldest = round_of(found[:keep][-1]) if found else 0
+    oldest = round_of(paths[:keep][-1]) if paths else 0
     for shard in (folder / FOLDER).glob("round-*.states-*.pt"):
-        if int(shard.name[len("round-") :].split(".")[0]) < oldest:
+        if round_of(shard) < oldest:
             shard.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what was being written in the folder of a run when it was killed."""
+    """Removes files that a killed process was writing in the folder of a run."""
     for path in (folder / FOLDER).glob(".round-*"):
         path.unlink(missing_ok=True)
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """SHA-256 over all values in order."""
+    """Returns the SHA-256 of all values in their order."""
     digest = hashlib.sha256()
     for value in _leaves(content):
         if isinstance(value, Tensor):

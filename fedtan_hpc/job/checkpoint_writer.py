@@ -1,4 +1,8 @@
-"""When training is saved, and what of it; rank 0 writes while the next rounds go on."""
+"""The callback that saves checkpoints, on every rank.
+
+Each rank writes its private client states at once.  Rank 0 copies everything else and writes it
+while the next rounds run.
+"""
 
 from __future__ import annotations
 
@@ -9,127 +13,123 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config.errors import RunError
-from ..config.schema import CheckpointConfig
+from ..config.schema import to_dict
 from ..distributed import collectives, process_group
+from ..evaluation.callbacks import RoundCallback, RunInfo
+from ..evaluation.records import RoundRecord
 from ..runtime import atomic_files
-from ..training.client_state import PrivateStates
+from ..runtime.signals import StopRequest
 from ..training.cohort import Cohort
 from . import checkpoint_format
 
-_ONE_FILE = 256 * 2**20
-"""Bytes of clients' states, of all or in one file; above it each rank writes its own."""
+_SHARD_BYTES = 256 * 2**20
 
 
 @dataclass
-class CheckpointWriter:
-    """Saves a run in ``folder``; every rank calls the same methods in the same rounds."""
+class CheckpointWriter(RoundCallback):
+    """Saves the state of ``cohort`` when that is due, and when a signal stops the run."""
 
-    folder: Path
-    config: CheckpointConfig
-    facts: dict[str, Any]
-    """What a checkpoint says of its run: its configuration, and earlier resumptions."""
+    cohort: Cohort
+    stop: StopRequest = field(default_factory=StopRequest)
     began: float = field(default_factory=time.perf_counter)
-    """When training began, on the clock of ``time.perf_counter``, interruptions left out."""
-    one_file_bytes: int = _ONE_FILE
-    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    _writing: Future[None] | None = None
+    """When training began by ``time.perf_counter``, interruptions left out."""
+    resumed_after: list[int] = field(default_factory=list)
+    """Rounds after which the run was resumed."""
+    shard_bytes: int = _SHARD_BYTES
+    """Largest size of the states in one file."""
+    _run: RunInfo = field(init=False)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    _writing: Future[None] | None = field(default=None, init=False)
 
-    def is_due(self, number: int) -> bool:
-        """Whether training is saved after this round in any case."""
-        return self.config.every is not None and number % self.config.every == 0
+    def run_began(self, run: RunInfo) -> None:
+        """Learns the folder and the options."""
+        self._run = run
 
-    def save(self, number: int, cohort: Cohort) -> None:
-        """Save training as it is after round ``number``.
+    def round_ended(self, record: RoundRecord) -> None:
+        """Saves if that is due; after the last round, waits for the disk instead."""
+        every = self._run.config.checkpoint.every
+        is_due = every is not None and record.round % every == 0
+        is_last = record.round == self._run.config.rounds
+        if not is_last and (is_due or self.stop.agreed_signal):
+            self.save(record.round)
+        if is_last or self.stop.agreed_signal:
+            self.wait()
 
-        Returns as soon as the values are copied.  Raises ``RunError`` on rank 0 if they, or those
-        before, cannot be written.
+    def run_failed(self, error: object) -> None:
+        """Waits for the checkpoint that is being written, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    run_ended = run_failed
+
+    def save(self, number: int) -> None:
+        """Saves the state after round ``number``; every rank calls it.
+
+        Returns as soon as the values are copied.  Raises ``RunError`` if the states, or what an
+        earlier call copied, cannot be written.
         """
         self.wait()
-        states = self._states(number, cohort.states)
-        if process_group.rank() == 0:  # all else is the same on every rank
+        states = self.cohort.states
+        shards = self._write_shards(number) if states.exist else []
+        if process_group.rank() == 0:  # all that is not in shards is equal on every rank
             content = {
                 "round": number,
                 "seconds": time.perf_counter() - self.began,
                 "rng": [torch.get_rng_state()],
-                **self.facts,
-                **cohort.memory(),
-                **states,
+                "config": to_dict(self._run.config),
+                "resumed_after": self.resumed_after,
+                "owners": dict(states.owners),
+                "shards": shards,
+                **self.cohort.state_dict(),
             }
-            self._writing = self._writer.submit(self._write, number, content)
+            self._writing = self._thread.submit(self._write, number, content)
 
     def wait(self) -> None:
-        """Until all is on the disk; raises ``RunError`` if it is not."""
+        """Waits until everything is on the disk; raises ``RunError`` if it cannot be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def close(self) -> None:
-        """The same, at the end."""
-        try:
-            self.wait()
-        finally:
-            self._writer.shutdown()
-
     def _write(self, number: int, content: dict[str, Any]) -> None:
-        path = checkpoint_format.path_of(self.folder, number)
+        folder = self._run.run_dir
+        path = checkpoint_format.path_of(folder, number)
         try:
-            # A checkpoint stands for the rounds before it: their lines come first.
-            atomic_files.sync(self.folder / "rounds.jsonl")
-            atomic_files.sync(self.folder)
+            # A checkpoint counts on the lines of the rounds before it: they come first.
+            atomic_files.sync(folder / "rounds.jsonl")
+            atomic_files.sync(folder)
             checkpoint_format.write(path, content)
-            checkpoint_format.remove_all_but(self.folder, self.config.keep)
+            checkpoint_format.remove_all_but(folder, self._run.config.checkpoint.keep)
         except OSError as error:
-            raise self._not_written(path, error) from None
+            raise self._write_error(path, error) from None
 
-    def _not_written(self, path: Path, error: OSError) -> RunError:
-        left = checkpoint_format.existing(self.folder)
-        last = f"the last whole checkpoint is {left[0]}" if left else "there is none before it"
-        why = error.strerror or error
-        return RunError(f"rank {process_group.rank()}: cannot write {path}: {why}; {last}", False)
-
-    def _states(self, number: int, states: PrivateStates) -> dict[str, Any]:
-        """What clients keep: in the file itself, or in files that the ranks write now."""
-        owners = states.owners()
-        if states.state_bytes() * len(owners) <= self.one_file_bytes:
-            clients, states_KD = _gathered(states)
-            return {"owners": owners, "clients": clients, "states": states_KD, "shards": {}}
-        shards = self._write_shards(number, states)
-        return {"owners": owners, "clients": [], "states": torch.empty(0), "shards": shards}
-
-    def _write_shards(self, number: int, states: PrivateStates) -> dict[str, str]:
-        """This rank's states in files of their own; the digests of all ranks' files by name."""
-        path = checkpoint_format.path_of(self.folder, number)
-        clients, states_KD = states.memory()
-        rows = max(1, self.one_file_bytes // max(1, states.state_bytes()))
-        written: dict[str, str] = {}
+    def _write_shards(self, number: int) -> list[dict[str, str]]:
+        """Writes this rank's states; returns for each rank the digests of its shards by name."""
+        path = checkpoint_format.path_of(self._run.run_dir, number)
+        states = self.cohort.states.state_dict()
+        clients = list(states)
+        state_bytes = max((state.nbytes for state in states.values()), default=0)
+        per_shard = max(1, self.shard_bytes // max(1, state_bytes))
+        digests: dict[str, str] = {}
         failure = ""
         try:
-            for index, start in enumerate(range(0, len(clients), rows)):
+            for index, start in enumerate(range(0, len(clients), per_shard)):
                 shard = checkpoint_format.shard_of(path, process_group.rank(), index)
-                part = slice(start, start + rows)
-                content = {"clients": clients[part], "states": states_KD[part].clone()}
-                written[shard.name] = checkpoint_format.write(shard, content)
+                chosen = clients[start : start + per_shard]
+                content = {"clients": chosen, "states": torch.stack([states[c] for c in chosen])}
+                digests[shard.name] = checkpoint_format.write(shard, content)
         except OSError as error:
-            failure = str(self._not_written(path, error))
-        found = collectives.all_gather_object((written, failure))
-        if failures := [each for _, each in found if each]:
+            failure = str(self._write_error(path, error))
+        gathered = collectives.all_gather_object((digests, failure))
+        if failures := [each for _, each in gathered if each]:
             raise RunError(failures[0], on_all_ranks=True)
-        return {name: digest for shards, _ in found for name, digest in shards.items()}
+        return [rank_digests for rank_digests, _ in gathered]
 
-
-def _gathered(states: PrivateStates) -> tuple[list[int], Tensor]:
-    """All ranks' states on rank 0, by client, (K, D); each rank sends one message."""
-    owners = states.owners()
-    held = [sorted(c for c in owners if owners[c] == r) for r in range(process_group.world_size())]
-    clients, states_KD = states.memory()
-    assert clients == held[process_group.rank()], "every rank knows where the states are"
-    if not owners:
-        return clients, states_KD
-    message = states_KD.new_zeros(max(map(len, held)), states_KD.shape[1])
-    message[: len(clients)] = states_KD
-    parts = collectives.gather_to_first(states.on_device(message))
-    rows = [collectives.to_cpu(part[: len(own)]) for part, own in zip(parts, held, strict=False)]
-    return [client for own in held for client in own], torch.cat([*rows, states_KD[:0]])
+    def _write_error(self, path: Path, error: OSError) -> RunError:
+        whole = checkpoint_format.existing(self._run.run_dir)
+        last = f"the last whole checkpoint is {whole[0]}" if whole else "there is none before it"
+        message = f"rank {process_group.rank()}: cannot write {path}: {error.strerror or error}"
+        return RunError(f"{message}; {last}", on_all_ranks=False)

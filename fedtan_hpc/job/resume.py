@@ -1,14 +1,15 @@
-"""Going on with an interrupted run: from which checkpoint, and with which rounds behind it."""
+"""Continues an interrupted run: chooses the checkpoint, and loads it on every rank."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config.errors import ConfigError, RunError, format_option_error
 from ..config.schema import Config
@@ -22,74 +23,112 @@ from .checkpoint_format import CorruptCheckpointError
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint that a run goes on from, and the rounds until then."""
+    """A checkpoint that a run continues from, and the rounds before it; empty for a new run."""
 
-    path: Path
-    content: dict[str, Any]
-    history: list[RoundRecord]
+    path: Path = Path()
+    content: dict[str, Any] = field(default_factory=dict)
+    history: list[RoundRecord] = field(default_factory=list)
 
+    @property
     def resumed_after(self) -> list[int]:
-        """Rounds after which the run was taken up, this time included."""
-        return [*self.content["resumed_after"], self.content["round"]]
+        """Rounds after which the run was resumed, this time included."""
+        return [*self.content["resumed_after"], self.content["round"]] if self.history else []
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run took until the checkpoint, interruptions left out."""
+        return float(self.content["seconds"]) if self.history else 0.0
 
 
-def load_checkpoint(folder: Path, config: Config) -> Resumption | None:
-    """What the run in ``folder``, which is held, goes on from; None if it begins anew.
+def load_checkpoint(folder: Path, config: Config) -> Resumption:
+    """Prepares ``folder``, which this process has claimed, and reads what the run continues from.
 
-    ``rounds.jsonl`` then ends with the checkpoint's round.  Raises ``ConfigError`` for a checkpoint
-    of another configuration, or one that is asked for by name and cannot be had.
+    ``rounds.jsonl`` then ends with the round of the checkpoint.  Raises ``ConfigError`` for a
+    checkpoint of another configuration, and for one that ``resume`` names and that is not usable.
     """
-    with run_dir.written(folder):
+    with run_dir.config_error_if_unwritable(folder):
         checkpoint_format.remove_temporaries(folder)
-    found = _chosen(folder, config)
-    with run_dir.written(folder):
-        if found is None:
+    chosen = _choose(folder, config)
+    with run_dir.config_error_if_unwritable(folder):
+        if chosen is None:
             run_dir.begin(folder, config)
-            return None
-        path, content = found
+            return Resumption()
+        path, content = chosen
         history = _history(path, content["round"])
-        begins_elsewhere = path.resolve().parent != (folder / checkpoint_format.FOLDER).resolve()
-        if not begins_elsewhere:
-            _rename_later(folder, content["round"])  # before the lines that they stand for go
-        run_dir.begin(folder, config, anew=begins_elsewhere)
+        is_from_elsewhere = path.resolve().parent != (folder / checkpoint_format.FOLDER).resolve()
+        if not is_from_elsewhere:
+            _rename_later(folder, content["round"])  # before their lines in rounds.jsonl go
+        run_dir.begin(folder, config, anew=is_from_elsewhere)
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in history)
         atomic_files.replace_text(folder / "rounds.jsonl", lines)
     return Resumption(path, content, history)
 
 
-def _chosen(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """A launcher that starts a run again means it to go on, whatever ``resume`` says."""
-    how = config.resume
-    again = launcher_env.restarts() > 0 and bool(checkpoint_format.existing(folder))
-    if how not in ("auto", "never") and not again:
-        return _asked_for(Path(how), config)
-    if how == "never" and not launcher_env.restarts():
-        return None
-    found = _whole(folder, renames=True)
-    if found is not None:
-        _check_same(found[1], config, f"{found[0]} is")
-    return found
+def restore(resumption: Resumption, cohort: Cohort) -> Resumption:
+    """Loads the checkpoint of rank 0's ``resumption`` on every rank, and returns it there.
+
+    Raises ``RunError`` on every rank if one cannot read the files of the clients' states.
+    """
+    resumption = collectives.broadcast_object(resumption)
+    content = resumption.content
+    if resumption.history:
+        cohort.load_state_dict(content)
+        torch.set_rng_state(content["rng"][0])
+        ranks = process_group.world_size()
+        owners = {client: rank % ranks for client, rank in content["owners"].items()}
+        cohort.states.load_state_dict(_read_shards(resumption), owners)
+    return resumption
 
 
-def _asked_for(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint at ``path``, or the newest whole one of the run there."""
-    allowed = "auto, never, or a whole checkpoint: a file, or the folder of a run that has one"
+def _read_shards(resumption: Resumption) -> dict[int, Tensor]:
+    """Returns states by client from the files of this rank, and of ranks that no longer exist.
+
+    On fewer ranks than before, rank r also takes the files of the ranks r + W, r + 2 W, ...
+    """
+    rank, ranks = process_group.rank(), process_group.world_size()
+    states: dict[int, Tensor] = {}
+    failure = ""
     try:
-        found = _whole(path) if path.is_dir() else (path, _read(path))
+        for digests in resumption.content["shards"][rank::ranks]:
+            for shard in checkpoint_format.read_shards(resumption.path, digests):
+                states.update(zip(shard["clients"], shard["states"], strict=True))
+    except (CorruptCheckpointError, OSError) as error:
+        failure = f"rank {rank}: {error}; every rank must see the folder of the run"
+    if failures := [each for each in collectives.all_gather_object(failure) if each]:
+        raise RunError(failures[0], on_all_ranks=True)
+    return states
+
+
+def _choose(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """Follows ``resume``, but a launcher that starts a run again always continues it."""
+    is_restarted = launcher_env.restart_count() > 0
+    continues = is_restarted and bool(checkpoint_format.existing(folder))
+    if config.resume not in ("auto", "never") and not continues:
+        return _choose_named(Path(config.resume), config)
+    if config.resume == "never" and not is_restarted:
+        return None
+    chosen = _newest_whole(folder, renames=True)
+    if chosen is not None:
+        _check_same(chosen[1], config, f"{chosen[0]} is")
+    return chosen
+
+
+def _choose_named(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:
+    """Reads the checkpoint at ``path``, or the newest whole one of the run in that folder."""
+    why = "none is there"
+    try:
+        chosen = _newest_whole(path) if path.is_dir() else (path, _read(path))
     except CorruptCheckpointError as error:
-        raise ConfigError(
-            format_option_error("resume", path, allowed, f"choose another ({error})")
-        ) from error
-    if found is None:
-        raise ConfigError(
-            format_option_error("resume", path, allowed, "choose another (none is there)")
-        )
-    _check_same(found[1], config, "it is")
-    return found
+        chosen, why = None, str(error)
+    if chosen is None:
+        allowed = "auto, never, or a whole checkpoint: a file, or the folder of a run that has one"
+        raise ConfigError(format_option_error("resume", path, allowed, f"choose another ({why})"))
+    _check_same(chosen[1], config, "it is")
+    return chosen
 
 
-def _whole(folder: Path, renames: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint; damaged ones are named, and in one's own folder renamed."""
+def _newest_whole(folder: Path, renames: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """Reads the newest whole checkpoint; names damaged ones, and ``renames`` them if asked to."""
     for path in checkpoint_format.existing(folder):
         try:
             return path, _read(path)
@@ -101,10 +140,11 @@ def _whole(folder: Path, renames: bool = False) -> tuple[Path, dict[str, Any]] |
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint and checks all its shards."""
     try:
         content = checkpoint_format.read(path)
-        for name in content["shards"]:
-            checkpoint_format.read_shard(path, name, content)
+        for digests in content["shards"]:
+            list(checkpoint_format.read_shards(path, digests))
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"{error.filename}: is missing") from error
     except OSError as error:
@@ -122,7 +162,7 @@ def _check_same(content: dict[str, Any], config: Config, which: str) -> None:
 
 
 def _history(path: Path, number: int) -> list[RoundRecord]:
-    """The lines of ``rounds.jsonl`` until round ``number``, each once."""
+    """Reads the records of rounds 1 to ``number`` from the run of the checkpoint ``path``."""
     source = path.resolve().parent.parent / "rounds.jsonl"
     known = {field.name for field in fields(RoundRecord)}
     records: dict[int, RoundRecord] = {}
@@ -142,68 +182,7 @@ def _history(path: Path, number: int) -> list[RoundRecord]:
 
 
 def _rename_later(folder: Path, number: int) -> None:
-    """Checkpoints after ``number`` are of rounds that are now trained again."""
+    """Renames checkpoints after ``number``: their rounds are trained again."""
     for path in checkpoint_format.existing(folder):
         if checkpoint_format.round_of(path) > number:
             path.rename(path.with_suffix(".abandoned"))
-
-
-def restore(taken: Resumption | None, cohort: Cohort) -> None:
-    """Give every rank its part of what rank 0 has ``taken`` up.
-
-    Raises ``RunError`` if the clients' states are in files that a rank cannot read.
-    """
-    content = collectives.broadcast_object(
-        _without_states(taken) if process_group.rank() == 0 else None
-    )
-    cohort.recall(content)
-    torch.set_rng_state(content["rng"][0])
-    states, owners = cohort.states, content["owners"]
-    if content["shards"]:
-        standing = {client: owner % process_group.world_size() for client, owner in owners.items()}
-        states.recall(*_of_shards(content), standing)
-        return
-    at_first = dict.fromkeys(owners, 0)
-    if taken is not None:  # rank 0
-        states.recall(taken.content["clients"], taken.content["states"], at_first)
-    else:
-        states.recall([], torch.empty(0), at_first)
-    states.move(_by_rank(owners), training=False)
-
-
-def _without_states(taken: Resumption | None) -> dict[str, Any]:
-    assert taken is not None
-    return {**taken.content, "states": None, "path": str(taken.path)}
-
-
-def _by_rank(owners: dict[int, int]) -> list[list[int]]:
-    """Clients by the rank that had them, or, where ranks are fewer now, that stands for it."""
-    ranks = process_group.world_size()
-    hosted: list[list[int]] = [[] for _ in range(ranks)]
-    for client, owner in sorted(owners.items()):
-        hosted[owner % ranks].append(client)
-    return hosted
-
-
-def _of_shards(content: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
-    """The states of this rank, read from the files of the ranks that it stands for."""
-    path = Path(content["path"])
-    mine = [
-        name
-        for name in content["shards"]
-        if _rank_of(name) % process_group.world_size() == process_group.rank()
-    ]
-    failure, parts = "", []
-    try:
-        parts = [checkpoint_format.read_shard(path, name, content) for name in mine]
-    except (CorruptCheckpointError, OSError) as error:
-        failure = f"rank {process_group.rank()}: {error}; every rank must see the folder of the run"
-    if failures := [each for each in collectives.all_gather_object(failure) if each]:
-        raise RunError(failures[0], on_all_ranks=True)
-    return [c for part in parts for c in part["clients"]], torch.cat(
-        [part["states"] for part in parts] or [torch.empty(0)]
-    )
-
-
-def _rank_of(shard: str) -> int:
-    return int(shard.split(".states-")[1].split("-")[0])

@@ -1,62 +1,76 @@
-"""The whole job: options in, a trained model and its summary out."""
+"""A whole job: from the options to a trained model and its summary."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch.random import fork_rng
 
 from ..config.errors import AgreedError, ConfigError, RunError, Stopped
 from ..config.hydra_errors import typed
-from ..config.schema import Config, to_dict
+from ..config.schema import Config
 from ..config.validate import check
 from ..data.download import fetch
-from ..distributed import collectives, process_group
-from ..distributed.watchdog import Watchdog
-from ..evaluation.loggers import Display, RunLog, show_result
-from ..evaluation.records import RoundCallback, RoundRecord, Summary
+from ..distributed import collectives, counters, process_group
+from ..evaluation.callbacks import RoundCallback, RunInfo
+from ..evaluation.loggers import Display, RoundsFile, TensorBoardLog, show_result
+from ..evaluation.records import Summary
+from ..models import import_target
 from ..runtime import device, launcher_env, malloc, signals
-from ..runtime.device import DevicePlacement, tensor_float
-from ..runtime.launcher_env import RankInfo
+from ..runtime.device import tensor_float
 from ..runtime.signals import StopRequest
+from . import callbacks as run_callbacks
 from . import dry_run, resume, run_dir
+from .callbacks import as_run_error, tell, tell_failure
 from .checkpoint_writer import CheckpointWriter
+from .context import RunContext
 from .resume import Resumption
 from .setup import prepare
-from .summary import backend, save_models, summarise
-from .trainer import Trainer
+from .summary import save_models, summarise
+
+Result = TypeVar("Result")
 
 
 def check_all(configs: Sequence[Config]) -> None:
-    """Find the mistakes of all runs of a sweep before the first begins: networks and files.
+    """Finds the mistakes of all runs of a sweep before the first one begins.
 
-    The first rank of each node looks for files; raises ``ConfigError``.
+    Checks networks and callbacks; the first rank of each node also checks the files of the data.
+    Raises ``ConfigError``.
     """
-    tried: set[str] = set()
+    checked: set[str] = set()
     for config in configs:
-        of_network = repr((config.model, config.data, config.algorithm))
-        if of_network not in tried:
+        network = repr((config.model, config.data, config.algorithm))
+        if network not in checked:
             dry_run.dry_run(config)
-            tried.add(of_network)
+            checked.add(network)
+        for target in config.callbacks:
+            import_target.resolve("callbacks", target, "a callback")
     if launcher_env.detect().local_rank == 0:
         for data in {repr(config.data): config.data for config in configs}.values():
             fetch(data)
 
 
-def run_all(configs: Sequence[Config]) -> None:
-    """Run every point of a sweep; one whose training fails does not keep the others from theirs.
+def keep_freed_memory(config: Config) -> None:
+    """Lets a process that only runs jobs keep the memory that steps on a CPU free."""
+    if device.choose(config, launcher_env.detect()).device.type == "cpu":
+        malloc.keep_freed_memory()
 
-    Raises ``ConfigError`` before the first begins, and ``RunError`` at the end, naming the points
-    that failed on all ranks alike (a loss that is not finite), and at once for any other failure.
+
+def run_all(configs: Sequence[Config]) -> None:
+    """Runs all points of a sweep, also after one whose training fails on all ranks alike.
+
+    Raises ``ConfigError`` before the first begins; ``RunError`` at the end, naming the points that
+    failed on all ranks (a loss that is not finite), and at once for any other failure.
     """
     check_all(configs)
     failed: list[str] = []
-    with signals.watched() as stop:
+    with signals.handle_stop_signals() as stop:
         for number, config in enumerate(configs, 1):
             try:
                 _run(config, None, stop)
@@ -64,95 +78,122 @@ def run_all(configs: Sequence[Config]) -> None:
                 if isinstance(error, Stopped) or not error.on_all_ranks:
                     raise
                 if process_group.is_started():
-                    process_group.stop()  # so that the next run starts anew
+                    process_group.stop()  # the next run starts it again
                 failed.append(f"{run_dir.name(config)}: {error}")
-            if stop.agreed and number < len(configs):
-                name = signals.name(stop.agreed)
-                raise Stopped(
-                    f"stopped by {name} after {number} of {len(configs)} points", stop.agreed
-                )
+            if stop.agreed_signal and number < len(configs):
+                name = signals.name(stop.agreed_signal)
+                message = f"stopped by {name} after {number} of {len(configs)} points"
+                raise Stopped(message, stop.agreed_signal)
     if failed:
         points = f"{len(failed)} of {len(configs)} points failed: " + "; ".join(failed)
         raise RunError(points, on_all_ranks=True)
 
 
-def run(config: Config, log: RoundCallback | None = None) -> Summary:
-    """Train as ``config`` says; every rank returns the same summary, rank 0 writes ``run_dir``.
+def run(config: Config, callbacks: Sequence[RoundCallback] | None = None) -> Summary:
+    """Trains as ``config`` says; rank 0 writes ``run_dir``, and every rank returns the summary.
 
-    Rank 0 shows progress and result; with ``log`` it tells that of every round instead, and is
-    silent.  The ranks are those of an initialised process group, else those that the launcher
-    started.  A finished run in ``run_dir`` is not repeated: its summary is returned.  An unfinished
-    one goes on from its newest checkpoint.  A signal (``signals.ASKING``) ends it after its round.
+    The ranks are those of an initialised process group, else those that the launcher started.
+    A finished run in ``run_dir`` is not repeated: its summary is returned.  An unfinished run
+    continues from its newest checkpoint.  A signal (``signals.STOP_SIGNALS``) ends the run after
+    its round, with a checkpoint.
 
-    Raises ``ConfigError`` (on every rank, before data load) for mistakes in the options,
-    ``RunError``, naming rank and round, when training fails, and ``Stopped`` after a signal.
+    Args:
+        config: The options.
+        callbacks: Objects that rank 0 tells of the run, beside those of the option ``callbacks``.
+            With a list, an empty one too, rank 0 prints nothing; without it, rank 0 prints
+            progress and result.
+
+    Raises:
+        ConfigError: On every rank, before any data loads, for mistakes in the options.
+        RunError: Training or a callback fails; the message names rank and round.
+        Stopped: On every rank, after a signal.
     """
-    with signals.watched() as stop:
-        return _run(config, log, stop)
+    with signals.handle_stop_signals() as stop:
+        return _run(config, callbacks, stop)
 
 
-def _run(config: Config, log: RoundCallback | None, stop: StopRequest) -> Summary:
+def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRequest) -> Summary:
     started = time.perf_counter()
     config = typed(config)
     check(config)
-    info = _rank_info()
-    place = device.choose(config, info)
-    torch.set_num_threads(place.threads)
-    if place.device.type == "cpu":
-        malloc.keep_freed_memory()
+    run = RunContext.of(config, started)
+    torch.set_num_threads(run.placement.threads)
     dry_run.dry_run(config)
-    folder = run_dir.name(config)
-    with (
-        _process_group(config, info, place, folder),
-        ExitStack() as held,
-        _random_state(place),
-        tensor_float(config.tf32),
-    ):
-        summary, taken = _claim(folder, config, held)
-        if summary is None:
-            with _noting_failures(folder):
-                summary = _train(config, info, place, folder, started, taken, log, stop)
-        elif info.rank == 0 and log is None:
-            print(f"this run is finished; its files stay as they are in {folder}")
-        if info.rank == 0 and log is None:
-            show_result(summary)
+    shows = run.is_first and callbacks is None
+    gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
+    with run.process_group(), ExitStack() as claim, fork_rng(gpus), tensor_float(config.tf32):
+        enter = partial(claim.enter_context, run_dir.claimed(run.run_dir, config))
+        summary: Summary | None = collectives.broadcast_object(_agreed(run.is_first, enter))
+        if summary is not None:
+            if shows:
+                print(f"this run is finished; its files stay as they are in {run.run_dir}")
+                show_result(summary)
+            return summary
+        observers, resumption = _agreed(run.is_first, partial(_begin, run)) or ([], Resumption())
+        if shows:
+            print(_opening_line(run, resumption), flush=True)
+        observers = [*([Display()] if callbacks is None else callbacks), *observers]
+        with _noting_failures(run.run_dir):
+            return _train(run, observers, resumption, stop)
+
+
+def _begin(run: RunContext) -> tuple[list[RoundCallback], Resumption]:
+    """Makes the callbacks of the option, and prepares the folder; rank 0 calls it."""
+    observers = [run_callbacks.make(target) for target in run.config.callbacks]
+    return observers, resume.load_checkpoint(run.run_dir, run.config)
+
+
+def _train(
+    run: RunContext, observers: list[RoundCallback], resumption: Resumption, stop: StopRequest
+) -> Summary:
+    """Prepares the data and the model, trains, and writes the result."""
+    _agreed(run.rank_info.local_rank == 0, lambda: fetch(run.config.data))
+    trainer = prepare(run.config, run.placement)
+    trainer.stop = stop
+    resumption = resume.restore(resumption, trainer.cohort)
+    startup_seconds = time.perf_counter() - run.started
+    counters.progress.round = rounds_done = len(resumption.history)
+    began = run.started - resumption.seconds
+    writer = CheckpointWriter(trainer.cohort, stop, began, resumption.resumed_after)
+    callbacks: list[RoundCallback] = [writer]
+    if run.is_first:
+        callbacks = [RoundsFile(), TensorBoardLog(), writer, *observers]
+    try:
+        tell(callbacks, "run_began", RunInfo(run.config, run.run_dir, rounds_done), stop)
+        records = trainer.train(callbacks, resumption.history)
+        summary = summarise(run, trainer, records, resumption, startup_seconds)
+        save_models(trainer, run.run_dir)
+        if run.is_first:
+            run_dir.finish(run.run_dir, summary)
+        tell(callbacks, "run_ended", summary, stop)
+    except BaseException as error:
+        tell_failure(callbacks, error, stop)
+        raise
+    with as_run_error():
+        process_group.barrier()  # the other ranks learn here if a callback has failed
     return summary
 
 
-def _rank_info() -> RankInfo:
-    if not process_group.is_started():
-        return launcher_env.detect()
-    return launcher_env.of_caller(process_group.rank(), process_group.world_size())
+def _agreed(calls: bool, function: Callable[[], Result]) -> Result | None:
+    """Calls ``function`` on the ranks that ``calls``, and returns its result there.
 
-
-@contextmanager
-def _process_group(
-    config: Config, info: RankInfo, place: DevicePlacement, folder: Path
-) -> Iterator[None]:
-    """Join the other ranks, unless there are none or the caller has done so; part at the end.
-
-    Meanwhile a watchdog looks after them.  After a failure nobody waits for ranks that may never
-    come.
+    A ``ConfigError`` of any rank becomes an ``AgreedError`` on every rank.
     """
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)
-    if info.launcher == "none" or process_group.is_started():
-        yield
-        return
-    seconds = config.comm.timeout_seconds
-    channel = process_group.start(info.rank, info.world_size, place.backend, seconds)
-    watchdog = Watchdog(channel, seconds, partial(run_dir.note_failure, folder))
-    watchdog.begin()
-    try:
-        yield
-        process_group.stop()
-    finally:
-        watchdog.end()
+    result: Result | None = None
+    mistakes: tuple[str, ...] = ()
+    if calls:
+        try:
+            result = function()
+        except ConfigError as error:
+            mistakes = error.mistakes
+    if first := [each for each in collectives.all_gather_object(mistakes) if each]:
+        raise AgreedError(*first[0])
+    return result
 
 
 @contextmanager
 def _noting_failures(folder: Path) -> Iterator[None]:
-    """Say in the folder why a run ended."""
+    """Writes into the folder why a run ended early."""
     try:
         yield
     except Exception as error:
@@ -160,124 +201,12 @@ def _noting_failures(folder: Path) -> Iterator[None]:
         raise
 
 
-def _random_state(place: DevicePlacement) -> AbstractContextManager[None]:
-    """Training seeds torch's generators; the caller's are put back."""
-    return torch.random.fork_rng([place.device] if place.device.type == "cuda" else [])
-
-
-def _fetch(config: Config, info: RankInfo) -> None:
-    """The first rank of each node sees to the files of the data set, and the others wait.
-
-    What is wrong on any node is a mistake on all ranks.
-    """
-    mistakes: tuple[str, ...] = ()
-    if info.local_rank == 0:
-        try:
-            fetch(config.data)
-        except ConfigError as error:
-            mistakes = error.mistakes
-    found = [each for each in collectives.all_gather_object(mistakes) if each]
-    if found:
-        raise AgreedError(*found[0])
-
-
-def _claim(
-    folder: Path, config: Config, held: ExitStack
-) -> tuple[Summary | None, Resumption | None]:
-    """Rank 0 claims the folder; what it finds, or what is wrong with it, reaches all ranks.
-
-    The summary of a finished run, or what an interrupted one goes on from: that on rank 0 alone.
-    """
-    summary, taken = None, None
-    mistakes: tuple[str, ...] = ()
-    if process_group.rank() == 0:
-        try:
-            summary = held.enter_context(run_dir.claimed(folder, config))
-            taken = None if summary else resume.load_checkpoint(folder, config)
-        except ConfigError as error:
-            mistakes = error.mistakes
-    summary, mistakes = collectives.broadcast_object((summary, mistakes))
-    if mistakes:
-        raise AgreedError(*mistakes)
-    return summary, taken
-
-
-def _train(
-    config: Config,
-    info: RankInfo,
-    place: DevicePlacement,
-    folder: Path,
-    started: float,
-    taken: Resumption | None,
-    log: RoundCallback | None,
-    stop: StopRequest,
-) -> Summary:
-    """Rounds and result; rank 0 alone writes and shows."""
-    if info.rank == 0 and log is None:
-        print(_what_was_found(info, place, folder, taken), flush=True)
-    _fetch(config, info)
-    trainer = prepare(config, place)
-    trainer.stop = stop
-    history, facts, earlier = _take_up(config, trainer, taken)
-    startup = time.perf_counter() - started
-    keeper = CheckpointWriter(folder, config.checkpoint, facts, began=started - earlier)
-    records = _rounds(trainer, _logs(config, info, folder, len(history), log), keeper, history)
-    seconds = startup, time.perf_counter() - started + earlier
-    resumed = facts["resumed_after"]
-    of_run = config, info, place, records, trainer, seconds, folder, resumed, len(history)
-    summary = summarise(*of_run)
-    save_models(trainer, folder)
-    if info.rank == 0:
-        run_dir.finish(folder, summary)
-    return summary
-
-
-def _what_was_found(
-    info: RankInfo, place: DevicePlacement, folder: Path, taken: Resumption | None
-) -> str:
+def _opening_line(run: RunContext, resumption: Resumption) -> str:
+    info, placement = run.rank_info, run.placement
     line = (
         f"launcher {info.launcher}, nodes {info.nodes}, ranks {info.world_size}, "
-        f"backend {backend(place)}, device {place.device}, "
-        f"threads per rank {place.threads}, run_dir {folder}"
+        f"backend {run.backend}, device {placement.device}, "
+        f"threads per rank {placement.threads}, run_dir {run.run_dir}"
     )
-    return line if taken is None else f"{line}\ngoing on after round {len(taken.history)}"
-
-
-def _take_up(
-    config: Config, trainer: Trainer, taken: Resumption | None
-) -> tuple[list[RoundRecord], dict[str, Any], float]:
-    """Bring the trainer to where an interrupted run was.
-
-    The records of its rounds, what its checkpoints say of it, and the seconds that it took.
-    """
-    found: tuple[Any, ...] = ([], [], 0.0)
-    if taken is not None:
-        found = (taken.history, taken.resumed_after(), taken.content["seconds"])
-    history, resumed_after, earlier = collectives.broadcast_object(found)
-    if history:
-        resume.restore(taken, trainer.cohort)
-    facts = {"config": to_dict(config), "resumed_after": resumed_after}
-    return history, facts, earlier
-
-
-def _logs(
-    config: Config, info: RankInfo, folder: Path, behind: int, log: RoundCallback | None
-) -> list[RoundCallback]:
-    """Who is told of rounds, on rank 0, when so many are ``behind``."""
-    if info.rank != 0:
-        return []
-    return [RunLog(folder, behind), log or Display(config.rounds, behind)]
-
-
-def _rounds(
-    trainer: Trainer,
-    logs: list[RoundCallback],
-    keeper: CheckpointWriter,
-    history: list[RoundRecord],
-) -> list[RoundRecord]:
-    """All that are left, until a signal asks for the end."""
-    with ExitStack() as closing:
-        closing.callback(keeper.close)
-        for each in logs:
-            closing.callback(each.close)
-        return trainer.train(logs, keeper, history)
+    rounds_done = len(resumption.history)
+    return f"{line}\ngoing on after round {rounds_done}" if rounds_done else line

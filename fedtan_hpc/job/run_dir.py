@@ -1,15 +1,15 @@
-"""The folder of a run: its name, what it holds, and that a finished run is never overwritten.
+"""The folder of a run: its name, its files, its lock; a finished run is never overwritten.
 
 config.yaml    the options, resolved
-rounds.jsonl   a line a round (``metrics.RoundRecord``)
-summary.json   the result (``metrics.Summary``); its presence means that the run is finished
+rounds.jsonl   one line for each round (``records.RoundRecord``)
+summary.json   the result (``records.Summary``); only a finished run has it
 model.pt       state_dict of the final global model
-clients.pt     what each client keeps for itself, if the algorithm has such parts
+clients.pt     private tensors of each client, if the algorithm has them
 events.*       TensorBoard
-checkpoints/   from which an interrupted run goes on (``checkpoint``)
-failure.json   why the run ended before its time; gone when it goes on
-.lock          held while a run writes here
-interrupted-N/ what an unfinished run left in this folder before the present one began anew
+checkpoints/   state to continue from after an interruption (``checkpoint_format``)
+failure.json   why the run ended early; removed when it continues
+.lock          locked while a run writes here
+interrupted-N/ files of an unfinished run that was here before this one began anew
 """
 
 from __future__ import annotations
@@ -36,62 +36,49 @@ from ..config.schema import Config, to_dict
 from ..evaluation.records import Summary
 from ..runtime import atomic_files
 
-_NO_MATTER = ("run_dir", "checkpoint", "resume")
-_WHERE = ("comm", "threads", "device")
-"""Options that say where a run is computed: they name its folder, but it may go on elsewhere."""
+_NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks")
+_WHERE_COMPUTED = ("comm", "threads", "device")
+"""Options that name the folder, but may change when a run continues."""
 
 
 def name(config: Config) -> Path:
-    """The folder that ``run_dir`` says, else one named after the other options."""
+    """Returns the option ``run_dir``, or runs/ and a name made from the other options."""
     if config.run_dir is not None:
         return Path(config.run_dir)
-    options = json.dumps(_identity(config), sort_keys=True)
-    digest = hashlib.sha256(options.encode()).hexdigest()[:8]
-    words = (
-        config.algorithm.name,
-        config.data.name,
-        _network(config),
-        config.partition.name,
-        f"{config.clients}clients",
-        f"{config.local_steps}steps",
-        f"seed{config.seed}",
-        digest,
-    )
-    return Path("runs") / "-".join(words)
-
-
-def _network(config: Config) -> str:
-    """The name of the network, of one's own too."""
-    if config.model.source is not ModelSource.target:
-        return config.model.name
-    return str(config.model.target).rpartition(":")[2]
+    options = {key: v for key, v in to_dict(config).items() if key not in _NOT_IDENTIFYING}
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
+    is_target = config.model.source is ModelSource.target
+    network = str(config.model.target).rpartition(":")[2] if is_target else config.model.name
+    counts = f"{config.clients}clients-{config.local_steps}steps-seed{config.seed}"
+    names = (config.algorithm.name, config.data.name, network, config.partition.name)
+    return Path("runs") / "-".join([*names, counts, digest])
 
 
 @contextmanager
 def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
-    """Hold the folder for a run, or give the summary of the same run, finished.
+    """Locks the folder for a run, or gives the summary if the run is finished there.
 
-    While it is held no other run can have it.  Raises ``ConfigError`` if it is held, if it has a
-    finished run of another configuration, or if it cannot be written.
+    Raises ``ConfigError`` if another process has locked the folder, if it has a finished run of
+    another configuration, or if it cannot be written.
     """
     if (finished := _finished(folder, config)) is not None:
         yield finished
         return
-    with written(folder):
+    with config_error_if_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")  # noqa: SIM115
     with lock:
-        _hold(lock, folder)
-        # A run that held the folder until now may have finished in it.
+        _lock(lock, folder)
+        # Another process may have finished the run before it released the lock.
         yield _finished(folder, config)
 
 
 def begin(folder: Path, config: Config, anew: bool = True) -> None:
-    """Write the options of the run that begins, or goes on, in a folder that is held.
+    """Writes the options of a run that begins or continues in a folder that is locked.
 
-    What an earlier one left is set aside if this one begins ``anew``.
+    ``anew`` moves the files of an earlier, unfinished run aside.
     """
-    with written(folder):
+    with config_error_if_unwritable(folder):
         if anew:
             _set_aside(folder)
         (folder / "failure.json").unlink(missing_ok=True)
@@ -100,21 +87,21 @@ def begin(folder: Path, config: Config, anew: bool = True) -> None:
 
 
 def note_failure(folder: Path, message: str) -> None:
-    """Say why the run ended, for whoever looks for it later; the first message stays."""
+    """Writes ``failure.json``, unless it exists: the first message stays."""
     note = {"message": message, "time": datetime.now().astimezone().isoformat(timespec="seconds")}
     with suppress(OSError), open(folder / "failure.json", "x", encoding="utf-8") as first:
         first.write(json.dumps(note) + "\n")
 
 
 def failure(folder: Path) -> str:
-    """What ``note_failure`` was told first; empty if it was not told anything."""
+    """Returns the message in ``failure.json``; empty if there is none."""
     try:
         return str(json.loads((folder / "failure.json").read_text(encoding="utf-8"))["message"])
     except (OSError, ValueError, KeyError):
         return ""
 
 
-def _hold(lock: IO[str], folder: Path) -> None:
+def _lock(lock: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -127,8 +114,8 @@ def _hold(lock: IO[str], folder: Path) -> None:
 
 
 @contextmanager
-def written(folder: Path) -> Iterator[None]:
-    """A folder that cannot be written is a ``ConfigError``."""
+def config_error_if_unwritable(folder: Path) -> Iterator[None]:
+    """Raises ``ConfigError`` for an ``OSError`` inside."""
     try:
         yield
     except OSError as error:
@@ -137,30 +124,24 @@ def written(folder: Path) -> Iterator[None]:
 
 
 def finish(folder: Path, summary: Summary) -> None:
-    """Write ``summary.json``, the last file of a run."""
+    """Writes ``summary.json``, the last file of a run."""
     atomic_files.replace_text(folder / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
 
 
-def _identity(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in to_dict(config).items() if key not in _NO_MATTER}
-
-
 def _finished(folder: Path, config: Config) -> Summary | None:
-    """The summary that the folder holds, if it is of ``config``."""
-    if not os.path.exists(folder / "summary.json"):  # False also where it may not be looked for
+    """Returns the summary in the folder; raises ``ConfigError`` if it is not of ``config``."""
+    if not os.path.exists(folder / "summary.json"):  # also False without permission to look
         return None
     try:
         saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        found: Any = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        # Options and figures that a later version has brought have their defaults.
+        values: Any = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        # Fields that an older version did not write have their defaults.
         known = {field.name for field in fields(Summary)}
-        summary = Summary(**{key: value for key, value in found.items() if key in known})
+        summary = Summary(**{key: value for key, value in values.items() if key in known})
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         allowed = "a new folder, or one with a whole run"
-        remedy = f"its finished run cannot be read ({error}): choose another run_dir"
-        raise ConfigError(
-            format_option_error("run_dir", folder, allowed, " ".join(remedy.split()))
-        ) from error
+        why = " ".join(f"its finished run cannot be read ({error}): choose another run_dir".split())
+        raise ConfigError(format_option_error("run_dir", folder, allowed, why)) from error
     if differing := differences(saved, config):
         allowed = "a new folder, or that of the same configuration"
         remedy = f"it holds a finished run with another {', '.join(differing)}: choose another"
@@ -169,40 +150,38 @@ def _finished(folder: Path, config: Config) -> Summary | None:
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """Options in which ``config`` asks for another result than that of a run."""
-    found = _differences(_completed(saved), to_dict(config))
-    ignored = (*_NO_MATTER, *_WHERE)
-    return sorted(option for option in found if option.partition(".")[0] not in ignored)
-
-
-def _completed(saved: dict[str, Any]) -> dict[str, Any]:
-    """The options of an older version with the defaults of those that have come since."""
-    whole = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
-    return OmegaConf.to_container(whole)  # type: ignore[return-value]
+    """Returns the options by which ``config`` asks for another result than the ``saved`` ones."""
+    # Options that an older version did not have get their defaults.
+    merged = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
+    completed: Any = OmegaConf.to_container(merged)
+    ignored = (*_NOT_IDENTIFYING, *_WHERE_COMPUTED)
+    differing = _differences(completed, to_dict(config))
+    return sorted(option for option in differing if option.partition(".")[0] not in ignored)
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[str]:
-    """Dotted names of the options that are not the same in both."""
-    found = set()
+    """Returns the dotted names of options whose values differ."""
+    differing = set()
     for key in a.keys() | b.keys():
         left, right = a.get(key), b.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            found |= _differences(left, right, f"{prefix}{key}.")
+            differing |= _differences(left, right, f"{prefix}{key}.")
         elif left != right:
-            found.add(prefix + key)
-    return found
+            differing.add(prefix + key)
+    return differing
 
 
 def _set_aside(folder: Path) -> None:
-    """Move what an unfinished run left into ``interrupted-N``."""
-    # Checkpoints first: without the lines of rounds.jsonl nothing could go on from them.
+    """Moves the files of an unfinished run into ``interrupted-N``."""
+    # Checkpoints first: they are useless in a folder without rounds.jsonl.
     names = ("checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "clients.pt")
-    left = [folder / name for name in names] + list(folder.glob("events.*"))
-    left = [path for path in left if path.exists()]
-    if not left or left == [folder / "config.yaml"]:  # nothing had begun
+    paths = [folder / name for name in names] + list(folder.glob("events.*"))
+    paths = [path for path in paths if path.exists()]
+    if not paths or paths == [folder / "config.yaml"]:  # no run had begun
         return
     numbers = itertools.count(1)
-    aside = next(a for a in (folder / f"interrupted-{n}" for n in numbers) if not a.exists())
-    aside.mkdir()
-    for path in left:
-        path.rename(aside / path.name)
+    folders = (folder / f"interrupted-{number}" for number in numbers)
+    target = next(path for path in folders if not path.exists())
+    target.mkdir()
+    for path in paths:
+        path.rename(target / path.name)

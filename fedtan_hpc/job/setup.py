@@ -1,4 +1,7 @@
-"""From the options to a trainer: data, partition, model and the rank's share of the test set."""
+"""From the options to a trainer: data, partition, model, and what trains and evaluates it.
+
+``job.run`` calls ``prepare``; benchmarks and tests build parts with ``network`` and ``host``.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from torch import nn
 from ..batchnorm.layer import convert_batchnorm
 from ..batchnorm.running_norm import normalise_by_running
 from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, plan
-from ..config.enums import ModelSource, PrecisionName
+from ..config.enums import PrecisionName
 from ..config.schema import Config
-from ..data import batching, datasets, partition
-from ..data.augmentation import augmentation_of
+from ..data import datasets, partition
+from ..data.batching import Samples
 from ..data.client_store import ClientStore
 from ..data.feature_shift import shift_of
 from ..distributed import collectives, process_group
@@ -21,13 +24,13 @@ from ..models import factory
 from ..models.norms import with_norm_of
 from ..models.parameter_groups import TensorFilter
 from ..runtime.device import DevicePlacement
-from ..training import compile_step, vmap_clients
+from ..training import compile_step
+from ..training.client_runners import ClientModels, make_runners
 from ..training.client_state import PrivateStates
-from ..training.cohort import Cohort, Stacking
-from ..training.local_training import LocalTraining
-from ..training.loss import Loss
+from ..training.cohort import Cohort
+from ..training.local_step import LocalTraining, Loss
 from ..training.memory_budget import MemoryBudget
-from ..training.server_optimizer import Server
+from ..training.server_optimizer import ServerOptimizer
 from .trainer import Trainer
 
 DTYPES = {
@@ -35,38 +38,49 @@ DTYPES = {
     PrecisionName.bfloat16: torch.float32,
     PrecisionName.float64: torch.float64,
 }
-"""Of model and data; with bfloat16 autocast has the rest."""
+"""Type of model and data; bfloat16 is the type of autocast only."""
 
 
-def prepare(config: Config, place: DevicePlacement) -> Trainer:
-    """Every rank derives the same data, partition and model; samples come as clients do."""
-    dtype = DTYPES[config.precision]
+def prepare(config: Config, placement: DevicePlacement) -> Trainer:
+    """Makes the trainer; every rank derives the same data, partition and model."""
+    device, dtype = placement.device, DTYPES[config.precision]
     dataset = datasets.load(config.data, config.seed)
-    store = _store(config, dataset, place.device, dtype)
-    model = network(config, dataset.shape, dataset.classes).to(place.device, dtype)
+    labels = dataset.labels_N[dataset.train]
+    parts = partition.split(labels, config.clients, config.partition, config.seed)
+    indices = [dataset.train[part] for part in parts]
+    shift = shift_of(config.partition, config.clients)
+    store = ClientStore(dataset, indices, device, dtype, shift, config.seed)
+    model = network(config, dataset.shape, dataset.classes).to(device, dtype)
     collectives.broadcast_tensors(model_tensors(model))
-    example = store.example(config.batch_size)
-    one_client_per_rank = _one_each(config, store)
-    cohort = host(
-        config, model, store.dummy(), place.ranks_per_device, one_client_per_rank, example
-    )
-    judge = Evaluator(model, dataset, store, cohort.states, config)
-    return Trainer(config=config, store=store, cohort=cohort, judge=judge)
+    one_each, batch = _one_client_per_rank(config, store), store.example(config.batch_size)
+    cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)
+    evaluator = Evaluator(model, dataset, store, cohort.states, config)
+    return Trainer(config=config, store=store, cohort=cohort, evaluator=evaluator)
+
+
+def _one_client_per_rank(config: Config, store: ClientStore) -> bool:
+    """Returns the same on every rank: compiled and eager ranks must not meet in a step."""
+    per_round = config.clients_per_round or config.clients
+    return per_round == process_group.world_size() and min(store.sizes) >= config.batch_size
 
 
 def host(
     config: Config,
     model: nn.Module,
-    dummy: batching.Samples,
+    dummy: Samples,
     ranks_per_device: int = 1,
     one_client_per_rank: bool = False,
-    example: batching.Samples | None = None,
+    example: Samples | None = None,
 ) -> Cohort:
-    """The part of a rank that trains ``model`` with its clients; ``dummy`` is a single sample.
+    """Makes the cohort, which trains ``model`` with the clients of this rank.
 
-    ``ranks_per_device`` ranks share the device's memory.
-    ``one_client_per_rank``: every rank has one client in every round, and whole batches.  Steps are compiled
-    for batches like ``example``.
+    Args:
+        config: the options of the job.
+        model: the global model, with the algorithm's normalization layers.
+        dummy: a single sample, for ranks without a client.
+        ranks_per_device: ranks that share the device's memory.
+        one_client_per_rank: whether every rank has one client with whole batches in every round.
+        example: a batch like those of the clients; only needed if steps are compiled.
     """
     loss = Loss(mixed=config.precision is PrecisionName.bfloat16)
     if config.compile:
@@ -74,57 +88,18 @@ def host(
         plans = plan(config, 1), plan(config, config.rounds)
         synchronised = one_client_per_rank and plans[0].synchronised_steps > 0
         loss = compile_step.compiled(loss, model, example, plans, synchronised)
-    training = LocalTraining(
-        local_steps=config.local_steps,
-        batch_size=config.batch_size,
-        momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
-        seed=config.seed,
-        proximal_mu=config.client.proximal_mu,
-        sampling=config.sampling,
-        augmentation=augmentation_of(config.data),
-        loss=loss,
-    )
     private = ALGORITHMS[config.algorithm.name].private
-    budget = MemoryBudget(model, dummy, training, ranks_per_device)
+    budget = MemoryBudget(model, dummy, config, ranks_per_device)
     states = PrivateStates(model, private, budget.leaves_room_for)
-    shared = TensorFilter(
-        model, set(ParameterGroup) - {ParameterGroup.statistics, ParameterGroup.buffers} - private
-    )
-    server = Server(config.server, shared)
-    stacking = _stacking(config, model, dummy)
-    return Cohort(
-        model, training, dummy, config.cohort, budget, states, server, stacking, one_client_per_rank
-    )
-
-
-def _one_each(config: Config, store: ClientStore) -> bool:
-    """Known to every rank alike: compiled and eager ranks must not meet in a step."""
-    drawn = config.clients_per_round or config.clients
-    return drawn == process_group.world_size() and min(store.sizes) >= config.batch_size
-
-
-def _stacking(config: Config, model: nn.Module, dummy: batching.Samples) -> Stacking:
-    """How much is known of the model; to try it out takes a pass, which only a GPU repays."""
-    if config.model.source is ModelSource.builtin:
-        return Stacking.pays
-    if not dummy.inputs.is_cuda or vmap_clients.vmap_error(model, dummy.inputs) is None:
-        return Stacking.works
-    return Stacking.fails
-
-
-def _store(
-    config: Config, dataset: datasets.Dataset, device: torch.device, dtype: torch.dtype
-) -> ClientStore:
-    labels = dataset.labels_N[dataset.train]
-    parts = partition.split(labels, config.clients, config.partition, config.seed)
-    held = [dataset.train[part] for part in parts]
-    shift = shift_of(config.partition, config.clients)
-    return ClientStore(dataset, held, device, dtype, shift, config.seed)
+    models = ClientModels(model, LocalTraining(config, loss), states)
+    untrained = {ParameterGroup.statistics, ParameterGroup.buffers}
+    trained = TensorFilter(model, set(ParameterGroup) - untrained - private)
+    server = ServerOptimizer(config.server, trained)
+    return Cohort(models, server, make_runners(models, dummy, budget, one_client_per_rank))
 
 
 def network(config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The network for samples of ``shape``, with the normalization layers of the algorithm."""
+    """Makes the network for samples of ``shape`` (C, H, W), with the algorithm's norm layers."""
     algorithm = ALGORITHMS[config.algorithm.name]
     model = factory.build(config.model, shape, classes, config.seed)
     model = convert_batchnorm(with_norm_of(config, model))

@@ -1,4 +1,4 @@
-"""What a run leaves: the global model, what clients keep for themselves, and the summary."""
+"""What a run leaves at its end: the global model, the clients' private states and the summary."""
 
 from __future__ import annotations
 
@@ -6,39 +6,82 @@ import os
 import platform
 import resource
 import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
-from ..config.schema import Config
 from ..distributed import collectives, process_group
 from ..evaluation.records import RoundRecord, Summary
 from ..models import factory
 from ..runtime import atomic_files
-from ..runtime.device import DevicePlacement
-from ..runtime.launcher_env import RankInfo
-from .phases import phases
+from .context import RunContext
+from .resume import Resumption
 from .trainer import Trainer
 
+PHASES = ("compute", "statistics", "average", "waiting", "evaluation")
 
-def save_models(trainer: Trainer, folder: Path) -> None:
-    """Rank 0 writes the global model, and what the clients drawn so far have for themselves."""
+
+def save_models(trainer: Trainer, run_dir: Path) -> None:
+    """Writes ``model.pt``, and private states to ``clients.pt``; every rank calls it."""
     if process_group.rank() == 0:
         state = {key: value.cpu() for key, value in trainer.model.state_dict().items()}
-        atomic_files.save(folder / "model.pt", state)
+        atomic_files.save(run_dir / "model.pt", state)
     states = trainer.cohort.states
-    kept = {}
+    private = {}
     for client in states.drawn() if states.exist else []:
         named = states.named(client, trainer.model)
         if process_group.rank() == 0:
-            kept[client] = named
-    if kept:
-        atomic_files.save(folder / "clients.pt", kept)
+            private[client] = named
+    if private:
+        atomic_files.save(run_dir / "clients.pt", private)
+
+
+def summarise(
+    run: RunContext,
+    trainer: Trainer,
+    records: Sequence[RoundRecord],
+    resumption: Resumption,
+    startup_seconds: float,
+) -> Summary:
+    """Returns the summary of all ``records``; every rank calls it."""
+    last, device = records[-1], run.placement.device
+    has_global_model = last.clients_test_accuracy_mean is None
+    shared = [field.name for field in fields(Summary) if hasattr(last, field.name)]
+    figures: dict[str, Any] = {name: getattr(last, name) for name in shared}
+    return Summary(
+        algorithm=str(run.config.algorithm.name),
+        rounds=run.config.rounds,
+        judged="global model" if has_global_model else "mean over the clients' own models",
+        total_seconds=time.perf_counter() - run.started + resumption.seconds,
+        startup_seconds=startup_seconds,
+        peak_memory_bytes=max(int(peak) for peak in collectives.all_gather(_peak_memory(device))),
+        median_round_seconds=statistics.median(record.round_seconds for record in records),
+        world_size=run.rank_info.world_size,
+        backend=run.backend,
+        device=str(device),
+        parameters=factory.parameter_count(trainer.model),
+        versions={
+            "fedtan_hpc": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
+        run_dir=str(run.run_dir),
+        machine=machine(device),
+        compile_seconds=trainer.cohort.training.loss.compile_seconds,
+        phases=phases(records[len(resumption.history) :], device),
+        resumed_after=resumption.resumed_after,
+        **figures,  # of the last evaluation
+    )
 
 
 def machine(device: torch.device) -> str:
-    """What computes here: the GPU's name, or the CPUs' and how many they are."""
+    """Returns the name of the GPU, or the number and name of the CPUs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     table = Path("/proc/cpuinfo")
@@ -48,67 +91,36 @@ def machine(device: torch.device) -> str:
     return f"{os.cpu_count()} x {name}"
 
 
-def _peak_memory(device: torch.device) -> torch.Tensor:
-    """Most memory that this process has had, in bytes: of the GPU if it computes there; 0-d."""
+def _peak_memory(device: torch.device) -> Tensor:
+    """Returns this process's largest memory use in bytes, on the GPU if it uses one; 0-d."""
     if device.type == "cuda":
         return torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
     return torch.tensor(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def backend(place: DevicePlacement) -> str:
-    """The carrier of the collectives, if there are any."""
-    return place.backend if process_group.is_started() else "none"
+def phases(records: Sequence[RoundRecord], device: torch.device) -> dict[str, float]:
+    """Returns seconds of a round by phase: means over the ranks, medians over ``records``.
 
-
-def summarise(
-    config: Config,
-    info: RankInfo,
-    place: DevicePlacement,
-    records: list[RoundRecord],
-    trainer: Trainer,
-    seconds: tuple[float, float],
-    folder: Path,
-    resumed_after: list[int],
-    behind: int,
-) -> Summary:
-    """The result after ``records``, of which so many are of rounds ``behind`` this process.
-
-    ``seconds`` are those of start-up, and in all.  Every rank calls it.
+    Every rank calls it with its own records of the same rounds.  A rank that comes late to a
+    collective does not wait in it.  So the least time that any rank spends in a round's collectives
+    is the time of the transfer, and what other ranks spend beyond it is waiting.
     """
-    last = records[-1]
-    assert last.test_accuracy is not None
-    assert last.test_loss is not None
-    own = last.clients_test_accuracy_mean
-    return Summary(
-        algorithm=str(config.algorithm.name),
-        rounds=config.rounds,
-        test_accuracy=last.test_accuracy,
-        judged="global model" if own is None else "mean over the clients' own models",
-        test_loss=last.test_loss,
-        pooled_train_loss=last.pooled_train_loss,
-        clients_judged=last.clients_judged,
-        clients_test_accuracy_mean=own,
-        clients_test_accuracy_spread=last.clients_test_accuracy_spread,
-        clients_own_mix_accuracy_mean=last.clients_own_mix_accuracy_mean,
-        clients_own_mix_accuracy_spread=last.clients_own_mix_accuracy_spread,
-        total_seconds=seconds[1],
-        startup_seconds=seconds[0],
-        peak_memory_bytes=max(
-            int(peak) for peak in collectives.all_gather(_peak_memory(place.device))
-        ),
-        median_round_seconds=statistics.median(record.round_seconds for record in records),
-        world_size=info.world_size,
-        backend=backend(place),
-        device=str(place.device),
-        parameters=factory.parameter_count(trainer.model),
-        versions={
-            "fedtan_hpc": __version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
-        run_dir=str(folder),
-        machine=machine(place.device),
-        compile_seconds=trainer.cohort.training.loss.compile_seconds,
-        phases=phases(records[behind:], place.device),
-        resumed_after=resumed_after,
-    )
+    rows = [
+        (each.round_seconds, each.statistics_seconds, each.average_seconds, each.evaluation_seconds)
+        for each in records
+    ]
+    times_R4 = torch.tensor(rows, dtype=torch.float64, device=device).view(-1, 4)
+    times_PR4 = collectives.to_cpu(torch.stack(collectives.all_gather(times_R4)))
+    medians = _by_phase(times_PR4).median(0).values if rows else torch.zeros(len(PHASES))
+    return dict(zip(PHASES, medians.tolist(), strict=True))
+
+
+def _by_phase(times_PR4: Tensor) -> Tensor:
+    """Returns means over the P ranks, (rounds, phases)."""
+    total, statistics, average, evaluation = times_PR4.unbind(-1)
+    compute = total - statistics - average
+    transfer = (statistics + average).amin(0)
+    waiting = (statistics + average - transfer).mean(0)
+    share = torch.where(transfer > 0, statistics.mean(0) / (statistics + average).mean(0), 0.0)
+    columns = [compute.mean(0), transfer * share, transfer * (1 - share), waiting]
+    return torch.stack([*columns, evaluation.mean(0)], dim=-1)

@@ -1,4 +1,4 @@
-"""Jobs for SLURM: submission with submitit, and queueing a job again after it was stopped.
+"""Jobs for SLURM: their submission with submitit, their batch script, and when they run again.
 
-Uses ``run`` and the command line's parsing; used by ``python -m fedtan_hpc.submit``.
+Uses ``job`` and the command line's parsing; used by ``python -m fedtan_hpc.submit``.
 """

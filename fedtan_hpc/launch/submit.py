@@ -1,29 +1,32 @@
-"""Submit the job, or every point of a sweep, to SLURM and return.
+"""Submits the job, or every point of a sweep, to SLURM and returns.
 
-python slurm/submit.py launch.nodes=2 launch.tasks_per_node=4 launch.gpus_per_task=1 \
+python -m fedtan_hpc.submit launch.nodes=2 launch.tasks_per_node=4 launch.gpus_per_task=1 \
     launch.partition=gpu launch.timeout_min=240 algorithm=fedtan -m seed=0,1,2
 
-prints the number and the folder of each job; ``tools/jobs.py`` shows how they fare.  The
-environment that is active now is the jobs' too.
+prints the number and the folder of each job; ``python -m fedtan_hpc.runs`` lists how they get on.
+A job has the environment that is active at submission.  ``--script`` prints train.sbatch, for
+``sbatch`` by hand.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
-
-sys.path.insert(1, os.getcwd())  # for networks of one's own, as in python -m fedtan_hpc
 
 from .. import cli
 from ..config.errors import ConfigError
 from ..config.submit_options import SubmitConfig, check_launch
 from ..config.validate import check
+from . import requeue
 
 
 def main() -> None:
-    """Check all options, submit, and print a line for each job."""
+    """Check all options, submit the jobs, and print a line for each."""
     with cli.exit_codes("submit"):
+        if sys.argv[1:] == ["--script"]:
+            print(requeue.script(), end="")
+            return
+        cli.import_from_current_folder()
         configs = cli.compose_as(SubmitConfig, "submit")
         mistakes: dict[str, None] = {}
         for config in configs:
@@ -35,11 +38,7 @@ def main() -> None:
         if mistakes:
             raise ConfigError(*mistakes)
         cli.check_folders(configs)
-        from . import submitit_jobs  # loads submitit, after all that can go wrong without it
+        from . import submitit_jobs  # loads submitit, after everything that can fail without it
 
         for job in submitit_jobs.submit_all(configs):
             print(f"job {job.job_id}  run_dir {job.run_dir}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
-"""Jobs handed to SLURM, or to this machine in the background, by submitit.
+"""Jobs that submitit hands to SLURM, or runs on this machine in the background.
 
-A submitted run that is asked to stop, by preemption or its time limit, finishes its round, saves
-itself and is queued again, as often as it takes: see ``requeue``.  (submitit's own way,
-``checkpoint()``, is called on one rank inside a signal handler, where ranks cannot agree on a
-round; it serves the minutes before the first round alone.)
+A submitted run that is asked to stop, by preemption or before its time limit, finishes its round,
+saves it and is queued again by the script of its job (``requeue``).  submitit calls ``checkpoint``
+on one rank in a signal handler, where the ranks cannot agree on a round; it serves only the time
+before the first round.  Used by ``submit`` and by the scaling study.
 """
 
 from __future__ import annotations
@@ -31,95 +31,91 @@ from ..runtime import atomic_files
 from . import requeue
 
 _NEVER = 1_000_000
-"""Time-outs after which submitit would give a job up."""
-_LOCAL_AGAIN = 144
-"""The exit code at which submitit starts a job on this machine again."""
+"""Number of time-outs after which submitit gives a job up."""
+_RESTART_CODE = 144
+"""Exit code at which submitit starts a job on this machine again."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What each rank of a submitted job calls."""
+    """The call that each rank of a submitted job makes."""
 
     config: Config
 
     def __call__(self) -> None:
-        """Run; asked to stop before the end, end with the exit code that has the job run again."""
+        """Run the job; the exit code after a signal tells the job's script to queue it again."""
         from .. import cli
-        from ..distributed import process_group
-        from ..job.run import run  # torch is for the ranks, not for those that submit
+        from ..job.run import keep_freed_memory, run  # loads torch, which submitting does not need
 
-        where = submitit.JobEnvironment().cluster
-        if where == "local":
+        cluster = submitit.JobEnvironment().cluster
+        if cluster == "local":
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         with cli.exit_codes("fedtan_hpc"):
             try:
+                keep_freed_memory(self.config)
                 run(self.config)
             except Stopped as stopped:
-                if where == "local" and stopped.signal == signal.SIGUSR2:  # the time limit
+                if cluster == "local" and stopped.signal == signal.SIGUSR2:  # the time limit
                     print(f"fedtan_hpc: {stopped}", file=sys.stderr, flush=True)
-                    os._exit(_LOCAL_AGAIN)
-                raise
-            except Exception as error:
-                if not process_group.has_lost_a_rank(error.__cause__ or error):
-                    requeue.has_said()
+                    os._exit(_RESTART_CODE)
                 raise
 
     def checkpoint(self) -> DelayedSubmission:
-        """For submitit: what to run when a job that had no round yet is queued again."""
+        """Return what submitit runs when a job without any finished round is queued again."""
         return DelayedSubmission(self)
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that was handed over."""
+    """A submitted job."""
 
     job_id: str
     run_dir: Path
 
 
 def submit_all(configs: Sequence[SubmitConfig]) -> list[Submitted]:
-    """Hand over every point of a sweep, which must be checked, each with a folder of its own.
+    """Submit every point of a sweep as a job with a run folder; the options must be checked.
 
-    Raises ``ConfigError`` with the cluster's own words if it refuses them.
+    Raises ``ConfigError`` with the message of the cluster if it refuses the jobs.
     """
     launch = configs[0].launch
-    jobs = [_with_folder(config.job()) for config in configs]
+    jobs = [_with_run_dir(config.job()) for config in configs]
     try:
         executor = _executor(launch)
         with _quiet_children(launch), executor.batch():
-            handed = [executor.submit(job) for job in jobs]
+            handles = [executor.submit(job) for job in jobs]
     except (FailedJobError, RuntimeError, ValueError, OSError) as error:
-        _refused(launch, error)
-    found = []
-    for job, each in zip(jobs, handed, strict=True):
-        found.append(Submitted(each.job_id, Path(str(job.config.run_dir))))
-        _note(found[-1], launch, each.paths)
+        _raise_refusal(launch, error)
+    submitted = []
+    for job, handle in zip(jobs, handles, strict=True):
+        submitted.append(Submitted(handle.job_id, Path(str(job.config.run_dir))))
+        _write_note(submitted[-1], launch, handle.paths)
     if launch.cluster is ClusterName.debug:
-        for each in handed:
-            each.result()
-    return found
+        for handle in handles:
+            handle.result()
+    return submitted
 
 
 @contextmanager
 def _quiet_children(launch: LaunchConfig) -> Iterator[None]:
-    """A job on this machine has logs; with our output too, a pipe would wait for its end."""
+    """Keeps the standard streams from background jobs: they have logs, and a pipe would wait."""
     if launch.cluster is not ClusterName.local:
         yield
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    kept = {number: os.dup(number) for number in (1, 2)}
+    null = os.open(os.devnull, os.O_WRONLY)
+    copies = {stream: os.dup(stream) for stream in (1, 2)}
     try:
-        for number in kept:
-            os.dup2(nowhere, number)
+        for stream in copies:
+            os.dup2(null, stream)
         yield
     finally:
-        for number, own in kept.items():
-            os.dup2(own, number)
-            os.close(own)
-        os.close(nowhere)
+        for stream, copy in copies.items():
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(null)
 
 
-def _with_folder(config: Config) -> Job:
+def _with_run_dir(config: Config) -> Job:
     config.run_dir = str(run_dir.name(config))
     return Job(config)
 
@@ -137,7 +133,7 @@ def _executor(launch: LaunchConfig) -> submitit.Executor:
 
 
 def local_parameters(launch: LaunchConfig) -> dict[str, Any]:
-    """What submitit is told of a job on this machine."""
+    """Return submitit's parameters of a job on this machine."""
     return {
         "tasks_per_node": launch.tasks_per_node,
         "gpus_per_node": (launch.gpus_per_task or 0) * launch.tasks_per_node,
@@ -147,11 +143,16 @@ def local_parameters(launch: LaunchConfig) -> dict[str, Any]:
 
 
 def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
-    """What submitit is told of a SLURM job; what is left out is the cluster's own."""
-    more = dict(each.partition("=")[::2] for each in launch.sbatch)
-    special: dict[str, Any] = {
-        "setup": requeue.before(Path(launch.folder)),
-        "teardown": requeue.AFTER,
+    """Return submitit's parameters of a SLURM job; the cluster has defaults for those left out."""
+    options = (option.partition("=") for option in launch.sbatch)
+    additional = {name: value or True for name, _, value in options}
+    # With --signal=USR2 SLURM signals the ranks; if a user signals the script too, it stays.
+    setup = [*requeue.setup_lines(Path(launch.folder)), "trap : USR1"]
+    if launch.cpus_per_task:  # since SLURM 22.05 srun does not take this from the job
+        setup.append(f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}")
+    slurm_only: dict[str, Any] = {
+        "setup": setup,
+        "teardown": requeue.teardown_lines(),
         "partition": launch.partition,
         "account": launch.account,
         "qos": launch.qos,
@@ -159,16 +160,11 @@ def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
         "gpus_per_task": launch.gpus_per_task,
         "signal_delay_s": launch.signal_delay_s,
         "array_parallelism": launch.array_parallelism,
-        "additional_parameters": {
-            "requeue": True,
-            **{name: value or True for name, value in more.items()},
-        },
-        # Each rank says itself that it ends, and with which code; one that waits for a rank that is
-        # gone before they have met does not.
+        "additional_parameters": {"requeue": True, **additional},
+        # Each rank ends by itself, with an exit code of its own.  --wait ends the ranks that wait
+        # in start-up for a rank that is gone.
         "srun_args": ["--kill-on-bad-exit=0", "--wait=60"],
     }
-    if launch.cpus_per_task:  # srun does not take it from the job since SLURM 22.05
-        special["setup"].append(f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}")
     general = {
         "name": launch.name,
         "nodes": launch.nodes,
@@ -177,23 +173,20 @@ def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
         "cpus_per_task": launch.cpus_per_task,
         "mem_gb": launch.mem_gb,
     }
-    return _given({**general, **{f"slurm_{name}": value for name, value in special.items()}})
+    parameters = {**general, **{f"slurm_{name}": value for name, value in slurm_only.items()}}
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _refused(launch: LaunchConfig, error: Exception) -> NoReturn:
-    """In the cluster's words, the last line of which says why."""
-    said = getattr(error.__cause__, "stderr", None) or str(error)
-    words = said.decode() if isinstance(said, bytes) else said
-    lines = [line for line in words.strip().splitlines() if line.strip()] or [repr(error)]
+def _raise_refusal(launch: LaunchConfig, error: Exception) -> NoReturn:
+    """Raise ``ConfigError`` with the last line of the cluster's message, which says why."""
+    output = getattr(error.__cause__, "stderr", None) or str(error)
+    text = output.decode() if isinstance(output, bytes) else output
+    lines = [line for line in text.strip().splitlines() if line.strip()] or [repr(error)]
     raise ConfigError(f"launch.cluster={launch.cluster} refuses the job: {lines[-1]}") from error
 
 
-def _note(submitted: Submitted, launch: LaunchConfig, paths: Any) -> None:
-    """Leave in the run's folder who has the job, for ``tools/jobs.py``."""
+def _write_note(submitted: Submitted, launch: LaunchConfig, paths: Any) -> None:
+    """Write into the run folder which job has the run and where its logs are, for ``run_list``."""
     note = {
         "job_id": submitted.job_id,
         "cluster": str(launch.cluster),
@@ -201,7 +194,6 @@ def _note(submitted: Submitted, launch: LaunchConfig, paths: Any) -> None:
         "output": str(paths.stdout),
         "errors": str(paths.stderr),
     }
-    submitted.run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_files.replace_text(
-        submitted.run_dir / "submitted.json", json.dumps(note, indent=2) + "\n"
-    )
+    path = submitted.run_dir / "submitted.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.replace_text(path, json.dumps(note, indent=2) + "\n")

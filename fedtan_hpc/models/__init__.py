@@ -1,6 +1,6 @@
-"""Networks: built in, from torchvision or by import; and what their tensors are.
+"""Networks: built in, from torchvision or by import; and the groups of their tensors.
 
-Also replaces BN layers by other normalization layers (``norms``), and names the parameter groups
+``norms`` replaces BN layers by other normalization layers; ``parameter_groups`` names the tensors
 that algorithms treat differently.  Uses ``batchnorm`` and ``distributed``; used by ``training``,
-``evaluation`` and ``run``.
+``evaluation`` and ``job``.
 """

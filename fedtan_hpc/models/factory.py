@@ -1,4 +1,4 @@
-"""The networks: this package's by name, torchvision's by name, anybody's by import."""
+"""Makes networks: built-in ones and torchvision's by name, others by import.  Used by ``job``."""
 
 from __future__ import annotations
 
@@ -16,44 +16,43 @@ from . import import_target, torchvision_models
 from .resnet import resnet20, resnet32, resnet56
 from .small_networks import cnn, mlp, vgg11_bn
 
+_BUILDERS: dict[ModelName, Callable[[int, int], nn.Module]] = {
+    ModelName.mlp: mlp,
+    ModelName.cnn: cnn,
+    ModelName.resnet20: resnet20,
+    ModelName.resnet32: resnet32,
+    ModelName.resnet56: resnet56,
+    ModelName.vgg11_bn: vgg11_bn,
+}
+"""Built-in networks, called with input channels (mlp: input features) and classes."""
+
 
 def build(config: ModelConfig, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-    """The network for samples of ``shape`` (C, H, W), as its source makes it, with BN.
+    """Makes the network for samples of ``shape`` (C, H, W), with BN layers as its source has them.
 
-    Initial weights depend on ``seed`` alone; the process's random state is left as it was.
+    Initial weights depend on ``seed`` alone; the random state of the process stays unchanged.
 
     Raises ``ConfigError`` if options of the network are wrong.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        module = _from_source(config, shape, classes)
+        if config.source is ModelSource.torchvision:
+            small = config.small_input
+            module = torchvision_models.build(config.name, small, shape[0], classes)
+        elif config.source is ModelSource.target:
+            module = import_target.build(config.target or "", shape, classes)
+        else:
+            name = ModelName(config.name)
+            inputs = prod(shape) if name is ModelName.mlp else shape[0]
+            module = _BUILDERS[name](inputs, classes)
+            _initialise(module)
         if config.gamma is GammaName.uniform:
             _draw_scales(module)
     return module
 
 
-def _from_source(config: ModelConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
-    if config.source is ModelSource.torchvision:
-        return torchvision_models.build(config.name, config.small_input, shape[0], classes)
-    if config.source is ModelSource.target:
-        return import_target.build(config.target or "", shape, classes)
-    module = _BUILDERS[ModelName(config.name)](shape, classes)
-    _initialise(module)
-    return module
-
-
-_BUILDERS: dict[ModelName, Callable[[tuple[int, ...], int], nn.Module]] = {
-    ModelName.mlp: lambda shape, classes: mlp(prod(shape), classes),
-    ModelName.cnn: lambda shape, classes: cnn(shape[0], classes),
-    ModelName.resnet20: lambda shape, classes: resnet20(shape[0], classes),
-    ModelName.resnet32: lambda shape, classes: resnet32(shape[0], classes),
-    ModelName.resnet56: lambda shape, classes: resnet56(shape[0], classes),
-    ModelName.vgg11_bn: lambda shape, classes: vgg11_bn(shape[0], classes),
-}
-
-
 def _initialise(module: nn.Module) -> None:
-    """Kaiming-normal weights (He et al. 2015) for rectifiers, biases 0; BN starts as identity."""
+    """Draws Kaiming-normal weights (He et al. 2015) and sets biases to 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -62,7 +61,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _draw_scales(module: nn.Module) -> None:
-    """gamma of every normalization layer from U(0, 1), beta 0; lazy layers are left."""
+    """Draws gamma of normalization layers from U(0, 1), with beta 0; skips lazy layers."""
     for layer in module.modules():
         if isinstance(layer, _NormBase | nn.GroupNorm | nn.LayerNorm) and layer.weight is not None:
             if not is_lazy(layer.weight):
@@ -72,5 +71,5 @@ def _draw_scales(module: nn.Module) -> None:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of trainable values."""
+    """Returns the number of trainable values."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

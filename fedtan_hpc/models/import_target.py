@@ -1,4 +1,7 @@
-"""A network of the user's own, by ``package.module:callable``."""
+"""A network of the user, imported as ``package.module:callable``.
+
+Used by ``factory``; ``job.callbacks`` imports callbacks in the same way.
+"""
 
 from __future__ import annotations
 
@@ -13,50 +16,48 @@ from ..config.errors import ConfigError, format_option_error, one_line
 
 
 def build(target: str, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """What ``target`` makes, called with those of ``shape`` and ``classes`` that it has a name for.
+    """Calls ``target`` with those of ``shape`` (C, H, W) and ``classes`` that it takes by name.
 
-    ``shape`` is that of a sample, (C, H, W).
-
-    Raises ``ConfigError`` if it cannot be imported or called, or makes no module.
+    Raises ``ConfigError`` if it cannot be imported or called, or does not return a module.
     """
-    make = _resolve(target)
+    make = resolve("model.target", target, "a network")
     try:
-        module = make(**_named_by(make, {"shape": shape, "classes": classes}))
+        module = make(**_accepted(make, {"shape": shape, "classes": classes}))
     except (Exception, SystemExit) as error:
         allowed = f"a callable that makes a network for shape={shape}, classes={classes}"
-        line = format_option_error("model.target", target, allowed, f"it raised {one_line(error)}")
-        raise ConfigError(line) from error
+        raise _error(target, allowed, f"it raised {one_line(error)}") from error
     if not isinstance(module, nn.Module):
         allowed = "a callable that returns a torch.nn.Module"
-        line = format_option_error(
-            "model.target", target, allowed, f"it returned a {type(module).__name__}"
-        )
-        raise ConfigError(line)
+        raise _error(target, allowed, f"it returned a {type(module).__name__}")
     return module
 
 
-def _resolve(target: str) -> Callable[..., Any]:
+def resolve(option: str, target: str, product: str) -> Callable[..., Any]:
+    """Imports the callable ``target``, a value of ``option``; it makes ``product``, in words.
+
+    Raises ``ConfigError`` if the import fails or finds no callable.
+    """
     try:
-        found = pkgutil.resolve_name(target)
+        resolved = pkgutil.resolve_name(target)
     except (Exception, SystemExit) as error:
         allowed = "package.module:callable, found on PYTHONPATH"
-        line = format_option_error("model.target", target, allowed, one_line(error))
-        raise ConfigError(line) from error
-    if not callable(found) or isinstance(found, nn.Module):
-        remedy = f"this is a {type(found).__name__}, not something that makes a network"
-        raise ConfigError(format_option_error("model.target", target, "a callable", remedy))
-    return found  # type: ignore[no-any-return]
+        raise ConfigError(format_option_error(option, target, allowed, one_line(error))) from error
+    if not callable(resolved) or isinstance(resolved, nn.Module):
+        remedy = f"this is a {type(resolved).__name__}, not something that makes {product}"
+        raise ConfigError(format_option_error(option, target, "a callable", remedy))
+    return resolved  # type: ignore[no-any-return]
 
 
-def _named_by(make: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``offered`` that ``make`` takes by name."""
+def _accepted(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the ``arguments`` that ``make`` takes by name."""
     try:
         parameters = inspect.signature(make).parameters
-    except ValueError:  # some callables in C have none
+    except ValueError:  # some callables in C have no signature
         return {}
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {
-        name: value
-        for name, value in offered.items()
-        if name in parameters and parameters[name].kind in by_name
-    }
+    names = {name for name, parameter in parameters.items() if parameter.kind in by_name}
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def _error(target: str, allowed: str, remedy: str) -> ConfigError:
+    return ConfigError(format_option_error("model.target", target, allowed, remedy))

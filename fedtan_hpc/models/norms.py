@@ -1,4 +1,4 @@
-"""Networks whose BN layers become group normalization, layer normalization or nothing."""
+"""Replaces BN layers by group normalization, layer normalization or nothing.  Used by ``job``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from ..config.schema import Config
 
 
 def with_norm_of(config: Config, module: nn.Module) -> nn.Module:
-    """``module`` with the normalization layers that the options ask for, or else the algorithm."""
+    """Converts ``module`` to the normalization of ``model.norm``, or else of the algorithm."""
     norm = config.model.norm or ALGORITHMS[config.algorithm.name].norm
     return convert_norm(module, norm, config.algorithm.groups or 2)
 
 
 def convert_norm(module: nn.Module, norm: NormName, groups: int) -> nn.Module:
-    """Replace every BatchNorm1d/2d/3d and SyncBatchNorm; returns the module, or its replacement.
+    """Replaces every BatchNorm1d/2d/3d and SyncBatchNorm; returns the module or its replacement.
 
-    gn: normalization over ``groups`` groups of channels and the pixels of one sample (Wu and He
-    2018); ln: over all channels, that is one group; none: nothing.  Scales and offsets gamma and
-    beta stay the same parameters, per channel, and eps stays.  A layer that has several places is
-    replaced by one layer.  bn leaves everything as it is.
+    gn normalises each sample over its pixels and ``groups`` groups of channels (Wu and He 2018); ln
+    over all channels, as one group; none removes the layers; bn changes nothing.  gamma and beta
+    stay the same parameters, per channel, and eps stays.  A shared layer stays shared.
 
-    Raises ``ConfigError``, and changes nothing, if the channels of a layer are no multiple of
-    ``groups``, or a layer is another kind of BN, of which more would be lost.
+    Raises ``ConfigError``, and changes nothing, if the channels of a layer are not a multiple of
+    ``groups``, or if a layer is another kind of BN, which may do more than normalise.
     """
     if norm is NormName.bn:
         return module

@@ -1,4 +1,7 @@
-"""Which tensors of a model belong to which part, for algorithms that treat parts differently."""
+"""The groups of a model's tensors that algorithms treat differently.
+
+Used by ``training`` to average, keep or step tensors of some groups.
+"""
 
 from __future__ import annotations
 
@@ -13,40 +16,38 @@ from ..distributed.model_average import named_tensors
 
 
 class TensorFilter:
-    """The tensors of some parts of a module; called with the module or a copy of it.
+    """Selects the tensors of some ``groups`` from ``module`` and from copies of it.
 
-    Returns them by name, in the module's order.  Parameters that are not trained are never among
-    them: they stay as they are on all ranks.
+    Parameters that are not trained are left out: they stay equal on all ranks.
     """
 
-    def __init__(self, module: nn.Module, parts: Collection[ParameterGroup]) -> None:
+    def __init__(self, module: nn.Module, groups: Collection[ParameterGroup]) -> None:
         frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
         named = groups_of(module).items()
-        self.names = [name for name, part in named if part in parts and name not in frozen]
+        self.names = [name for name, group in named if group in groups and name not in frozen]
 
     def __call__(self, module: nn.Module) -> dict[str, Tensor]:
-        """The same tensors of ``module``."""
+        """Returns the selected tensors of ``module`` by name, in the module's order."""
         tensors = named_tensors(module)
         return {name: tensors[name] for name in self.names}
 
 
 def groups_of(module: nn.Module) -> dict[str, ParameterGroup]:
-    """The part of every tensor of ``module`` by name."""
-    parts = dict.fromkeys(named_tensors(module), ParameterGroup.weights)
-    parts |= dict.fromkeys((name for name, _ in module.named_buffers()), ParameterGroup.buffers)
+    """Returns the group of every tensor of ``module`` by name."""
+    groups = dict.fromkeys(named_tensors(module), ParameterGroup.weights)
+    groups |= dict.fromkeys((name for name, _ in module.named_buffers()), ParameterGroup.buffers)
     for prefix, layer in module.named_modules():
         if isinstance(layer, _BatchNorm):
             for name, _ in layer.named_parameters(prefix=prefix, recurse=False):
-                parts[name] = (
-                    ParameterGroup.mixing if name.endswith("mix") else ParameterGroup.affine
-                )
+                is_mix = name.endswith("mix")
+                groups[name] = ParameterGroup.mixing if is_mix else ParameterGroup.affine
             for name, _ in layer.named_buffers(prefix=prefix, recurse=False):
-                parts[name] = ParameterGroup.statistics
-    return parts
+                groups[name] = ParameterGroup.statistics
+    return groups
 
 
 def pack(tensors: Collection[Tensor]) -> Tensor:
-    """All values as one vector, in the widest floating-point type among them."""
+    """Returns all values as one vector, in the widest floating-point type of ``tensors``."""
     if not tensors:
         return torch.empty(0)
     dtype = torch.float32
@@ -58,7 +59,7 @@ def pack(tensors: Collection[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def unpack(vector: Tensor, tensors: Collection[Tensor]) -> None:
-    """Give ``tensors`` the values that ``pack`` took from others of the same shapes."""
+    """Copies the values of a ``vector`` from ``pack`` into ``tensors`` of the same shapes."""
     reals = [_real(tensor) for tensor in tensors]
     for real, values in zip(reals, vector.split([real.numel() for real in reals]), strict=True):
         real.copy_(values.view(real.shape))

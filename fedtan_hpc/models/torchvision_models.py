@@ -1,4 +1,7 @@
-"""torchvision's classifiers, fitted to the data's channels and, if asked, to small images."""
+"""torchvision's classifiers, adapted to the data's channels and optionally to small images.
+
+Used by ``factory``.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,19 @@ from ..config.errors import ConfigError, format_option_error
 from ..runtime.torchvision_import import import_torchvision
 
 _LARGE_KERNEL = 7
-"""Pixels; a first convolution of this size or more is one for large images."""
+"""Pixels; a first convolution of this size or larger is meant for large images."""
 
 
 def build(name: str, small_input: bool, channels: int, classes: int) -> nn.Module:
-    """torchvision's classifier ``name`` as torchvision initialises it, for so many channels.
+    """Returns torchvision's classifier ``name``, with its own initialization, for ``channels``.
 
-    With ``small_input`` the stem keeps the image's size: a first convolution of 7x7 or larger is
-    3x3 instead, none has a stride, and no pooling comes before the second.
+    With ``small_input`` the stem keeps the image's size: the first convolution has no stride and,
+    if it was 7x7 or larger, is 3x3; no pooling comes before the second convolution.
 
     Raises ``ConfigError`` for a name that torchvision does not have, and for ``small_input`` with a
-    network whose first convolution has no stride anyway.
+    network whose first convolution has no stride.
     """
-    with torch.device("cpu"):  # not the caller's choice: the import makes tensors
+    with torch.device("cpu"):  # the import makes tensors, which must not be on meta
         models = import_torchvision().models
     names = models.list_models(module=models)
     if name not in names:
@@ -33,16 +36,18 @@ def build(name: str, small_input: bool, channels: int, classes: int) -> nn.Modul
         allowed = f"one of torchvision's {len(names)} classifiers"
         raise ConfigError(format_option_error("model.name", name, allowed, remedy))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of changes to defaults that are not used
+        warnings.simplefilter("ignore")  # about changed defaults that are not used here
         module: nn.Module = models.get_model(name, weights=None, num_classes=classes)
     if small_input:
         _keep_size(module, name)
-    _take_channels(module, channels)
+    path, first = _first_convolution(module)
+    if first.in_channels != channels:
+        module.set_submodule(path, _like(first, channels))
     return module
 
 
 def _keep_size(module: nn.Module, name: str) -> None:
-    """No stride in the first convolution, and no pooling between it and the second."""
+    """Removes the stride of the first convolution, and the pooling between it and the second."""
     path, first = _first_convolution(module)
     if first.stride == (1, 1):
         allowed = f"false with model.name={name}, whose first convolution has no stride"
@@ -55,21 +60,14 @@ def _keep_size(module: nn.Module, name: str) -> None:
         first.stride = (1, 1)
 
 
-def _take_channels(module: nn.Module, channels: int) -> None:
-    """Make the first convolution one for so many input channels."""
-    path, first = _first_convolution(module)
-    if first.in_channels != channels:
-        module.set_submodule(path, _like(first, channels))
-
-
 def _first_convolution(module: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The first one in the module's order, and its path there."""
+    """Returns the path of the first convolution, and the convolution."""
     layers = module.named_modules()
     return next((path, layer) for path, layer in layers if isinstance(layer, nn.Conv2d))
 
 
 def _stem_pool(module: nn.Module) -> str | None:
-    """The path of the max-pooling between the first two convolutions, if there is one."""
+    """Returns the path of the max-pooling between the first two convolutions, if there is one."""
     convolutions = 0
     for path, layer in module.named_modules():
         convolutions += isinstance(layer, nn.Conv2d)
@@ -79,9 +77,9 @@ def _stem_pool(module: nn.Module) -> str | None:
 
 
 def _like(first: nn.Conv2d, channels: int, kernel: int | None = None) -> nn.Conv2d:
-    """A convolution as ``first`` for so many channels; with ``kernel``, one that keeps the size.
+    """Returns a convolution like ``first`` for ``channels``; with ``kernel`` it keeps the size.
 
-    Its weights are drawn as those of torchvision's ResNets, by fan-out; its biases are 0.
+    It draws weights like torchvision's ResNets, by fan-out, and has biases of 0.
     """
     new = nn.Conv2d(
         channels,

@@ -1,18 +1,19 @@
-"""Compare methods: run what is missing, then write a table, a picture and all figures.
+"""Compares methods: runs what is missing, then writes a table, a picture and all figures.
 
-    python tools/compare.py experiment=fashion_shards seeds=[0,1,2]
-    torchrun --nproc-per-node 2 tools/compare.py experiment=quick methods=[fedtan,fedavg,fedbn]
-    python tools/compare.py methods='[fedtan,"fedtan algorithm.synchronised_steps=5"]' rounds=50
+    python -m fedtan_hpc.compare experiment=fashion_shards seeds=[0,1,2]
+    torchrun --nproc-per-node 2 -m fedtan_hpc.compare experiment=quick methods=[fedtan,fedbn]
+    python -m fedtan_hpc.compare methods='[fedtan,"fedtan algorithm.synchronised_steps=5"]'
 
-methods=[...]  algorithms, each with options of its own after it if it has any, in quotes
+methods=[...]  algorithms; options of an algorithm follow its name, in quotes
                (default [fedtan,fedavg,centralised])
 seeds=[...]    seeds of each method (default [0,1,2])
 out=DIR        folder of the comparison (default comparisons/ and the name of the experiment)
 
-All other words are options of the job, as for fedtan_hpc, and hold for every run.  Finished runs
-are not run again: the same command goes on where it was interrupted, and draws anew once all is
-there.  Several commands may fill the same folder at the same time with different methods and
-seeds; each then reports all that is finished: DIR/compare.md, compare.png and compare.csv.
+All other words are options of the job, as for fedtan_hpc; they hold for every run.  Finished runs
+are not run again: the same command goes on where it was interrupted, and draws the files again when
+all runs are finished.  Several commands may fill one folder at the same time with different methods
+and seeds; each reports all finished runs in DIR/compare.md, compare.png and compare.csv.  In a
+checkout ``python tools/compare.py`` does the same as ``python -m fedtan_hpc.compare``.
 """
 
 from __future__ import annotations
@@ -20,47 +21,50 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .. import cli
 from ..config.errors import ConfigError, RunError
 from ..config.schema import Config
 from ..runtime import launcher_env
-from . import comparison_plots, comparison_runs, comparison_tables, options, reports
+from . import comparison_plots, comparison_runs, comparison_tables, options
 from .comparison_runs import Comparison
 from .progress import Following, Progress
 
-_HELD = "that no other run is writing"
-"""What ``run_folder`` says of a folder that another process holds."""
+_LOCKED = "that no other run is writing"
+"""Words of ``job.run_dir`` about a folder that another process has locked."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Do what the command line says; exit codes as those of the job."""
+    """Do what the command line says; the exit codes are those of the job."""
     words = sys.argv[1:] if words is None else list(words)
-    first = launcher_env.rank_hint() == 0
+    is_first = launcher_env.rank_hint() == 0
     with cli.exit_codes("compare"):
-        if not words or {"--help", "-h"} & set(words):
-            print(__doc__.strip() if first else "", end="\n" if first else "")
+        if options.shows_help(words or ["--help"], __doc__):
             return
-        asked = comparison_runs.plan(words)
+        comparison = comparison_runs.plan(words)
         launcher_env.detect()
-        _check(asked, first)
-        failed = run_all(asked, first)
-        if first:
-            write(asked, f"python tools/compare.py {shlex.join(words)}")
+        _check(comparison, is_first)
+        failed = run_all(comparison, is_first)
+        if is_first:
+            write(comparison, f"python -m fedtan_hpc.compare {shlex.join(words)}")
         if failed:
-            raise RunError(f"{failed} of {len(asked.configs)} runs failed", on_all_ranks=True)
+            message = f"{failed} of {len(comparison.configs)} runs failed"
+            raise RunError(message, on_all_ranks=True)
 
 
-def run_all(asked: Comparison, first: bool) -> int:
-    """Run what is not finished; how many failed.  All ranks run, the ``first`` shows."""
-    ahead = [config for config in asked.configs if not _finished(config)]
-    progress = Progress(len(asked.configs), sum(config.rounds for config in ahead), first)
+def run_all(comparison: Comparison, is_first: bool) -> int:
+    """Run what is not finished, on all ranks; return the number of failed runs.
+
+    The rank that ``is_first`` shows the progress.
+    """
+    unfinished = comparison.unfinished
+    rounds = sum(config.rounds for config in unfinished)
+    progress = Progress(len(comparison.configs), rounds, is_first)
     failed = 0
     with progress.shown():
-        for config in asked.configs:
-            name = f"{comparison_runs.name_of(config, asked.settings)} seed {config.seed}"
-            following = progress.follow(name, config.rounds, config in ahead)
+        for config in comparison.configs:
+            name = comparison.name_of(config)
+            following = progress.follow(name, config.rounds, config in unfinished)
             try:
                 progress.end(following, _run(config, following))
             except RunError as error:
@@ -71,52 +75,46 @@ def run_all(asked: Comparison, first: bool) -> int:
     return failed
 
 
-def write(asked: Comparison, command: str) -> None:
-    """The files of all that is finished."""
-    lines = comparison_runs.lines(asked)
+def write(comparison: Comparison, command: str) -> None:
+    """Write the files of the comparison with all finished runs, and print the table."""
+    out = comparison.out
+    lines = comparison_runs.finished_lines(out, comparison.settings)
     if not lines:
         print("no run is finished, so there is nothing to compare")
         return
-    comparison_tables.write_csv(lines, asked.out / "compare.csv")
+    comparison_tables.write_csv(lines, out / "compare.csv")
     table = comparison_tables.table(lines)
-    comparison_tables.write_markdown(table, lines, asked, command)
-    comparison_plots.draw(lines, comparison_tables.title(asked.settings), asked.out)
-    print("\n".join(["", *table, "", f"files: {asked.out}/compare.md, compare.png, compare.csv"]))
+    comparison_tables.write_markdown(table, lines, comparison, command)
+    comparison_plots.draw(lines, comparison_tables.title(comparison.settings), out)
+    print("\n".join(["", *table, "", f"files: {out}/compare.md, compare.png, compare.csv"]))
 
 
-def _check(asked: Comparison, first: bool) -> None:
-    """All that can be wrong with any of the runs, before the first of them."""
+def _check(comparison: Comparison, is_first: bool) -> None:
+    """Finds all mistakes of all runs before the first of them begins."""
     options.check_plotting()
-    from ..job.run import check_all  # torch loads here
+    from ..job.run import check_all  # loads torch
 
-    check_all([config for config in asked.configs if not _finished(config)])
-    if first:
-        comparison_runs.keep_settings(asked)
+    check_all(comparison.unfinished)
+    if is_first:
+        comparison_runs.write_settings(comparison)
 
 
-def _run(config: Config, log: Following) -> str:
-    """Run or find finished; what came of it in words.  Every rank does the same."""
+def _run(config: Config, following: Following) -> str:
+    """Runs a job unless it is finished, on every rank; returns the result in words."""
     from ..distributed import process_group
-    from ..job.run import run  # torch loads here
+    from ..job.run import keep_freed_memory, run  # loads torch
 
-    grouped = process_group.is_started()
+    keep_freed_memory(config)
+    was_started = process_group.is_started()
     try:
-        summary = run(config, log)
+        summary = run(config, callbacks=[following])
     except (ConfigError, RunError) as error:
         if isinstance(error, RunError) and not error.on_all_ranks:
             raise
-        if process_group.is_started() and not grouped:
-            process_group.stop()  # so that the next run starts anew
-        if isinstance(error, RunError) or _HELD not in str(error):
+        if process_group.is_started() and not was_started:
+            process_group.stop()  # the next run starts it again
+        if isinstance(error, RunError) or _LOCKED not in str(error):
             raise
         return "another process is at it, left to that"
-    how = f"{summary.total_seconds:.1f} s" if log.told else "was finished"
+    how = f"{summary.total_seconds:.1f} s" if following.rounds_ended else "was finished"
     return f"test accuracy {100 * summary.test_accuracy:.2f} %, {how}"
-
-
-def _finished(config: Config) -> bool:
-    return reports.finished(Path(str(config.run_dir)))
-
-
-if __name__ == "__main__":
-    main()

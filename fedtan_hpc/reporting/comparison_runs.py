@@ -1,10 +1,12 @@
-"""The folder of a comparison: which runs belong to it, under which names.
+"""The folder of a comparison: which runs belong to it, and under which names.
 
 settings.yaml  the options that all runs share
 runs/          a run folder for each method and seed
 compare.csv    a row for each evaluated round of each run
 compare.md     the table
 compare.png    the curves
+
+Used by ``compare``, which fills the folder, and by ``overview``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,19 +25,20 @@ from ..config.schema import Config, to_dict
 from ..config.validate import check
 from ..runtime import atomic_files
 from . import options, reports
+from .reports import Lines
 
-OWN = ("methods", "seeds", "out")
+_TOOL_OPTIONS = ("methods", "seeds", "out")
 _METHODS = ["fedtan", "fedavg", "centralised"]
 _EXAMPLE = """'[fedtan,"fedtan algorithm.synchronised_steps=5",fedavg]'"""
-_SET_HERE = {"algorithm": "methods=[...]", "seed": "seeds=[...]", "run_dir": "out=..."}
+_SET_BY_TOOL = {"algorithm": "methods=[...]", "seed": "seeds=[...]", "run_dir": "out=..."}
 _LONGEST_NAME = 100
-"""Letters of a run's folder; file systems take 255."""
-_APART = (*reports.APART, "algorithm.name")
+"""Letters of the name of a run's folder; file systems take 255."""
+_NOT_SHARED = (*reports.IGNORED, "algorithm.name")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Where it is, what its runs share, and the runs that are asked for, by seed and method."""
+    """A folder, the options that its runs share, and the requested runs by seed and method."""
 
     out: Path
     base: Config
@@ -44,8 +46,18 @@ class Comparison:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Options of all runs, by dotted name."""
-        return shared(self.base)
+        """Options that all runs share unless a method changes them, by dotted name."""
+        return shared_options(self.base)
+
+    @property
+    def unfinished(self) -> list[Config]:
+        """Requested runs that are not finished."""
+        return [each for each in self.configs if not reports.finished(Path(str(each.run_dir)))]
+
+    def name_of(self, config: Config) -> str:
+        """Return the label and the seed of a run, which need not have begun."""
+        label = _label(dict(reports.flat(to_dict(config))), self.settings)
+        return f"{label} seed {config.seed}"
 
 
 def plan(words: Sequence[str]) -> Comparison:
@@ -53,89 +65,57 @@ def plan(words: Sequence[str]) -> Comparison:
 
     Raises ``ConfigError`` with all mistakes that can be found before torch is loaded.
     """
-    own, job = options.split(words, OWN)
-    _not_set_here(job)
-    default = "comparisons/" + (options.choice(job, "experiment") or "options")
-    out = Path(options.folder(own.get("out", f"out={default}")))
+    tool_options, job = options.split(words, _TOOL_OPTIONS)
+    _refuse_tool_settings(job)
+    experiments = [word for word in job if word.startswith("experiment=")]
+    name = experiments[-1].partition("=")[2] if experiments else "options"
+    out = Path(options.folder(tool_options.get("out", f"out=comparisons/{name}")))
     base = options.composed(job)
-    methods = _methods(own["methods"]) if "methods" in own else _METHODS
-    seeds = _seeds(own.get("seeds", "seeds=[0,1,2]"))
-    each = list(_composed(methods, job))
-    configs = [replace(config, seed=seed) for seed in seeds for config in each]
-    asked = Comparison(out, base, [_placed(config, shared(base), out) for config in configs])
-    _check(asked.configs)
-    _same_settings(asked)
-    return asked
+    methods = _methods(tool_options["methods"]) if "methods" in tool_options else _METHODS
+    seeds = _seeds(tool_options.get("seeds", "seeds=[0,1,2]"))
+    variants = list(_composed(methods, job))
+    configs = [replace(config, seed=seed) for seed in seeds for config in variants]
+    unnamed = Comparison(out, base, configs)
+    comparison = replace(unnamed, configs=[_with_run_dir(unnamed, config) for config in configs])
+    _check(comparison.configs)
+    _check_settings(comparison)
+    return comparison
 
 
-def shared(config: Config) -> dict[str, str]:
-    """Options that do not set the runs of a comparison apart, by dotted name."""
+def shared_options(config: Config) -> dict[str, str]:
+    """Return the options in which the runs of a comparison agree, by dotted name."""
     flat = reports.flat(to_dict(config))
-    return {name: value for name, value in flat if name not in _APART}
+    return {name: value for name, value in flat if name not in _NOT_SHARED}
 
 
-def label(options: Mapping[str, str], settings: Mapping[str, str]) -> str:
-    """A run's algorithm, and the options that it alone has."""
-    own = [
+def finished_lines(out: Path, settings: Mapping[str, str]) -> Lines:
+    """Return the finished runs in ``out``, of this and other commands: by label, best first."""
+    runs = reports.read_whole(path.parent for path in out.glob("runs/*/summary.json"))
+    lines: Lines = {}
+    for run in sorted(runs, key=lambda run: int(run.options["seed"])):
+        lines.setdefault(_label(run.options, settings), []).append(run)
+    return reports.best_first(lines)
+
+
+def _label(options: Mapping[str, str], settings: Mapping[str, str]) -> str:
+    """Names the algorithm of a run and the options that differ from the shared ones."""
+    differing = [
         f"{name.removeprefix('algorithm.')}={value}"
         for name, value in options.items()
-        if name not in _APART and settings.get(name) != value
+        if name not in _NOT_SHARED and settings.get(name) != value
     ]
-    return ", ".join([options["algorithm.name"], *own])
+    return ", ".join([options["algorithm.name"], *differing])
 
 
-def name_of(config: Config, settings: Mapping[str, str]) -> str:
-    """``label`` of a run that may not have begun."""
-    return label(dict(reports.flat(to_dict(config))), settings)
+def unrequested(comparison: Comparison, lines: Lines) -> list[str]:
+    """Return the names of finished runs in the folder that this command did not ask for."""
+    requested = {comparison.name_of(config) for config in comparison.configs}
+    names = [f"{label} seed {run.options['seed']}" for label, runs in lines.items() for run in runs]
+    return [name for name in names if name not in requested]
 
 
-def lines(comparison: Comparison) -> dict[str, list[reports.Run]]:
-    """All finished runs of the folder, also those of other commands: by label, best first."""
-    return _by_label(comparison.out, comparison.settings)
-
-
-def finished_lines(out: Path) -> dict[str, list[reports.Run]]:
-    """The same from the folder alone."""
-    return _by_label(out, reports.read_options(out / "settings.yaml"))
-
-
-def _by_label(out: Path, settings: Mapping[str, str]) -> dict[str, list[reports.Run]]:
-    found: dict[str, list[reports.Run]] = {}
-    for run in sorted(_readable(out), key=lambda run: int(run.options["seed"])):
-        found.setdefault(label(run.options, settings), []).append(run)
-    return reports.best_first(found)
-
-
-def _readable(out: Path) -> Iterator[reports.Run]:
-    """The finished runs; one that is damaged is left out, and said to be."""
-    for path in out.glob("runs/*/summary.json"):
-        try:
-            run = reports.read(path.parent)
-            if run.evaluated and run.messages and run.payloads:
-                yield run
-        except reports.DAMAGED as error:
-            reason = " ".join(str(error).split())
-            print(f"left out, for it cannot be read: {path.parent} ({reason})", file=sys.stderr)
-
-
-def missing(comparison: Comparison) -> list[str]:
-    """Runs that were asked for and are not finished."""
-    return [
-        f"{name_of(config, comparison.settings)} seed {config.seed}"
-        for config in comparison.configs
-        if not reports.finished(Path(str(config.run_dir)))
-    ]
-
-
-def others(comparison: Comparison, found: Mapping[str, Sequence[reports.Run]]) -> list[str]:
-    """Finished runs of the folder that other commands asked for."""
-    names = [(name_of(c, comparison.settings), str(c.seed)) for c in comparison.configs]
-    runs = [(label, run.options["seed"]) for label, runs in found.items() for run in runs]
-    return [f"{label} seed {seed}" for label, seed in runs if (label, seed) not in names]
-
-
-def keep_settings(comparison: Comparison) -> None:
-    """Write down what the runs share; for rank 0."""
+def write_settings(comparison: Comparison) -> None:
+    """Write ``settings.yaml``; only rank 0 calls it."""
     settings = to_dict(comparison.base)
     del settings["seed"], settings["run_dir"], settings["algorithm"]["name"]
     text = OmegaConf.to_yaml(OmegaConf.create(settings))
@@ -144,12 +124,12 @@ def keep_settings(comparison: Comparison) -> None:
         atomic_files.replace_text(comparison.out / "settings.yaml", text)
 
 
-def _not_set_here(job: Sequence[str]) -> None:
+def _refuse_tool_settings(job: Sequence[str]) -> None:
     for word in job:
         name, _, value = word.lstrip("+~").partition("=")
-        if name in _SET_HERE or name == "algorithm.name":
-            own = _SET_HERE[name.partition(".")[0]]
-            raise ConfigError(f"{name}={value}: this tool sets it itself; say {own} instead")
+        if name in _SET_BY_TOOL or name == "algorithm.name":
+            instead = _SET_BY_TOOL[name.partition(".")[0]]
+            raise ConfigError(f"{name}={value}: this tool sets it itself; say {instead} instead")
 
 
 def _seeds(word: str) -> list[int]:
@@ -163,30 +143,30 @@ def _seeds(word: str) -> list[int]:
 def _methods(word: str) -> list[str]:
     methods = options.values(word, _EXAMPLE)
     if not all(isinstance(method, str) for method in methods):
-        allowed = "a list of algorithms, each with options of its own after it if it has any"
+        allowed = "a list of algorithms; options of an algorithm follow its name"
         remedy = f"for example methods={_EXAMPLE}"
         raise ConfigError(format_option_error("methods", word.partition("=")[2], allowed, remedy))
     return methods
 
 
 def _composed(methods: Sequence[str], job: Sequence[str]) -> Iterator[Config]:
-    """A method is an algorithm's name, and overrides after it if there are any."""
+    """Yields a config for each method: the name of an algorithm, then options if it has any."""
     for method in methods:
         name, *more = method.split() or [""]
-        _not_set_here(more)
+        _refuse_tool_settings(more)
         yield options.composed([*job, f"algorithm={name}", *more])
 
 
-def _placed(config: Config, settings: Mapping[str, str], out: Path) -> Config:
-    label = name_of(config, settings)
+def _with_run_dir(comparison: Comparison, config: Config) -> Config:
+    label = _label(dict(reports.flat(to_dict(config))), comparison.settings)
     name = re.sub(r"[^A-Za-z0-9._=-]+", "_", label.replace(", ", "-"))
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-    return replace(config, run_dir=str(out / "runs" / f"{name}-seed{config.seed}"))
+    return replace(config, run_dir=str(comparison.out / "runs" / f"{name}-seed{config.seed}"))
 
 
 def _check(configs: Sequence[Config]) -> None:
-    """All mistakes, those that runs have in common once."""
+    """Raises ``ConfigError`` with all mistakes; those that runs have in common stand once."""
     mistakes: dict[str, None] = {}
     for config in configs:
         try:
@@ -197,21 +177,20 @@ def _check(configs: Sequence[Config]) -> None:
         raise ConfigError(*mistakes)
 
 
-def _same_settings(asked: Comparison) -> None:
-    """A folder is for one comparison."""
-    path = asked.out / "settings.yaml"
-    if not os.path.exists(path) or not list(asked.out.glob("runs/*/summary.json")):
+def _check_settings(comparison: Comparison) -> None:
+    """Raises ``ConfigError`` if the folder has finished runs with other shared options."""
+    path = comparison.out / "settings.yaml"
+    if not os.path.exists(path) or not list(comparison.out.glob("runs/*/summary.json")):
         return
     try:
         saved = reports.read_options(path)
-    except reports.DAMAGED as error:
+    except reports.READ_ERRORS as error:
         allowed = "a new folder, or one with a whole settings.yaml"
-        raise ConfigError(
-            format_option_error("out", asked.out, allowed, "choose another")
-        ) from error
-    now = asked.settings
-    names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
-    if names:
+        message = format_option_error("out", comparison.out, allowed, "choose another")
+        raise ConfigError(message) from error
+    settings = comparison.settings
+    names = saved.keys() | settings.keys()
+    if differing := sorted(name for name in names if saved.get(name) != settings.get(name)):
         allowed = "a new folder, or that of the same options"
-        remedy = f"it holds a comparison with another {', '.join(names)}: choose another"
-        raise ConfigError(format_option_error("out", asked.out, allowed, remedy))
+        remedy = f"it holds a comparison with another {', '.join(differing)}: choose another"
+        raise ConfigError(format_option_error("out", comparison.out, allowed, remedy))

@@ -1,11 +1,11 @@
-"""Several comparisons side by side: final accuracies, a row for each method.
+"""Shows several comparisons side by side: final accuracies, one row for each method.
 
-    python tools/overview.py comparisons/digits_shards comparisons/fashion_shards
+    python -m fedtan_hpc.overview comparisons/digits_shards comparisons/fashion_shards
 
-The folders are those of tools/compare.py; each is a column, named after the folder.  In a cell:
-mean ± sample deviation over the seeds of the test accuracy after the last round, in percent, and
-in brackets, where clients have models of their own, the accuracy in each client's own mix of
-labels.  Methods come in the order of the first folder, best first.
+Each folder of ``compare`` is a column, named after the folder.  A cell has the test accuracy after
+the last round in percent, mean ± sample deviation over the seeds.  In brackets, where clients have
+models of their own, follows the accuracy of each on its client's mix of labels.  The order of the
+methods is that of the first folder, best first.  A checkout also has ``python tools/overview.py``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import comparison_runs
-from .reports import Run, mean_and_deviation
-
-_OWN = "clients_own_mix_accuracy_mean"
+from .reports import OWN_MIX, Run, markdown_table, percent, read_options
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print the table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="folders of comparisons")
     folders: list[Path] = parser.parse_args(words).folders
     for folder in folders:
@@ -32,23 +32,16 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def table(folders: Sequence[Path]) -> list[str]:
-    """A line of heads, and one for each method that any folder has."""
-    columns = [comparison_runs.finished_lines(folder) for folder in folders]
-    methods = list(dict.fromkeys(method for column in columns for method in column))
-    rows = [["method", *(folder.name for folder in folders)], ["---"] * (len(folders) + 1)]
-    for method in methods:
-        rows.append([method, *(_cell(column.get(method, [])) for column in columns)])
-    return [f"| {' | '.join(row)} |" for row in rows]
+    """Return the lines of the table: one row for each method that any folder has."""
+    columns = [
+        comparison_runs.finished_lines(folder, read_options(folder / "settings.yaml"))
+        for folder in folders
+    ]
+    methods = dict.fromkeys(method for column in columns for method in column)
+    rows = ([method, *(_cell(column.get(method, [])) for column in columns)] for method in methods)
+    return markdown_table(["method", *(folder.name for folder in folders)], rows)
 
 
 def _cell(runs: Sequence[Run]) -> str:
-    if not runs:
-        return ""
-    text = mean_and_deviation([100 * run.accuracy for run in runs])
-    own = [run.evaluated[-1].get(_OWN) for run in runs]
-    mixes = [100 * value for value in own if value is not None]
-    return f"{text} ({mean_and_deviation(mixes)})" if mixes else text
-
-
-if __name__ == "__main__":
-    main()
+    own_mix = percent(runs, OWN_MIX)
+    return f"{percent(runs)} ({own_mix})" if own_mix else percent(runs)

@@ -1,26 +1,29 @@
-"""Finished runs as tools read, name, tabulate and draw them."""
+"""Finished runs as the tools read, group and tabulate them."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from omegaconf import OmegaConf
 
-DAMAGED = (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError)
-"""What reading a damaged run ends in."""
-APART = ("seed", "run_dir")
-"""Options that do not set two lines of a table apart."""
+READ_ERRORS = (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError)
+"""Errors that reading a damaged run raises."""
+IGNORED = ("seed", "run_dir")
+"""Options in which runs of one line may differ."""
+OWN_MIX = "clients_own_mix_accuracy_mean"
+"""Figure of a record: mean accuracy of the clients' models, each on its client's label mix."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its options by dotted name, its records (``metrics.RoundRecord``)."""
+    """A finished run: its options by dotted name, and its records (``evaluation.RoundRecord``)."""
 
     options: Mapping[str, str]
     records: Sequence[Mapping[str, Any]]
@@ -33,27 +36,31 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """Of the last round, 0 to 1."""
+        """Test accuracy of the last evaluated round, 0 to 1."""
         return float(self.evaluated[-1]["test_accuracy"])
 
     @property
     def messages(self) -> list[int]:
-        """Collectives of each round, or those that there would be with more ranks."""
+        """Collectives of each round; in a single process, those of the same run on more ranks."""
         return [int(record["payload_messages"]) for record in self.records]
 
     @property
     def payloads(self) -> list[int]:
-        """Bytes that a rank put into each round's collectives, or would with more ranks."""
+        """Bytes that one rank puts into the collectives of each round, counted as ``messages``."""
         return [int(record["payload_bytes"]) for record in self.records]
 
 
+Lines: TypeAlias = dict[str, list[Run]]
+"""Runs that differ only in the seed, by the label of their line in a table or picture."""
+
+
 def finished(folder: Path) -> bool:
-    """Whether the folder holds a run that came to its end."""
+    """Return whether the folder holds a finished run."""
     return (folder / "summary.json").exists()
 
 
 def read(folder: Path) -> Run:
-    """The finished run in ``folder``."""
+    """Read the finished run in ``folder``; raises one of ``READ_ERRORS`` if it is damaged."""
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     return Run(
         options=read_options(folder / "config.yaml"),
@@ -62,14 +69,26 @@ def read(folder: Path) -> Run:
     )
 
 
+def read_whole(folders: Iterable[Path]) -> Iterator[Run]:
+    """Read the evaluated runs in ``folders``; name damaged ones on standard error and skip them."""
+    for folder in folders:
+        try:
+            run = read(folder)
+            if run.evaluated and run.messages and run.payloads:
+                yield run
+        except READ_ERRORS as error:
+            reason = " ".join(str(error).split())
+            print(f"left out, for it cannot be read: {folder} ({reason})", file=sys.stderr)
+
+
 def read_options(path: Path) -> dict[str, str]:
-    """The options in a YAML file, by dotted name."""
+    """Return the options in a YAML file by dotted name."""
     options: Any = OmegaConf.to_container(OmegaConf.load(path))
     return dict(flat(options))
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as text."""
+    """Yield the dotted name and the text of each option of a nested mapping; null is "None"."""
     for name, value in options.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
@@ -77,23 +96,31 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield prefix + name, str(value)
 
 
-def best_first(lines: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
-    """Lines of a table by the mean of their runs' last accuracies."""
-    return dict(
-        sorted(lines.items(), key=lambda line: -statistics.mean(run.accuracy for run in line[1]))
-    )
+def best_first(lines: Lines) -> Lines:
+    """Return the lines by falling mean of their runs' last accuracies."""
+    mean = {label: statistics.mean(run.accuracy for run in runs) for label, runs in lines.items()}
+    return dict(sorted(lines.items(), key=lambda line: -mean[line[0]]))
+
+
+def last_figures(runs: Sequence[Run], figure: str) -> list[float]:
+    """Return a figure of the last evaluated round of each run that has it."""
+    values = [run.evaluated[-1].get(figure) for run in runs]
+    return [float(value) for value in values if value is not None]
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± sample deviation; a single value stands alone."""
+    """Return ``mean ± sample deviation``, the mean alone for one value, and nothing for none."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def band(axes: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], **style: Any) -> Any:
-    """Draw the mean of the seeds' curves and the band from their lowest to their highest."""
-    columns = list(zip(*seeds, strict=True))
-    [line] = axes.plot(x, [statistics.mean(column) for column in columns], **style)
-    low, high = [min(column) for column in columns], [max(column) for column in columns]
-    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    return line
+def percent(runs: Sequence[Run], figure: str = "test_accuracy") -> str:
+    """Return mean and deviation of a share's last values, in percent; empty if no run has it."""
+    return mean_and_deviation([100 * value for value in last_figures(runs, figure)])
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]

@@ -1,92 +1,112 @@
-"""How the runs fare that were submitted: state, round, accuracy, and why a failed one failed.
+"""Lists runs, submitted or not: state, round, accuracy, and why a run ended early.
 
-python tools/jobs.py [FOLDER ...]
+python -m fedtan_hpc.runs [FOLDER ...]
 
-lists the runs in the given folders, or below them, and without any in runs/.  What is said comes
-from the runs' own folders, so it stands when SLURM has forgotten the job; the queue is asked for
-those that have not ended.
+lists the runs in the given folders and below them; the default folder is runs/.  A run that nobody
+submitted has no job number.  All that is shown comes from the folders of the runs, so it is there
+when SLURM has forgotten the job; SLURM's queue adds the jobs that have not ended.
+
+The states are finished, running, failed, stopped (by a signal), gone (ended without a word),
+unknown (the queue does not answer), and the queue's words.  In a checkout ``python tools/jobs.py``
+does the same.
 """
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 
-_ASKING_SECONDS = 30.0
+_SQUEUE_SECONDS = 30.0
+_RUN_FILES = {".lock", "rounds.jsonl", "summary.json", "failure.json"}
+"""Files of which a run has at least one beside its config.yaml."""
 Queue: TypeAlias = dict[str, tuple[str, str]]
+"""State and reason of the jobs in SLURM's queue, by job number."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A submitted run as it stands."""
+class Row(NamedTuple):
+    """A run as it is shown; ``accuracy`` is the last evaluation's, in %."""
 
     run: str
     job: str
     state: str
-    """finished, failed, stopped, gone, unknown, or the queue's word for it in lower case."""
     round: str
     accuracy: str
-    """Of the last evaluation, in %."""
     why: str
-    """Of a run that has ended before its time, or waits."""
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Print the table."""
+def main(words: Sequence[str] | None = None, program: str = "runs") -> int:
+    """Print the table; return the exit code."""
     words = sys.argv[1:] if words is None else words
     if any(word.startswith("-") for word in words):
         print(__doc__)
         return 0 if set(words) <= {"-h", "--help"} else 2
     if missing := [word for word in words if not Path(word).is_dir()]:
-        print(f"jobs: {missing[0]}: allowed is the folder of a run, or of runs", file=sys.stderr)
+        print(
+            f"{program}: {missing[0]}: allowed is the folder of a run, or of runs", file=sys.stderr
+        )
         return 2
     folders = [Path(word) for word in words] or [Path("runs")]
-    found = sorted({note.parent for each in folders for note in each.glob("**/submitted.json")})
-    if not found:
-        print(f"jobs: no submitted runs in {', '.join(map(str, folders))}", file=sys.stderr)
+    runs = sorted({run for folder in folders for run in run_folders(folder)})
+    if not runs:
+        print(f"{program}: no runs in {', '.join(map(str, folders))}", file=sys.stderr)
         return 1
-    queue = in_queue() if any(not (run / "summary.json").exists() for run in found) else None
-    show([row_of(run, queue) for run in found])
+    unfinished = [run for run in runs if not (run / "summary.json").exists()]
+    submitted = any((run / "submitted.json").exists() for run in unfinished)
+    queue = in_queue(program) if submitted else None
+    try:
+        show([row_of(run, queue) for run in runs])
+    except BrokenPipeError:  # as of a program whose output goes to head
+        os._exit(141)
     return 0
 
 
-def in_queue() -> Queue | None:
-    """State and reason of this user's jobs in SLURM's queue, by number; None if it cannot tell."""
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders of runs in ``folder`` and below it, but not what runs have set aside."""
+    for name, below, files in os.walk(folder):
+        submitted = "submitted.json" in files
+        if submitted or ("config.yaml" in files and _RUN_FILES & set(files)):
+            yield Path(name)
+            below[:] = [each for each in below if not re.fullmatch(r"interrupted-\d+", each)]
+
+
+def in_queue(program: str = "runs") -> Queue | None:
+    """Ask SLURM for this user's jobs; None if it cannot tell."""
     if shutil.which("squeue") is None:
         return None
     words = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=_ASKING_SECONDS, check=True
+            words, capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        print(f"jobs: squeue: {str(said).strip()}", file=sys.stderr)
+        message = getattr(error, "stderr", None) or error
+        print(f"{program}: squeue: {str(message).strip()}", file=sys.stderr)
         return None
     rows = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {number: (state.lower(), reason) for number, state, reason in rows}
 
 
 def row_of(run: Path, queue: Queue | None) -> Row:
-    """What the folder of a run and the ``queue`` say."""
+    """Return what the folder of a run and the ``queue`` say."""
     note = _json(run / "submitted.json")
     records = list(_records(run / "rounds.jsonl"))
     state, why = _state(run, note, queue)
     accuracies = [r["test_accuracy"] for r in records if r.get("test_accuracy") is not None]
     return Row(
         run=str(run),
-        job=str(note.get("job_id", "?")),
+        job=str(note.get("job_id", "?")) if note else "",
         state=state,
         round=str(records[-1]["round"]) if records else "0",
         accuracy=f"{100 * accuracies[-1]:.1f}" if accuracies else "",
@@ -95,36 +115,54 @@ def row_of(run: Path, queue: Queue | None) -> Row:
 
 
 def _state(run: Path, note: dict[str, Any], queue: Queue | None) -> tuple[str, str]:
+    """Returns the state of a run and the reason for it."""
     if (run / "summary.json").exists():
         return "finished", ""
     failure = str(_json(run / "failure.json").get("message", ""))
-    job = str(note.get("job_id"))
-    if note.get("cluster") == "slurm" and queue is None:
+    job, cluster = str(note.get("job_id")), note.get("cluster")
+    if cluster == "slurm" and queue is None:
         return "unknown", failure or "the queue does not answer"
-    if note.get("cluster") == "slurm" and queue and job in queue:
+    if cluster == "slurm" and queue and job in queue:
         state, reason = queue[job]
         return state, failure or (reason if state == "pending" else "")
-    if note.get("cluster") == "local" and _is_submitits(job):
+    if cluster == "local" and _is_submitit(job):
         return "running", ""
-    if failure:
+    if failure:  # a run that goes on removes the file as soon as it has locked its folder
         return ("stopped" if failure.startswith("stopped by") else "failed"), failure
-    return "gone", _last_words(note)
+    if _is_locked(run / ".lock"):
+        return "running", ""
+    return "gone", _last_words(note) if note else "it left no word; was it killed?"
 
 
-def _is_submitits(process: str) -> bool:
-    """Whether the process is one of submitit's, and not somebody's who has got its number."""
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a run.
+
+    A shared lock that is asked for without waiting, and released at once, does not disturb the run.
+    """
+    try:
+        with open(path, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock, or it cannot be read, or the file system has no locks
+        pass
+    return False
+
+
+def _is_submitit(process: str) -> bool:
+    """Whether the process runs submitit; another program may have got its number since."""
     path = Path("/proc") / process / "cmdline"
     return path.exists() and b"submitit" in path.read_bytes()
 
 
 def _last_words(note: dict[str, Any]) -> str:
-    """The end of what the job said, if it left no reason in its folder: it was killed, say."""
+    """The last line of the logs of a job that left no reason in its folder."""
     for name in ("errors", "output"):
         path = Path(str(note.get(name)))
-        if path.is_file() and (lines := path.read_text(errors="replace").split("\n")):
-            said = [line.strip() for line in lines if line.strip()]
-            if said:
-                return f"{said[-1]} ({path})"
+        if path.is_file():
+            lines = [line.strip() for line in path.read_text(errors="replace").split("\n")]
+            if lines := [line for line in lines if line]:
+                return f"{lines[-1]} ({path})"
     return "it left no word; cancelled before it began?"
 
 
@@ -132,31 +170,27 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             yield json.loads(line)
-        except ValueError:  # being written
+        except ValueError:  # the run is writing this line
             return
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """The mapping in a file; empty if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A table; on a terminal as wide as that, else as wide as it needs."""
+    """Print a table, as wide as the terminal; elsewhere as wide as the table needs."""
     table = Table("run", "job", "state", "round", "accuracy, %", "why", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row.run, row.job, row.state, row.round, row.accuracy, row.why)
-    console = Console(highlight=False)
+        table.add_row(*row)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 80 + max(len(row.run) + len(row.why) for row in rows)
-    console.print(table)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:
-        os._exit(141)
+    with console.capture() as text:  # console.print would hide a closed pipe
+        console.print(table)
+    print(text.get(), end="", flush=True)

@@ -1,11 +1,12 @@
-"""Who holds what: a picture and a short table of a partition's classes and sizes, client by client.
+"""Shows which client has which samples: a picture and a table of classes and sizes by client.
 
-    python tools/show_partition.py out=partition.png partition=dirichlet clients=10
-    python tools/show_partition.py experiment=fashion_shards
+    python -m fedtan_hpc.show_partition out=partition.png partition=dirichlet clients=10
+    python -m fedtan_hpc.show_partition experiment=fashion_shards
 
 out=FILE       PNG to write (default partition.png)
 
-All other words are options of the job, as for fedtan_hpc; it trains on this very partition.
+All other words are options of the job, as for fedtan_hpc; the job trains on the same partition.  In
+a checkout ``python tools/show_partition.py`` does the same.
 """
 
 from __future__ import annotations
@@ -13,37 +14,37 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .. import cli
 from ..config.schema import Config, to_dict
 from ..config.validate import check
-from ..runtime import atomic_files, launcher_env
+from ..runtime import launcher_env
 from . import options
+from .pictures import picture
 
-Counts = npt.NDArray[np.int64]
-"""Training samples by client and class, (clients, classes)."""
+if TYPE_CHECKING:  # numpy loads after the options are checked
+    import numpy as np
 
-_SHOWN_CLIENTS = 20
+    Counts: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+    """Training samples by client and class, (clients, classes)."""
+
+_PRINTED_CLIENTS = 20
 """Rows of the printed table."""
-_NUMBERED = 16
-"""Most clients and classes whose counts are written into the picture."""
+_MOST_NUMBERS = 16
+"""Most clients and most classes with which the picture shows the counts as numbers too."""
+_MOST_SIZES = 40
+"""Most clients with which the picture shows each client's size as a number too."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Draw and print; exit codes as those of the job."""
+    """Draw and print; the exit codes are those of the job."""
     words = sys.argv[1:] if words is None else list(words)
     with cli.exit_codes("show_partition"):
-        if launcher_env.rank_hint() != 0:
+        if launcher_env.rank_hint() != 0 or options.shows_help(words, __doc__):
             return
-        if {"--help", "-h"} & set(words):
-            print(__doc__.strip())
-            return
-        own, job = options.split(words, ("out",))
-        path = Path(options.folder(own.get("out", "out=partition.png")))
+        tool_options, job = options.split(words, ("out",))
+        path = Path(options.folder(tool_options.get("out", "out=partition.png")))
         config = options.composed(job)
         launcher_env.detect()
         check(config)
@@ -58,10 +59,9 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def count(config: Config) -> Counts:
     """Load the labels and share them out as the job does."""
-    from ..data import (
-        datasets,
-        partition,  # torch loads here
-    )
+    import numpy as np
+
+    from ..data import datasets, partition  # loads torch
 
     dataset = datasets.load(config.data, config.seed)
     labels = dataset.labels_N[dataset.train]
@@ -70,23 +70,25 @@ def count(config: Config) -> Counts:
 
 
 def title(config: Config) -> str:
-    """The options that make the partition."""
-    options = to_dict(config)["partition"]
-    said = [f"{name}={value}" for name, value in options.items() if name != "name" and value]
-    what = ", ".join([str(config.partition.name), *said])
-    return f"{config.data.name}: {config.clients} clients, {what}, seed {config.seed}"
+    """Return the options that make the partition."""
+    chosen = to_dict(config)["partition"]
+    words = [f"{name}={value}" for name, value in chosen.items() if name != "name" and value]
+    name = ", ".join([str(config.partition.name), *words])
+    return f"{config.data.name}: {config.clients} clients, {name}, seed {config.seed}"
 
 
 def table(counts: Counts) -> Iterator[str]:
-    """Samples of each client and the classes that most of them have; the first clients only."""
+    """Yield a line for each of the first clients: its samples and its largest classes."""
+    import numpy as np
+
     sizes = counts.sum(1)
     yield "client  samples  classes  most samples (class: number)"
-    for client, row in enumerate(counts[:_SHOWN_CLIENTS]):
-        top = [k for k in np.argsort(-row, kind="stable")[:4] if row[k]]
-        most = ", ".join(f"{k}: {row[k]}" for k in top)
+    for client, row in enumerate(counts[:_PRINTED_CLIENTS]):
+        largest = [k for k in np.argsort(-row, kind="stable")[:4] if row[k]]
+        most = ", ".join(f"{k}: {row[k]}" for k in largest)
         yield f"{client:6d}  {sizes[client]:7d}  {np.count_nonzero(row):7d}  {most}"
-    if len(counts) > _SHOWN_CLIENTS:
-        yield f"   ...  and {len(counts) - _SHOWN_CLIENTS} more clients"
+    if len(counts) > _PRINTED_CLIENTS:
+        yield f"   ...  and {len(counts) - _PRINTED_CLIENTS} more clients"
     yield (
         f"   all  {sizes.sum():7d}  {np.count_nonzero(counts.sum(0)):7d}  "
         f"a client has {sizes.min()} to {sizes.max()}, median {np.median(sizes):.0f}"
@@ -94,73 +96,57 @@ def table(counts: Counts) -> Iterator[str]:
 
 
 def draw(counts: Counts, title: str, path: Path) -> None:
-    """A field for each client and class, darker for more samples; each client's size beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw a field for each client and class, darker for more samples, and the clients' sizes."""
     from matplotlib.ticker import MaxNLocator
 
     clients, classes = counts.shape
     height = min(12.0, max(2.8, 1.6 + 0.3 * clients))
     width = min(10.0, max(3.6, 0.42 * classes))
-    figure, (field, bars) = pyplot.subplots(
-        1,
-        2,
-        figsize=(width + 3.2, height),
-        sharey=True,
-        width_ratios=[width, 1.8],
-        layout="constrained",
-    )
-    image = _field(field, counts)
-    _sizes(bars, counts)
-    bar = figure.colorbar(image, ax=bars, label="samples of the class", fraction=0.12, pad=0.08)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
-    atomic_files.replace(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    pyplot.close(figure)
+    shape = {"figsize": (width + 3.2, height), "sharey": True, "width_ratios": [width, 1.8]}
+    with picture(path, 1, 2, **shape) as (figure, (field, bars)):
+        image = _draw_field(field, counts)
+        _draw_sizes(bars, counts)
+        label = "samples of the class"
+        colours = figure.colorbar(image, ax=bars, label=label, fraction=0.12, pad=0.08)
+        colours.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle(title)
 
 
-def _field(axes: Any, counts: Counts) -> Any:
-    """White is none at all; shades follow the root, so that small numbers tell apart too."""
+def _draw_field(axes: Any, counts: Counts) -> Any:
+    """Leaves fields without samples white; shades follow the root, which separates small counts."""
+    import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, PowerNorm
 
     blues = ListedColormap(colormaps["YlGnBu"](np.linspace(0.12, 1, 256)))
     norm = PowerNorm(0.5, vmin=0, vmax=counts.max())
-    shown = np.ma.masked_equal(counts, 0)
-    image = axes.imshow(shown, cmap=blues, norm=norm, aspect="auto", interpolation="nearest")
-    if max(counts.shape) <= _NUMBERED:
+    nonzero = np.ma.masked_equal(counts, 0)
+    image = axes.imshow(nonzero, cmap=blues, norm=norm, aspect="auto", interpolation="nearest")
+    if max(counts.shape) <= _MOST_NUMBERS:
         for (client, label), number in np.ndenumerate(counts):
             if number:
                 colour = "white" if norm(number) > 0.55 else "black"
                 axes.text(label, client, number, color=colour, ha="center", va="center", size=8)
     axes.set(xlabel="class (white: no samples)", ylabel="client")
-    _ticks(axes.xaxis, counts.shape[1])
-    _ticks(axes.yaxis, counts.shape[0])
+    _set_ticks(axes.xaxis, counts.shape[1])
+    _set_ticks(axes.yaxis, counts.shape[0])
     return image
 
 
-def _sizes(axes: Any, counts: Counts) -> None:
-    """Bars along the rows of the field."""
+def _draw_sizes(axes: Any, counts: Counts) -> None:
+    """Draws bars beside the rows of the field."""
     sizes = counts.sum(1)
-    axes.barh(
-        np.arange(len(sizes)), sizes, color="#7F7F7F", height=0.8 if len(sizes) <= 40 else 1.0
-    )
-    axes.set(xlabel="samples", xlim=(0, 1.45 * sizes.max() if len(sizes) <= 40 else None))
+    few = len(sizes) <= _MOST_SIZES
+    axes.barh(range(len(sizes)), sizes, color="#7F7F7F", height=0.8 if few else 1.0)
+    axes.set(xlabel="samples", xlim=(0, 1.45 * sizes.max() if few else None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="x", nbins=2)
     axes.tick_params(axis="y", left=False, labelleft=False)
-    if len(sizes) <= 40:
-        for client, size in enumerate(sizes):
-            axes.text(size, client, f" {size}", ha="left", va="center", size=8)
+    for client, size in enumerate(sizes if few else []):
+        axes.text(size, client, f" {size}", ha="left", va="center", size=8)
 
 
-def _ticks(axis: Any, number: int) -> None:
-    """Each row or column has its number, or every fifth, tenth or twentieth."""
+def _set_ticks(axis: Any, number: int) -> None:
+    """Numbers each row or column, or every fifth, tenth, twentieth or fiftieth of many."""
     step = next(step for step in (1, 5, 10, 20, 50, number) if number / step <= 25)
     axis.set_ticks(range(0, number, step))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either complete or absent; for checkpoints, results and reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, then put it in its place at once."""
+    """Lets ``write`` make a temporary file beside ``path``, then renames it to ``path``."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         write(temporary)
@@ -22,21 +22,21 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace ``path`` by a file that holds ``text``."""
+    """Replaces ``path`` by a file with the content ``text``."""
     replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save(path: Path, value: object) -> None:
-    """Replace ``path`` by what torch.save makes of ``value``; a full disk is an ``OSError``."""
+    """Replaces ``path`` by ``value`` in torch.save's format; a full disk is an ``OSError``."""
     import torch
 
-    packed = io.BytesIO()  # torch's own writing to a file hides what went wrong
+    packed = io.BytesIO()  # torch.save to a file would hide the reason of a failure
     torch.save(value, packed)
     replace(path, lambda temporary: temporary.write_bytes(packed.getbuffer()))
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,7 @@
-"""Where this rank computes, and who carries its collectives."""
+"""The device on which this rank computes, the backend of its collectives, and TensorFloat-32.
+
+A job chooses its ``DevicePlacement`` here, before it starts the process group.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,12 @@ from ..config.enums import BackendName, DeviceName
 from ..config.errors import ConfigError, format_option_error
 from ..config.schema import Config
 from . import launcher_env
-from .launcher_env import (
-    CUDA_AWARE,
-    MPI_LAUNCHERS,
-    RankInfo,
-    gpus_are_of_a_task,
-    mpi_takes_gpu_memory,
-)
+from .launcher_env import CUDA_AWARE, MPI_LAUNCHERS, RankInfo
 
 
 @dataclass(frozen=True)
 class DevicePlacement:
-    """A device, the backend for tensors on it, and how many CPU threads compute."""
+    """A rank's device, the backend that carries its tensors, and its number of CPU threads."""
 
     device: torch.device
     backend: str
@@ -37,121 +34,122 @@ class DevicePlacement:
 
 
 def choose(config: Config, info: RankInfo) -> DevicePlacement:
-    """Follow ``device`` and ``comm.backend``; with CUDA, the GPU of the local rank.
+    """Follows ``device``, ``comm.backend`` and ``threads``; a GPU is that of the local rank.
 
-    Raises ``ConfigError`` if the machine lacks what is asked for.
+    Raises ``ConfigError`` if the machine or the launcher lacks what the options ask for.
     """
-    _check_launcher(config, info)
+    backend = config.comm.backend
+    _check_mpi(backend, info)
     threads = launcher_env.threads(config.threads)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device is DeviceName.cuda and gpus == 0:
+        allowed = "auto or cpu, for no GPU is visible"
         remedy = "set device=auto or start on a machine with a GPU"
-        raise ConfigError(
-            format_option_error("device", "cuda", "auto or cpu, for no GPU is visible", remedy)
-        )
+        raise ConfigError(format_option_error("device", "cuda", allowed, remedy))
     if config.device is DeviceName.cpu or gpus == 0:
-        if config.comm.backend is BackendName.nccl:
-            remedy = "set comm.backend=gloo or auto"
-            allowed = "auto or gloo, for the ranks have no GPU"
-            raise ConfigError(format_option_error("comm.backend", "nccl", allowed, remedy))
-        return DevicePlacement(
-            torch.device("cpu"), _on_cpu(config, info), threads, info.local_world_size
-        )
-    ranks_per_device = _ranks_of_a_gpu(config, info, gpus)
-    if config.comm.backend is BackendName.nccl and ranks_per_device > 1:
-        allowed = f"auto or gloo, for {info.local_world_size} ranks share {gpus} GPUs"
-        remedy = "set comm.backend=gloo or start one rank per GPU"
-        raise ConfigError(format_option_error("comm.backend", "nccl", allowed, remedy))
+        cpu, sharing = torch.device("cpu"), info.local_world_size
+        return DevicePlacement(cpu, _cpu_backend(backend, info), threads, sharing)
     device = torch.device("cuda", info.local_rank % gpus)
-    if config.comm.backend is BackendName.mpi:
-        _check_cuda_aware()
-        return DevicePlacement(device, "mpi", threads, ranks_per_device)
-    gloo = ranks_per_device > 1 or config.comm.backend is BackendName.gloo
-    return DevicePlacement(device, "gloo" if gloo else "nccl", threads, ranks_per_device)
+    sharing = _ranks_per_gpu(backend, info, gpus)
+    return DevicePlacement(device, _gpu_backend(backend, info, gpus, sharing), threads, sharing)
 
 
-def _ranks_of_a_gpu(config: Config, info: RankInfo, gpus: int) -> int:
-    """How many ranks of this machine share each of the ``gpus`` that this one sees.
+def _cpu_backend(backend: BackendName, info: RankInfo) -> str:
+    if backend is BackendName.nccl:
+        allowed = "auto or gloo, for the ranks have no GPU"
+        raise _backend_error("nccl", allowed, "set comm.backend=gloo or auto")
+    # Small sums are many times faster over MPI than over gloo.
+    return "mpi" if _has_mpi(backend, info) and backend is not BackendName.gloo else "gloo"
 
-    Where a script has chosen one for each rank nothing shows that they are not the same one: there
-    NCCL, which refuses to share, is taken only if asked for.
+
+def _gpu_backend(backend: BackendName, info: RankInfo, gpus: int, ranks_per_gpu: int) -> str:
+    if backend is BackendName.nccl and ranks_per_gpu > 1:
+        allowed = f"auto or gloo, for {info.local_world_size} ranks share {gpus} GPUs"
+        raise _backend_error("nccl", allowed, "set comm.backend=gloo or start one rank per GPU")
+    if backend is BackendName.mpi and not launcher_env.mpi_is_cuda_aware():
+        allowed = (
+            "auto, gloo or nccl with device=cuda, for this MPI is not known to take GPU memory"
+        )
+        remedy = f"leave it out, or set one of {', '.join(CUDA_AWARE)} to 1 if it does"
+        raise _backend_error("mpi", allowed, remedy)
+    if backend is BackendName.auto:
+        return "gloo" if ranks_per_gpu > 1 else "nccl"
+    return backend.name
+
+
+def _backend_error(backend: str, allowed: str, remedy: str) -> ConfigError:
+    return ConfigError(format_option_error("comm.backend", backend, allowed, remedy))
+
+
+def _has_mpi(backend: BackendName, info: RankInfo) -> bool:
+    """Returns whether the ranks can use MPI: mpirun started them, or srun for comm.backend=mpi."""
+    by_srun = info.launcher == "srun" and backend is BackendName.mpi
+    return by_srun or info.launcher in MPI_LAUNCHERS
+
+
+def _check_mpi(backend: BackendName, info: RankInfo) -> None:
+    """Raises ``ConfigError`` if MPI is needed and the launcher or mpi4py is missing.
+
+    Ranks that mpirun started need MPI with every backend: they find each other by MPI alone.
     """
-    chosen = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
-    if chosen and config.comm.backend is BackendName.nccl:
+    if not _has_mpi(backend, info):
+        if backend is BackendName.mpi and info.world_size > 1:
+            allowed = f"auto or gloo, or nccl with GPUs, for {info.launcher} started the ranks"
+            raise _backend_error("mpi", allowed, "start with mpirun -n N python -m fedtan_hpc")
+    elif find_spec("mpi4py") is None:
+        allowed = "a start without MPI, for mpi4py is not installed"
+        remedy = "pip install 'fedtan_hpc[mpi]', or start with torchrun"
+        raise ConfigError(format_option_error("launcher", info.launcher, allowed, remedy))
+
+
+def _ranks_per_gpu(backend: BackendName, info: RankInfo, gpus: int) -> int:
+    """Returns how many ranks of this machine share each of the ``gpus`` that this rank sees.
+
+    If a script has chosen one GPU for each rank, nothing shows that these GPUs differ.  NCCL, which
+    refuses ranks that share a GPU, is then used only if the user asks for it.
+    """
+    is_chosen = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if is_chosen and backend is BackendName.nccl:
         return 1
-    if gpus_are_of_a_task() and info.launcher != "torchrun":  # which starts ranks inside a task
+    # torchrun starts several ranks inside one task of SLURM.
+    if launcher_env.has_gpus_per_task() and info.launcher != "torchrun":
         return 1
     return -(-info.local_world_size // gpus)
 
 
 @contextmanager
 def tensor_float(allowed: bool) -> Iterator[None]:
-    """``allow_tensor_float`` for a while; then the caller's choice is put back."""
-    put_back = allow_tensor_float(allowed)
+    """Calls ``allow_tensor_float`` for the block, then restores the caller's choice."""
+    restore = allow_tensor_float(allowed)
     try:
         yield
     finally:
-        put_back()
+        restore()
 
 
-def allow_tensor_float(allowed: bool) -> Callable[[], None]:
-    """Whether a GPU may round the inputs of float32 products and convolutions to TensorFloat-32.
+def allow_tensor_float(allowed: bool) -> Callable[[], object]:
+    """Sets whether a GPU may round inputs of float32 products and convolutions to TensorFloat-32.
 
-    torch lets convolutions do so unless told otherwise.  Returns what puts the choice back that was
-    there before.
+    By default torch allows it for convolutions.  Returns a function that restores the old choice.
     """
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the caller chose by torch's newer settings, which bar the older ones
-        parts = _newer_settings()
-        precisions = [part.fp32_precision for part in parts]
-        _choose_newer(["tf32" if allowed else "ieee"] * len(parts))
-        return partial(_choose_newer, precisions)
-    _choose("high" if allowed else "highest", allowed)
-    return partial(_choose, *before)
+    except RuntimeError:  # the caller used torch's newer settings, which exclude the older ones
+        return partial(_set_newer, _set_newer(["tf32" if allowed else "ieee"] * 3))
+    _set_older("high" if allowed else "highest", allowed)
+    return partial(_set_older, *before)
 
 
-def _choose(products: str, convolutions: bool) -> None:
+def _set_older(products: str, convolutions: bool) -> None:
     torch.set_float32_matmul_precision(products)
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
-def _newer_settings() -> Sequence[Any]:
+def _set_newer(precisions: Sequence[str]) -> list[str]:
+    """Sets the precisions of products, convolutions and recurrent layers; returns the former."""
     backends: Any = torch.backends
-    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
-
-
-def _choose_newer(precisions: Sequence[str]) -> None:
-    for part, precision in zip(_newer_settings(), precisions, strict=True):
-        part.fp32_precision = precision
-
-
-def _on_cpu(config: Config, info: RankInfo) -> str:
-    """MPI where it is there anyway: small sums are many times faster over it than over gloo."""
-    by_mpi = info.launcher in MPI_LAUNCHERS and config.comm.backend is not BackendName.gloo
-    by_mpi = by_mpi or (info.launcher == "srun" and config.comm.backend is BackendName.mpi)
-    return "mpi" if by_mpi else "gloo"
-
-
-def _check_launcher(config: Config, info: RankInfo) -> None:
-    """MPI works under its own launcher, and such ranks find each other by MPI alone."""
-    by_mpirun = info.launcher in MPI_LAUNCHERS
-    asked = config.comm.backend is BackendName.mpi
-    by_srun = info.launcher == "srun" and asked
-    if asked and not (by_mpirun or by_srun) and info.world_size > 1:
-        allowed = f"auto or gloo, or nccl with GPUs, for {info.launcher} started the ranks"
-        remedy = "start with mpirun -n N python -m fedtan_hpc"
-        raise ConfigError(format_option_error("comm.backend", "mpi", allowed, remedy))
-    if (by_mpirun or by_srun) and find_spec("mpi4py") is None:
-        allowed = "a start without MPI, for mpi4py is not installed"
-        remedy = "pip install 'fedtan_hpc[mpi]', or start with torchrun"
-        raise ConfigError(format_option_error("launcher", info.launcher, allowed, remedy))
-
-
-def _check_cuda_aware() -> None:
-    if not mpi_takes_gpu_memory():
-        allowed = (
-            "auto, gloo or nccl with device=cuda, for this MPI is not known to take GPU memory"
-        )
-        remedy = f"leave it out, or set one of {', '.join(CUDA_AWARE)} to 1 if it does"
-        raise ConfigError(format_option_error("comm.backend", "mpi", allowed, remedy))
+    settings = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    before = [setting.fp32_precision for setting in settings]
+    for setting, precision in zip(settings, precisions, strict=True):
+        setting.fp32_precision = precision
+    return before

@@ -1,7 +1,7 @@
-"""Memory that a step on a CPU has freed, kept for the next one.
+"""glibc's malloc set to keep memory that a step on a CPU has freed for the next step.  No torch.
 
-A step frees its activations all at once.  glibc gives what lies at the end of its memory back to
-the system then, and every page of it costs a fault when the next step asks for it again.
+A step frees its activations all at once.  By default glibc returns memory at the end of its heap to
+the system, and each page costs a page fault when the next step allocates it again.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ import ctypes
 import os
 from collections.abc import Mapping
 
-_MEBIBYTE = 2**20
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-KEPT = {
-    _MMAP_THRESHOLD: 32 * _MEBIBYTE,  # glibc's own choice, at most, once it has seen such blocks
-    _TRIM_THRESHOLD: 256 * _MEBIBYTE,
+_THRESHOLDS = {
+    _MMAP_THRESHOLD: 32 * 2**20,  # larger blocks are mapped and returned one by one; glibc's limit
+    _TRIM_THRESHOLD: 256 * 2**20,  # free bytes that the heap keeps
 }
-"""Larger blocks are mapped, and given back, each by itself; of the others so much is kept."""
-_OF_USERS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
+_USER_SETTINGS = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
 
 
 def keep_freed_memory(variables: Mapping[str, str] = os.environ) -> None:
-    """Let this process keep ``KEPT`` bytes that it has freed, unless the user has chosen otherwise.
+    """Lets this process keep up to 256 MiB that it has freed, unless ``variables`` set malloc.
 
-    Does nothing where the C library is not glibc.
+    Does nothing if the C library is not glibc.
     """
-    if any(name in variables for name in _OF_USERS):
+    if any(name in variables for name in _USER_SETTINGS):
         return
-    choose = getattr(ctypes.CDLL(None), "mallopt", None)
-    if choose is not None:
-        for option, value in KEPT.items():
-            choose(option, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in _THRESHOLDS.items():
+            mallopt(option, value)

@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop: the round in progress is finished and saved first.  No torch."""
+"""Signals that ask a run to stop after the round in progress.  No torch.
+
+A job handles them from its start; the trainer reads the ``StopRequest`` at the end of each round.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +14,51 @@ from types import FrameType
 
 from . import launcher_env
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""SLURM sends TERM when it preempts or cancels, USR1 before the time limit as our scripts ask it
-to, submitit USR2; INT is a user's Ctrl-C."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""SLURM sends TERM when it preempts or cancels a job, and USR1 before the time limit, as the job
+script asks it to.  submitit sends USR2.  Ctrl-C sends INT."""
 
 
 class StopRequest:
-    """Whether a signal has asked for the end, and which."""
+    """The signal that asked this rank to stop, and the one on which all ranks agreed."""
 
     def __init__(self) -> None:
         self.signal = 0
-        self.agreed = 0
-        """The signal that the ranks have agreed on at the end of a round."""
-        self.in_rounds = False
-        """Whether there is a round to wait for: Ctrl-C does not wait for the first."""
+        """The signal that this rank received; 0 for none."""
+        self.agreed_signal = 0
+        """The signal on which the ranks agreed at the end of a round; 0 for none."""
+        self.has_begun_rounds = False
+        """Whether there is a round to finish; until then Ctrl-C ends the run at once."""
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
-        """The handler; a second Ctrl-C does not wait for the round either."""
-        if number == signal.SIGINT and (self.signal == number or not self.in_rounds):
+        """Handles signal ``number``; a second Ctrl-C does not wait for the round either."""
+        if number == signal.SIGINT and (self.signal == number or not self.has_begun_rounds):
             raise KeyboardInterrupt
-        first, self.signal = not self.signal, int(number)
-        if first and launcher_env.rank_hint() == 0:
-            with suppress(OSError):  # Ctrl-C ends a tee that reads us, too
-                # Unlike print, this may be called while another print is under way.
+        is_first, self.signal = not self.signal, int(number)
+        if is_first and launcher_env.rank_hint() == 0:
+            with suppress(OSError):  # Ctrl-C also ends a tee that reads our output
+                # Unlike print, os.write may interrupt another print.
                 os.write(2, f"\n{name(number)}: the run ends after this round\n".encode())
 
 
 def name(number: int) -> str:
-    """Of a signal, such as SIGTERM."""
+    """Returns the name of a signal, such as SIGTERM."""
     return signal.Signals(number).name
 
 
 @contextmanager
-def watched() -> Iterator[StopRequest]:
-    """Signals ask the ``StopRequest`` that is given, in the main thread; handlers are put back after."""
+def handle_stop_signals() -> Iterator[StopRequest]:
+    """Yields a ``StopRequest`` that ``STOP_SIGNALS`` ask, then restores the former handlers.
+
+    Outside of the main thread, where Python allows no handlers, nothing asks it.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.ask) for number in ASKING}
+    handlers = {number: signal.signal(number, stop.ask) for number in STOP_SIGNALS}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's own
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python

@@ -1,4 +1,4 @@
-"""torchvision, imported here alone and only when something of it is needed."""
+"""The only import of torchvision, made when a network or a data set needs it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 
 from ..config.errors import ConfigError, format_option_error, one_line
 
+_declarations: list[torch.library.Library] = []
+"""Declared operators exist as long as these objects do."""
+
 
 def import_torchvision() -> ModuleType:
-    """torchvision; a copy whose compiled operators do not fit this torch does for all but those.
+    """Imports torchvision, without its compiled operators if they do not fit this torch.
 
-    Raises ``ConfigError`` if there is none that works.
+    Raises ``ConfigError`` if torchvision is missing or does not work.
     """
     try:
         try:
@@ -30,15 +33,11 @@ def import_torchvision() -> ModuleType:
         raise ConfigError(format_option_error("torchvision", "missing", allowed, remedy)) from None
 
 
-_declared: list[torch.library.Library] = []
-"""Declarations last as long as these objects do."""
-
-
 def _declare_operators() -> None:
-    """Name the two operators that torchvision wants to extend when it is imported."""
+    """Declares the two operators that torchvision extends when it is imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]  # half imported
     library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
+    _declarations.append(library)

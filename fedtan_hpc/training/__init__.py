@@ -1,6 +1,6 @@
-"""One rank's part of a round: its clients' local steps and what they contribute to the average.
+"""One rank's part of a round: its clients' local steps and what they add to the average.
 
-``client_runners`` run clients in lock-step, stacked or in turn; ``local_step`` is one client's
-steps; ``cohort`` holds what outlives a round.  Uses ``models``, ``batchnorm`` and ``data``; used
-by ``evaluation`` and ``run``.
+``client_runners`` run clients in lock-step, stacked or one after another; ``local_step`` has the
+steps of one client; ``cohort`` keeps what outlives a round.  Uses ``models``, ``batchnorm``,
+``data`` and ``distributed``; used by ``evaluation`` and ``job``.
 """

@@ -1,8 +1,12 @@
-"""Who takes part in a round, with which weight, and on which rank: pure, the same on every rank."""
+"""Which clients take part in a round, with which weight and on which rank.
+
+Pure functions: every rank gets the same result without asking others.  Used by ``job.trainer``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -17,13 +21,12 @@ def draw(
     seed: int,
     round_number: int,
 ) -> dict[int, float]:
-    """The weight of each participant of a round, by ascending client; they sum to 1.
+    """Returns the weight of each participant by client, ascending; the weights sum to 1.
 
-    ``shares`` are the clients' p_k.  With ``clients_per_round`` (all if None) participants are
-    drawn without replacement, from (seed, round) alone.  Uniform: with equal chances, and weighted
-    with p_k over their sum.  Weighted: with chances p_k, and equal weights, for the draw has
-    already favoured large clients; as nobody is drawn twice, very large ones count for less than
-    their share.
+    ``shares`` are the clients' p_k.  ``clients_per_round`` clients (None: all) are drawn without
+    replacement; the draw depends on seed and round alone.  uniform: equal chances, and weights p_k
+    over their sum.  weighted: chances p_k and equal weights, because the draw favours large
+    clients; no client is drawn twice, so a very large client counts less than its share.
     """
     if clients_per_round is None:
         drawn = list(range(len(shares)))
@@ -40,11 +43,11 @@ def draw(
 
 
 def assign(costs: Mapping[int, float], ranks: int) -> list[list[int]]:
-    """Share the clients out, so that the heaviest rank is as light as can be found.
+    """Assigns the clients to ranks and keeps the largest load small; returns clients by rank.
 
-    Longest first to the rank that has least (Graham 1969; at most 4/3 of the best), then swaps that
-    relieve the heaviest rank.  Best possible for equal costs.  Ties go to the lower client and the
-    lower rank, so that every rank finds the same.
+    The longest client goes first, to the rank with the least load (Graham 1969; at most 4/3 of the
+    optimum); then swaps reduce the largest load.  Optimal for equal costs.  Ties go to the lower
+    client and the lower rank.
     """
     loads = [0.0] * ranks
     hosted: list[list[int]] = [[] for _ in range(ranks)]
@@ -59,16 +62,15 @@ def assign(costs: Mapping[int, float], ranks: int) -> list[list[int]]:
 
 
 def _relieve(hosted: list[list[int]], loads: list[float], costs: Mapping[int, float]) -> bool:
-    """Swap a client of the heaviest rank with a cheaper one of another, if both end below it."""
-    heavy = loads.index(max(loads))
-    for light in sorted(range(len(loads)), key=lambda rank: loads[rank]):
-        for mine in hosted[heavy]:
-            for other in hosted[light]:
-                gain = costs[mine] - costs[other]
-                if gain > 0 and loads[light] + gain < loads[heavy]:
-                    hosted[heavy][hosted[heavy].index(mine)] = other
-                    hosted[light][hosted[light].index(other)] = mine
-                    loads[heavy] -= gain
-                    loads[light] += gain
-                    return True
+    """Swaps a client of the busiest rank for a cheaper one; returns False if no swap helps."""
+    busiest = loads.index(max(loads))
+    for rank in sorted(range(len(loads)), key=lambda rank: loads[rank]):
+        for large, small in product(hosted[busiest], hosted[rank]):
+            gain = costs[large] - costs[small]
+            if gain > 0 and loads[rank] + gain < loads[busiest]:
+                hosted[busiest][hosted[busiest].index(large)] = small
+                hosted[rank][hosted[rank].index(small)] = large
+                loads[busiest] -= gain
+                loads[rank] += gain
+                return True
     return False

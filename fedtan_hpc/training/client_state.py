@@ -1,7 +1,8 @@
-"""What clients keep to themselves between rounds, on whichever rank hosted them last.
+"""Private states: what each client keeps between rounds, on the rank that hosted it last.
 
-A client's state is one vector of its private tensors.  Where each state lies follows from the
-rounds alone, so every rank knows it; states that must move to another rank do so in one message.
+A client's state is one vector of its private tensors.  The rounds alone decide on which rank it is,
+so every rank knows that without asking.  The round loop moves states to the ranks that need them;
+the client runners load and save them, and checkpoints hold them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ _MESSAGE_BYTES = 2**26
 
 
 class PrivateStates:
-    """The states of the clients that this rank hosted last; all others have never been drawn.
+    """The states of clients that this rank hosted last; all other clients were never drawn.
 
-    ``fits(bytes)`` says whether so much more may stay on a GPU; what does not is kept in host
-    memory.
+    ``fits(bytes)`` says whether that much more memory may be used on the GPU; a state that does not
+    fit stays in host memory.
     """
 
     def __init__(
@@ -30,99 +31,86 @@ class PrivateStates:
     ) -> None:
         self._select = TensorFilter(model, parts)
         self._fits = fits
-        self._first = pack(self._select(model).values())
-        """Every client's state before it is drawn."""
+        self._initial = pack(self._select(model).values())
+        """The state of every client that was never drawn."""
         self._states: dict[int, Tensor] = {}
-        self._owners: dict[int, int] = {}
+        self.owners: dict[int, int] = {}
+        """The rank of each state by client, equal on all ranks."""
         self.parts = frozenset(parts)
         self.exist = bool(parts)
-        """Whether the algorithm has private parts at all."""
+        """Whether the algorithm has private tensors at all."""
         self.are_models = bool(self.parts - {ParameterGroup.mixing})
-        """Whether a client's own model is another one in evaluation too."""
+        """Whether each client has a model of its own in evaluation too."""
 
     def load(self, client: int, module: nn.Module) -> None:
-        """Give ``module`` the private values of ``client``."""
+        """Copies the private values of ``client`` into ``module``."""
         if self.exist:
-            unpack(self._states.get(client, self._first), self._select(module).values())
+            unpack(self._states.get(client, self._initial), self._select(module).values())
 
     def save(self, client: int, module: nn.Module) -> None:
-        """Keep the private values of ``module`` as those of ``client``."""
+        """Copies the private values of ``module`` into the state of ``client``."""
         if self.exist:
-            self._keep(client, pack(self._select(module).values()))
+            self._store(client, pack(self._select(module).values()))
 
     def reset(self, module: nn.Module) -> None:
-        """Give ``module`` the values that a client has before it is drawn."""
+        """Gives ``module`` the private values of a client that was never drawn."""
         if self.exist:
-            unpack(self._first, self._select(module).values())
-
-    def owner(self, client: int) -> int | None:
-        """The rank that has the state of ``client``; None for one that has never been drawn."""
-        return self._owners.get(client)
+            unpack(self._initial, self._select(module).values())
 
     def drawn(self) -> list[int]:
-        """Clients that have taken part in a round, ascending; the same on all ranks."""
-        return sorted(self._owners)
+        """Returns clients that took part in a round, ascending; equal on all ranks."""
+        return sorted(self.owners)
 
     def move(self, hosted: Sequence[Collection[int]], training: bool = True) -> None:
-        """Bring states to the ranks that host their clients now, ``hosted`` by rank.
+        """Moves states to the ranks that host their clients next; ``hosted`` lists clients by rank.
 
-        One collective, and none if every state is where it is needed; several for very many.
+        Takes one collective, none if no state has to move, and several for very many states.
         """
         if not self.exist:
             return
-        per_message = max(1, _MESSAGE_BYTES // max(1, self._first.nbytes))
-        new = {client: rank for rank, clients in enumerate(hosted) for client in clients}
-        moving = [c for c in sorted(new) if self._owners.get(c, new[c]) != new[c]]
+        per_message = max(1, _MESSAGE_BYTES // max(1, self._initial.nbytes))
+        owners = {client: rank for rank, clients in enumerate(hosted) for client in clients}
+        moving = [c for c in sorted(owners) if self.owners.get(c, owners[c]) != owners[c]]
         for start in range(0, len(moving), per_message):
-            self._exchange(moving[start : start + per_message], new, training)
-        self._owners.update(new)
+            self._exchange(moving[start : start + per_message], owners, training)
+        self.owners.update(owners)
 
-    def _exchange(self, moving: Sequence[int], new: Mapping[int, int], training: bool) -> None:
-        message = self._first.new_zeros(len(moving), len(self._first))
+    def _exchange(self, moving: Sequence[int], owners: Mapping[int, int], training: bool) -> None:
+        message = self._initial.new_zeros(len(moving), len(self._initial))
         for row, client in enumerate(moving):
             if client in self._states:
                 message[row] = self._states.pop(client)
-        collectives.sum_for_moving(message) if training else collectives.sum_over_ranks(message)
+        if training:
+            collectives.sum_for_training(message, of_models=True, is_payload=False)
+        else:
+            collectives.sum_over_ranks(message)
         for row, client in enumerate(moving):
-            if new[client] == process_group.rank():
-                self._keep(client, message[row].clone())
+            if owners[client] == process_group.rank():
+                self._store(client, message[row].clone())
 
-    def _keep(self, client: int, state: Tensor) -> None:
+    def _store(self, client: int, state: Tensor) -> None:
         to_cpu = state.is_cuda and not self._fits(state.nbytes)
         self._states[client] = collectives.to_cpu(state) if to_cpu else state
 
-    def memory(self) -> tuple[list[int], Tensor]:
-        """Clients whose states this rank has, ascending, and the states, (K, D) on the CPU."""
-        clients = sorted(self._states)
-        states = [self._states[client].cpu() for client in clients]
-        empty = torch.empty(0, len(self._first), dtype=self._first.dtype)
-        return clients, torch.stack(states) if states else empty
+    def state_dict(self) -> dict[int, Tensor]:
+        """Returns the states on this rank by client, ascending, on the CPU; not copied if there."""
+        return {client: self._states[client].cpu() for client in sorted(self._states)}
 
-    def recall(self, clients: Sequence[int], states_KD: Tensor, owners: Mapping[int, int]) -> None:
-        """Take up the states that this rank is given of those of all ``owners``' clients."""
-        self._owners = dict(owners)
+    def load_state_dict(self, states: Mapping[int, Tensor], owners: Mapping[int, int]) -> None:
+        """Replaces all states: ``states`` has this rank's, ``owners`` the rank of each client's."""
+        self.owners = dict(owners)
         self._states = {}
-        for client, state in zip(clients, states_KD, strict=True):
-            self._keep(client, state.to(self._first.device, copy=True))
-
-    def state_bytes(self) -> int:
-        """Of one client."""
-        return self._first.nbytes
-
-    def on_device(self, message: Tensor) -> Tensor:
-        """``message`` where the ranks' collectives are."""
-        return message.to(self._first.device)
-
-    def owners(self) -> dict[int, int]:
-        """The rank that has each state there is."""
-        return dict(self._owners)
+        for client, state in states.items():
+            self._store(client, state.to(self._initial.device, copy=True))
 
     def named(self, client: int, module: nn.Module) -> dict[str, Tensor]:
-        """The state of ``client`` by tensor name, on the CPU of every rank; for saving it."""
-        state = self._states.get(client, self._first).to(self._first.device, copy=True)
-        owner = self.owner(client)
-        if owner is not None:
-            if process_group.rank() != owner:
+        """Returns the state of ``client`` by tensor name, on the CPU of every rank.
+
+        Every rank calls it.
+        """
+        state = self._states.get(client, self._initial).to(self._initial.device, copy=True)
+        if client in self.owners:
+            if process_group.rank() != self.owners[client]:
                 state.zero_()
             collectives.sum_over_ranks(state)
         like = self._select(module)

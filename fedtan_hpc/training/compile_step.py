@@ -1,12 +1,14 @@
-"""torch.compile of a client's step, tried before the first round and given up by all ranks or none.
+"""torch.compile of a client's step, tried before the first round: all ranks compile, or none.
 
-The collectives inside a synchronised step are opaque to the compiler (``operator``).  Compiled code
-may run the backward pass of parallel branches in another order than eager code, so that ranks must
-not mix the two: they agree by one collective.
+The collectives in a synchronised step are opaque to the compiler (``batchnorm.compile_ops``).
+Compiled code may run the backward pass of parallel branches in another order than eager code.
+Ranks must not mix the two, so they agree with one collective.
 
 On a GPU a step is replayed as CUDA graphs: one for a local step's forward pass and one for its
-backward pass, while a synchronised step has one for each stretch between exchanges.  Those stay
-outside, for the weights and tags that they send change from round to round.
+backward pass; a synchronised step has one for each stretch between exchanges.  The exchanges stay
+outside of graphs, because the weights and tags that they send change from round to round.
+
+Used by ``job.setup``.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,82 +24,48 @@ from torch import Tensor, nn
 
 from ..batchnorm import compile_ops
 from ..batchnorm.context import normalised_by
-from ..batchnorm.running_norm import held
 from ..batchnorm.statistics_call import LayerCall, Update
-from ..config.algorithms import Normaliser, RoundPlan
+from ..config.algorithms import RoundPlan
 from ..config.errors import one_line
 from ..data.batching import Samples
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
-from .local_training import set_training_mode
-from .loss import Loss, mean_loss
+from .local_step import Loss, local_normalisation, mean_loss, set_training_mode
 
 GRAPHS = "reduce-overhead"
-"""torch's name for compiling with CUDA graphs."""
-_TAKES = {GRAPHS: 3, "default": 1}
-"""Steps of a kind before it is known to work: graphs are warmed up, recorded and replayed."""
+"""torch's name of the mode that uses CUDA graphs."""
+_TRIAL_STEPS = {GRAPHS: 3, "default": 1}
+"""Steps of each kind until it is known to work: graphs are warmed up, recorded and replayed."""
 
 
 def compiled(
     loss: Loss, model: nn.Module, batch: Samples, plans: Sequence[RoundPlan], synchronised: bool
 ) -> Loss:
-    """``loss`` compiled for batches like ``batch`` and local steps of all ``plans``, and (if
-    ``synchronised``) for global statistics; or ``loss`` itself, and a line that says why, if any
-    rank cannot compile.
+    """Returns ``loss`` compiled, or ``loss`` itself and a message if any rank cannot compile.
 
-    The model and the random state are as before.  Compiled code is kept on disk by torch, so that
-    the next run on the same machine takes it from there.
+    Compiles for batches like ``batch``, for the local steps of all ``plans`` and, with
+    ``synchronised``, for global statistics.  The model and the random state stay unchanged.  torch
+    keeps compiled code on disk, and the next run on the machine takes it from there.
     """
     start = time.perf_counter()
-    plans = list({plan.normaliser: plan for plan in plans}.values())
+    trial = Trial(model, batch, list({p.normaliser: p for p in plans}.values()), synchronised)
     for mode in _modes(batch.inputs.device):
-        found, reason = _attempt(mode, loss, model, batch, plans, synchronised)
+        result, reason = trial.compile(mode, loss)
         reasons = collectives.all_gather_object(reason)
         if not any(reasons):
-            return replace(found, compile_seconds=time.perf_counter() - start)
-        _tell(mode, reasons)
+            return replace(result, compile_seconds=time.perf_counter() - start)
+        _print_reason(mode, reasons)
     return loss
 
 
 def _modes(device: torch.device) -> list[str]:
-    """torch's names for ways to compile, the best first."""
+    """Returns torch's names of the modes to try, the fastest first."""
     has_graphs = device.type == "cuda" and compile_ops.CAN_CUT_GRAPHS
     return [GRAPHS, "default"] if has_graphs else ["default"]
 
 
-def _options(mode: str, synchronised: bool) -> dict[str, Any]:
-    """Those that ``mode`` stands for; ``synchronised`` steps keep the order of their exchanges.
-
-    torch would order the backward passes of parallel branches by the memory that a rank's batch
-    takes, and ranks with other batches otherwise.
-    """
-    options = torch._inductor.list_mode_options(mode)
-    return {**options, "reorder_for_peak_memory": False} if synchronised else options
-
-
-def _attempt(
-    mode: str,
-    loss: Loss,
-    model: nn.Module,
-    batch: Samples,
-    plans: Sequence[RoundPlan],
-    synchronised: bool,
-) -> tuple[Loss, str]:
-    """``loss`` compiled, and why it cannot be, if so."""
-    torch.compiler.reset()  # of a sweep's earlier points, which count against a limit
-    try:
-        loss = replace(
-            loss, compiled=torch.compile(mean_loss, options=_options(mode, synchronised))
-        )
-        for _ in range(_TAKES[mode]):
-            _rehearse(loss, model, batch, plans, synchronised)
-    except Exception as error:  # of the compiler, of the C++ compiler, of the network
-        return loss, one_line(error)
-    return loss, ""
-
-
-def _tell(mode: str, reasons: Sequence[str]) -> None:
-    """Why the first rank that cannot compile cannot, from rank 0."""
+def _print_reason(mode: str, reasons: Sequence[str]) -> None:
+    """Prints on rank 0 why the first rank that cannot compile cannot."""
     if process_group.rank() == 0:
         rank, why = next((rank, why) for rank, why in enumerate(reasons) if why)
         what, instead = "compile", "eagerly"
@@ -108,50 +75,72 @@ def _tell(mode: str, reasons: Sequence[str]) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def _rehearse(
-    loss: Loss, model: nn.Module, batch: Samples, plans: Sequence[RoundPlan], synchronised: bool
-) -> None:
-    """Run a step of each kind, which compiles it; nothing that it does remains."""
-    before = [value.detach().clone() for value in model_tensors(model)]
-    was_training = model.training
-    device = batch.inputs.device
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for plan in plans:
-                set_training_mode(model, plan)
-                with held(model) if plan.normaliser is Normaliser.running else nullcontext():
-                    loss(model, batch).backward()
-                model.zero_grad()  # as steps do: graphs write gradients where the last ones are
-            if synchronised:
-                set_training_mode(model, plans[0])
-                with normalised_by(model, DryRunStatistics()):
-                    loss(model, batch).backward()
-    finally:
-        model.train(was_training)
-        model.zero_grad()
-        with torch.no_grad():
-            for value, old in zip(model_tensors(model), before, strict=True):
-                value.copy_(old)
+@dataclass(frozen=True)
+class Trial:
+    """The kinds of steps to compile: a local step of each plan, and synchronised ones if set."""
+
+    model: nn.Module
+    batch: Samples
+    plans: Sequence[RoundPlan]
+    synchronised: bool
+
+    def compile(self, mode: str, loss: Loss) -> tuple[Loss, str]:
+        """Returns ``loss`` compiled and an empty string, or the reason why it cannot be."""
+        torch.compiler.reset()  # a sweep's earlier runs count against torch's limit
+        options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode))
+        if self.synchronised:
+            # torch would order parallel branches by memory, which differs between ranks' batches.
+            options["reorder_for_peak_memory"] = False
+        try:
+            loss = replace(loss, compiled=torch.compile(mean_loss, options=options))
+            for _ in range(_TRIAL_STEPS[mode]):
+                self.run_steps(loss)
+        except Exception as error:  # from torch, the C++ compiler or the network
+            return loss, one_line(error)
+        return loss, ""
+
+    def run_steps(self, loss: Loss) -> None:
+        """Runs a step of each kind, which compiles it, and restores the model afterwards."""
+        model, batch, device = self.model, self.batch, self.batch.inputs.device
+        before = [value.detach().clone() for value in model_tensors(model)]
+        was_training = model.training
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                for plan in self.plans:
+                    set_training_mode(model, plan)
+                    with local_normalisation(model, plan):
+                        loss(model, batch).backward()
+                    model.zero_grad()  # CUDA graphs write gradients to where the last ones are
+                if self.synchronised:
+                    set_training_mode(model, self.plans[0])
+                    with normalised_by(model, DryRunStatistics()):
+                        loss(model, batch).backward()
+        finally:
+            model.train(was_training)
+            model.zero_grad()
+            with torch.no_grad():
+                for value, old in zip(model_tensors(model), before, strict=True):
+                    value.copy_(old)
 
 
 class DryRunStatistics:
-    """A context, and a use of a layer, with statistics of one's own and nobody to meet."""
+    """The context and the call of a synchronised step that exchanges nothing with other ranks."""
 
     is_stacked = False
     mask_KN = None
-    own = None
+    local_buffers = None
     sizes: Sequence[int] = ()
 
     def call(self, index: int, update: Update) -> LayerCall:
-        """Any use of any layer."""
+        """Returns the call for any layer."""
         return self
 
     def share_moments(
         self, counts: Sequence[int], mean_KC: Tensor, variance_KC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What came in."""
+        """Returns this rank's moments, (C,) each."""
         return mean_KC[0], variance_KC[0]
 
     def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
-        """What came in, in float64."""
+        """Returns this rank's sums, (2C,) in float64."""
         return sums_K2C[0].double()

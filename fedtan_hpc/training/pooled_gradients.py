@@ -1,7 +1,7 @@
 """Large-batch SGD on the pooled data: every step follows the mean gradient of all clients.
 
-All clients then hold the same model after each step, and momentum is that of one optimizer: it
-goes on from round to round.
+All clients hold the same model after each step.  The momentum is that of one optimizer, and it
+continues from round to round.  Used by ``client_runners`` and ``vmap_clients``.
 """
 
 from __future__ import annotations
@@ -14,61 +14,61 @@ from torch import Tensor, nn
 from ..config.algorithms import RoundPlan
 from ..distributed import collectives
 from ..models.parameter_groups import pack, unpack
-from .local_training import LocalRun
+from .local_step import LocalRun
 
 
 @torch.no_grad()
 def pool_gradients(models: Sequence[nn.Module], weights: Sequence[float]) -> None:
-    """Set the gradients of all ``models`` to sum_k p_k g_k over all clients of all ranks.
+    """Sets the gradients of all ``models`` to sum_k p_k g_k over all clients of all ranks.
 
-    One collective.  A client of weight 0 adds nothing, whatever its gradients.
+    One collective.  A client with weight 0 adds nothing, whatever its gradients are.
     """
-    own = []
-    trained = [[v for v in model.parameters() if v.requires_grad] for model in models]
+    trained = [_trained(model) for model in models]
+    means = []
     for values in zip(*trained, strict=True):
         mean = torch.zeros_like(values[0])
         for value, weight in zip(values, weights, strict=True):
             if weight and value.grad is not None:
                 mean.add_(value.grad, alpha=weight)
-        own.append(mean)
-    mean_over_ranks(own)
+        means.append(mean)
+    mean_over_ranks(means)
     for parameters in trained:
-        for value, mean in zip(parameters, own, strict=True):
+        for value, mean in zip(parameters, means, strict=True):
             value.grad = mean.clone()
 
 
 def mean_over_ranks(sums: list[Tensor]) -> None:
-    """Add up the ranks' weighted sums, in place, as one message."""
+    """Adds up the weighted sums of all ranks, in place, with one message."""
     unpack(collectives.sum_for_training(pack(sums), of_models=True), sums)
 
 
-class Momentum:
-    """The optimizer's memory between rounds of pooled gradients; empty in all other rounds."""
+class PooledMomentum:
+    """The optimizer's momentum between rounds with pooled gradients; empty in other rounds."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
-    def memory(self) -> list[Tensor]:
-        """What a later round needs to know of those before."""
+    def state_dict(self) -> list[Tensor]:
+        """Returns the momentum of each trained parameter, or an empty list."""
         return self._buffers
 
-    def recall(self, memory: list[Tensor]) -> None:
-        """Go on from the ``memory`` of another run's."""
-        self._buffers = memory
+    def load_state_dict(self, buffers: list[Tensor]) -> None:
+        """Loads what ``state_dict`` returned."""
+        self._buffers = buffers
 
     def give_to(self, run: LocalRun, plan: RoundPlan) -> None:
-        """Let the optimizer of ``run`` go on from where the last round ended."""
+        """Gives the optimizer of ``run`` the momentum at the end of the last round."""
         if plan.pooled_gradients:
-            for value, buffer in zip(_trained(run), self._buffers, strict=False):
+            for value, buffer in zip(_trained(run.model), self._buffers, strict=False):
                 run.optimizer.state[value]["momentum_buffer"] = buffer.clone()
 
     def keep_of(self, run: LocalRun, plan: RoundPlan) -> None:
-        """Keep what the optimizer of ``run`` holds; it is the same for all clients."""
+        """Keeps the momentum of ``run``, which is equal for all clients."""
         if plan.pooled_gradients:
-            states = [run.optimizer.state[value] for value in _trained(run)]
+            states = [run.optimizer.state[value] for value in _trained(run.model)]
             buffers = [state.get("momentum_buffer") for state in states]
             self._buffers = [buffer.clone() for buffer in buffers if buffer is not None]
 
 
-def _trained(run: LocalRun) -> list[nn.Parameter]:
-    return [value for value in run.model.parameters() if value.requires_grad]
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [value for value in model.parameters() if value.requires_grad]

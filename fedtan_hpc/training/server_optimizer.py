@@ -1,14 +1,14 @@
 """The server's step on the averaged model (FedOpt, Reddi et al. 2021; Hsu et al. 2019).
 
-With x the global trainable values and Delta = average - x the clients' mean change of a round:
+With x the global trainable values and Delta = average - x the clients' mean change in a round:
 
     momentum   m = beta m + Delta                            x += lr m
     adam       m = beta m + (1 - beta) Delta
                v = beta2 v + (1 - beta2) Delta^2             x += lr m / (sqrt(v) + tau)
     yogi       v = v - (1 - beta2) Delta^2 sign(v - Delta^2), the rest as adam
 
-Running statistics are never among x: they are averages, and a step beyond an average of variances
-could end below zero.  All ranks take the same step on the same values.
+Running statistics are not in x: a step beyond an average of variances could end below zero.  All
+ranks take the same step on the same values.  Used by ``cohort``.
 """
 
 from __future__ import annotations
@@ -18,54 +18,45 @@ from torch import Tensor, nn
 
 from ..config.enums import ServerOptimizerName
 from ..config.schema import ServerConfig
-from ..distributed.model_average import Select
-from ..models.parameter_groups import pack, unpack
+from ..models.parameter_groups import TensorFilter, pack, unpack
 
-_LEARNING_RATES = {
-    ServerOptimizerName.momentum: 1.0,
-    ServerOptimizerName.adam: 0.01,
-    ServerOptimizerName.yogi: 0.01,
-}
+_LEARNING_RATES = {ServerOptimizerName.adam: 0.01, ServerOptimizerName.yogi: 0.01}
+"""Default learning rates; 1 for the others."""
 
 
-class Server:
-    """Holds the mean change and the mean squared change from round to round."""
+class ServerOptimizer:
+    """Steps the tensors of ``trained``, which are averaged and trainable."""
 
-    def __init__(self, config: ServerConfig, select: Select) -> None:
+    def __init__(self, config: ServerConfig, trained: TensorFilter) -> None:
         self._kind = config.optimizer
         self._rate = _either(config.lr, _LEARNING_RATES.get(config.optimizer, 1.0))
         self._beta = _either(config.momentum, 0.9)
         self._beta2 = _either(config.beta2, 0.99)
         self._tau = _either(config.tau, 1e-3)
-        self._select = select
-        """The tensors that take part: averaged and trainable."""
+        self._trained = trained
         self._before = self._mean = self._squared = torch.empty(0)
 
-    @property
-    def _is_idle(self) -> bool:
-        return self._kind is ServerOptimizerName.none
-
-    def begin(self, model: nn.Module) -> None:
-        """Take note of the global model before a round."""
-        if not self._is_idle:
-            self._before = pack(self._select(model).values())
-
-    def memory(self) -> list[Tensor]:
-        """What a later round needs to know of those before."""
-        return [self._mean, self._squared]
-
-    def recall(self, memory: list[Tensor]) -> None:
-        """Go on from the ``memory`` of another server of the same kind."""
-        self._mean, self._squared = memory
+    def begin_round(self, model: nn.Module) -> None:
+        """Remembers the global values before the round."""
+        if self._kind is not ServerOptimizerName.none:
+            self._before = pack(self._trained(model).values())
 
     @torch.no_grad()
     def step(self, model: nn.Module) -> None:
-        """Go from the values before the round on, as the average in ``model`` suggests."""
-        if self._is_idle or self._before.numel() == 0:
+        """Replaces the averaged values in ``model`` by those of the server's step."""
+        if self._before.numel() == 0:  # no server optimizer, or nothing to train
             return
-        tensors = list(self._select(model).values())
-        change = self._direction(pack(tensors) - self._before)
-        unpack(self._before.add(change, alpha=self._rate), tensors)
+        tensors = list(self._trained(model).values())
+        direction = self._direction(pack(tensors) - self._before)
+        unpack(self._before.add(direction, alpha=self._rate), tensors)
+
+    def state_dict(self) -> list[Tensor]:
+        """Returns the mean change and the mean squared change."""
+        return [self._mean, self._squared]
+
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        """Loads what ``state_dict`` returned in an optimizer of the same kind."""
+        self._mean, self._squared = state
 
     def _direction(self, delta: Tensor) -> Tensor:
         beta = self._beta
@@ -84,5 +75,5 @@ class Server:
         return self._mean / (self._squared.sqrt() + self._tau)
 
 
-def _either(given: float | None, otherwise: float) -> float:
-    return otherwise if given is None else given
+def _either(given: float | None, default: float) -> float:
+    return default if given is None else given

@@ -19,7 +19,7 @@ from fedtan_hpc.config.schema import Config
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.distributed import process_group
 from fedtan_hpc.training import compile_step
-from fedtan_hpc.training.loss import Loss, mean_loss
+from fedtan_hpc.training.local_step import Loss, mean_loss
 from tests.helpers import commands
 from tests.helpers.ranks import on_ranks
 

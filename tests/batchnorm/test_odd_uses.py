@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedtan_hpc import average_model, convert_batchnorm, federated_statistics
-from fedtan_hpc.batchnorm.running_norm import held, normalise_by_running
+from fedtan_hpc.batchnorm.running_norm import fixed_global_statistics, normalise_by_running
 from fedtan_hpc.config.enums import CohortMode, PrecisionName
 from fedtan_hpc.config.schema import CohortConfig
 from fedtan_hpc.job.setup import prepare
-from fedtan_hpc.launch import requeue
 from tests.training.test_compile_step import CPU, config
 
 
@@ -43,7 +40,7 @@ def test_a_layer_may_have_gamma_and_no_beta() -> None:
 def test_hbn_needs_no_beta_either() -> None:
     x, y = batch()
     model = normalise_by_running(convert_batchnorm(network(bias=False)), mixes=True).double()
-    with held(model):
+    with fixed_global_statistics(model):
         cross_entropy(model(x), y).backward()
 
 
@@ -79,23 +76,3 @@ def test_frozen_layers_of_a_stack_take_bfloat16() -> None:
         cohort=CohortConfig(mode=CohortMode.stacked),
     )
     prepare(options, CPU).train([])
-
-
-@pytest.mark.parametrize("folder", ["logs/%j", "~/jobs", "logs"])
-def test_the_word_of_a_rank_lies_where_the_script_can_know(folder: str) -> None:
-    """Job numbers and home folders are put in later, and not in quotes."""
-    [line] = [each for each in requeue.before(Path(folder)) if each.startswith("export")]
-    assert "%" not in line
-    assert "~" not in line
-    assert "/$SLURM_JOB_ID.said" in line
-
-
-def test_a_word_that_cannot_be_left_hides_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FEDTAN_HPC_SAID", str(tmp_path / "new" / "7.said"))
-    requeue.has_said()
-    assert (tmp_path / "new" / "7.said").exists()
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FEDTAN_HPC_SAID", str(tmp_path / "file" / "7.said"))
-    requeue.has_said()

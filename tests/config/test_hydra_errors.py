@@ -1,4 +1,4 @@
-"""Mistakes in configuration files of one's own, and words that hydra alone would accept."""
+"""Mistakes in the user's configuration files, and words that hydra alone would accept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_mistake_in_a_file_names_file_and_option(
 @pytest.mark.parametrize("word", ["~optimizer.lr", "~model", "~seed=0"])
 def test_options_are_not_taken_away(word: str) -> None:
     [line] = told(word)
-    assert line.startswith(f"{word}: options are not taken away; leave it out")
+    assert line.startswith(f"{word}: options cannot be removed; leave it out")
 
 
 @pytest.mark.parametrize(

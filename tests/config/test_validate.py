@@ -1,4 +1,4 @@
-"""Options: every YAML composes, and every kind of mistake is one line that helps."""
+"""Options: every YAML file composes, and every mistake is one line with its remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedtan_hpc import cli
-from fedtan_hpc.config import hydra_errors
+from fedtan_hpc.config import help, hydra_errors
 from fedtan_hpc.config.enums import DeviceName, PartitionName
 from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.config.schema import Config, PartitionConfig, to_dict
@@ -33,7 +33,7 @@ def composed(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[Config]:
 
 
 def mistakes(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> tuple[str, ...]:
-    """What is wrong with a job of these options on one rank per client."""
+    """Returns the mistakes in the options that ``overrides`` compose."""
     with pytest.raises(ConfigError) as caught:
         check(composed(monkeypatch, *overrides)[0])
     return caught.value.mistakes
@@ -88,7 +88,7 @@ def test_options_written_to_yaml_read_back_the_same(monkeypatch: pytest.MonkeyPa
     )
 
 
-# One mistake each: the overrides, the option that the line must name, the value it must give.
+# One mistake each: the overrides, the option that the line names, and the value that it shows.
 WRONG = [
     (["foo=1"], "foo", "1"),
     (["+foo=1"], "foo", "1"),
@@ -278,7 +278,7 @@ def test_ranks_are_read_from_srun() -> None:
 
 
 def test_the_launcher_nearest_to_the_ranks_is_asked() -> None:
-    """torchrun and mpirun may run inside an allocation, and srun may speak PMI."""
+    """torchrun and mpirun may run inside a SLURM allocation, and srun may set PMI variables."""
     torchrun = {"RANK": "0", "WORLD_SIZE": "2"}
     mpirun = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
     assert detect({**SRUN, **torchrun}).launcher == "torchrun"
@@ -289,14 +289,14 @@ def test_the_launcher_nearest_to_the_ranks_is_asked() -> None:
 
 
 def test_what_types_admit_is_told_in_words() -> None:
-    assert hydra_errors.allowed("device") == "auto | cpu | cuda"
-    assert hydra_errors.allowed("check_every") == "a whole number or null"
-    assert "list of whole numbers" in hydra_errors.allowed("data.shape")
-    assert "run_dir" in set(hydra_errors.option_names())
+    assert help.allowed("device") == "auto | cpu | cuda"
+    assert help.allowed("check_every") == "a whole number or null"
+    assert "list of whole numbers" in help.allowed("data.shape")
+    assert "run_dir" in [entry.option for entry in help.entries()]
 
 
 class Left(BaseException):
-    """The process has exited."""
+    """Raised in place of the end of the process."""
 
 
 def leave(code: int) -> None:

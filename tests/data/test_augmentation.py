@@ -1,4 +1,4 @@
-"""Augmentation: what is drawn, and that the vectorised step is the plain loop over samples."""
+"""Augmentation: random parameters, and the vectorised step against a loop over samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtan_hpc.data.augmentation import Augmentation, AugmentationParams, augmentation_of
 from fedtan_hpc.config.schema import DataConfig
+from fedtan_hpc.data.augmentation import Augmentation, AugmentationParams, augmentation_of
 
 STEPS, BATCH, PADDING = 3, 7, 2
 BOTH = Augmentation(flip=True, crop_padding=PADDING)
@@ -37,7 +37,7 @@ def tensors(decisions: AugmentationParams) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(image: npt.NDArray[np.float32], flip: bool, top: int, left: int) -> Tensor:
-    """One sample (C, H, W), the plain way."""
+    """Flips and crops one sample (C, H, W) with numpy."""
     if flip:
         image = image[:, :, ::-1]
     padded = np.pad(image, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
@@ -98,7 +98,9 @@ def test_how_samples_are_grouped_makes_no_difference() -> None:
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(1))
     whole = decisions.apply(1, inputs())
     pieces = [
-        AugmentationParams(PADDING, flips[1:2, chosen], offsets[1:2, chosen]).apply(0, inputs()[chosen])
+        AugmentationParams(PADDING, flips[1:2, chosen], offsets[1:2, chosen]).apply(
+            0, inputs()[chosen]
+        )
         for chosen in order.split(3)
     ]
     assert torch.equal(torch.cat(pieces), whole[order])

@@ -1,4 +1,4 @@
-"""Data sets and batches: the split, what a seed fixes, and what each sample depends on."""
+"""Data sets and batches: the split, what the seed determines, what a sample depends on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedtan_hpc.data import batching
-from fedtan_hpc.data import datasets
-from fedtan_hpc.data import image_files
+from fedtan_hpc.config.dataset_info import KNOWN_DATASETS, DatasetInfo
 from fedtan_hpc.config.enums import DataName, NormalisationName, SamplingName
 from fedtan_hpc.config.schema import DataConfig
+from fedtan_hpc.data import datasets, image_files
+from fedtan_hpc.data.batching import BatchSampler
 from fedtan_hpc.data.datasets import Dataset
 from fedtan_hpc.data.image_files import Bytes
-from fedtan_hpc.config.dataset_info import KNOWN_DATA
 
 SYNTHETIC = DataConfig(name=DataName.synthetic, samples=200, shape=[2, 4, 5], classes=4)
 
@@ -24,7 +23,7 @@ FASHION = DataConfig(name=DataName.fashion_mnist)
 
 @pytest.fixture(scope="module")
 def fashion() -> Dataset:
-    """The real Fashion-MNIST; Debian's package dataset-fashion-mnist has it."""
+    """Loads the real Fashion-MNIST, for example from Debian's package dataset-fashion-mnist."""
     if image_files.find(FASHION) is None:
         pytest.skip("Fashion-MNIST is not here: apt install dataset-fashion-mnist")
     return datasets.load(FASHION, seed=0)
@@ -33,10 +32,10 @@ def fashion() -> Dataset:
 @pytest.mark.parametrize("config", [DataConfig(), SYNTHETIC])
 def test_split_is_stratified_and_covers_everything_once(config: DataConfig) -> None:
     dataset = datasets.load(config, seed=0)
-    facts = config.facts()
+    info = config.info()
     found = (len(dataset.train), len(dataset.test), dataset.shape, dataset.classes)
-    assert found == facts
-    samples = facts.train + facts.test
+    assert found == info
+    samples = info.train + info.test
     assert len(dataset.labels_N) == samples
     both = np.sort(np.concatenate([dataset.train, dataset.test]))
     assert np.array_equal(both, np.arange(samples))
@@ -88,7 +87,7 @@ def test_fashion_mnist_is_the_real_one(fashion: Dataset) -> None:
 
 
 def test_fashion_mnist_is_standardised_by_its_training_pixels(fashion: Dataset) -> None:
-    """Mean 0.2860 and deviation 0.3530 of 1 are well known."""
+    """The known moments of Fashion-MNIST in 0 to 1 are mean 0.2860 and deviation 0.3530."""
     black, white = -0.2860 / 0.3530, (1 - 0.2860) / 0.3530
     first = fashion.take(np.arange(1))
     assert first.inputs.dtype == torch.float32
@@ -116,13 +115,14 @@ def test_a_subset_of_images_is_all_that_is_kept(fashion: Dataset) -> None:
 def colours(
     monkeypatch: pytest.MonkeyPatch, normalisation: NormalisationName, blue: int | None = None
 ) -> tuple[Bytes, Dataset]:
-    """CIFAR-10 of 30 + 10 random images, and its pixels; all ``blue`` ones as given."""
+    """Returns a CIFAR-10 of 30 + 10 random images and its pixels; ``blue`` sets a whole channel."""
     pixels = np.random.default_rng(0).integers(256, size=(40, 3, 32, 32), dtype=np.uint8)
     pixels[30:] = 255
     if blue is not None:
         pixels[:, 2] = blue
     labels = np.arange(40) % 10
-    monkeypatch.setitem(KNOWN_DATA, "cifar10", (30, 10, (3, 32, 32), 10))
+    small = DatasetInfo(30, 10, (3, 32, 32), 10)
+    monkeypatch.setitem(KNOWN_DATASETS, DataName.cifar10, small)
     monkeypatch.setattr(image_files, "read", lambda config: (pixels, labels))
     config = DataConfig(name=DataName.cifar10, normalisation=normalisation)
     return pixels, datasets.load(config, seed=0)
@@ -172,7 +172,7 @@ def test_a_subset_is_of_the_split_and_keeps_the_classes_shares(config: DataConfi
         assert np.array_equal(part, np.unique(part))
         shares = np.bincount(whole.labels_N[of]) / len(of) * len(part)
         assert np.abs(np.bincount(dataset.labels_N[part]) - shares).max() < 1
-    assert (len(dataset.train), len(dataset.test)) == config.facts()[:2]
+    assert (len(dataset.train), len(dataset.test)) == config.info()[:2]
 
 
 @pytest.mark.parametrize("config", SUBSETS)
@@ -185,9 +185,9 @@ def test_seed_fixes_the_subset(config: DataConfig) -> None:
 def test_a_subset_has_every_class_if_it_can() -> None:
     labels = np.repeat(np.arange(4), [97, 1, 1, 1])
     for wanted, expected in ((4, [1, 1, 1, 1]), (10, [7, 1, 1, 1]), (100, [97, 1, 1, 1])):
-        chosen = datasets._subset(labels, wanted, np.random.default_rng(0))
+        chosen = datasets._stratified(labels, wanted, np.random.default_rng(0))
         assert np.bincount(labels[chosen]).tolist() == expected
-    assert len(datasets._subset(labels, 2, np.random.default_rng(0))) == 2
+    assert len(datasets._stratified(labels, 2, np.random.default_rng(0))) == 2
 
 
 def test_digits_of_a_subset_are_standardised_by_it() -> None:
@@ -197,7 +197,7 @@ def test_digits_of_a_subset_are_standardised_by_it() -> None:
 
 
 def batch(client: int = 0, round_number: int = 1, seed: int = 0, size: int = 4) -> torch.Tensor:
-    return batching.batch_indices(10, size, 5, seed, client, round_number)
+    return BatchSampler(size, 5, seed).draw(10, client, round_number)
 
 
 def test_batches_depend_on_seed_client_and_round_alone() -> None:
@@ -220,7 +220,8 @@ def test_a_client_smaller_than_a_batch_uses_all_it_has() -> None:
 
 
 def with_replacement(samples: int = 10, client: int = 0, round_number: int = 1) -> torch.Tensor:
-    return batching.batch_indices(samples, 400, 5, 0, client, round_number, SamplingName.replacement)
+    sampler = BatchSampler(400, 5, 0, SamplingName.replacement)
+    return sampler.draw(samples, client, round_number)
 
 
 def test_batches_with_replacement_are_whole_and_even() -> None:

@@ -1,4 +1,4 @@
-"""Feature shift: what each client sees, the same whoever asks and however samples are grouped."""
+"""Feature shift: each client's inputs do not depend on the rank or the grouping of samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtan_hpc.config.enums import PartitionName, ShiftName
 from fedtan_hpc.config.schema import PartitionConfig
-from fedtan_hpc.data.feature_shift import Shift, clients_of_test, rotated, shift_of
+from fedtan_hpc.data.feature_shift import Shift, clients_of_test, rotate, shift_of
 
 ROTATION = Shift(ShiftName.rotation, 90.0, 5)
 INTENSITY = Shift(ShiftName.intensity, 4.0, 5)
@@ -31,16 +31,16 @@ def test_angles_and_factors_are_evenly_spaced() -> None:
 
 @pytest.mark.parametrize("turns", [-1, 0, 1, 2])
 def test_right_angles_turn_counter_clockwise(turns: int) -> None:
-    turned = rotated(inputs(), 90.0 * turns)
+    turned = rotate(inputs(), 90.0 * turns)
     torch.testing.assert_close(turned, torch.rot90(inputs(), turns, (2, 3)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)])
 def test_any_angle_is_bilinear_with_the_borders_values_outside(size: tuple[int, int]) -> None:
-    """Against the rotation of pixel coordinates, point by point."""
+    """Compares with a rotation of the pixel coordinates, point by point."""
     height, width = size
     images, degrees = inputs(*size), 25.0
-    turned = rotated(images, degrees)
+    turned = rotate(images, degrees)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     for y in range(height):
         for x in range(width):

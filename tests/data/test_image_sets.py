@@ -1,6 +1,6 @@
-"""Files of data sets: where they are looked for, downloads, and what is said if they are damaged.
+"""Files of data sets: search paths, downloads, and messages about damaged files.
 
-The files are small ones made here, in the layouts of torchvision, LeCun and Debian.
+The tests write small files in the layouts of torchvision, LeCun and Debian.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from fedtan_hpc.data import datasets
-from fedtan_hpc.data import download
-from fedtan_hpc.data import image_files
+from fedtan_hpc.config.dataset_info import KNOWN_DATASETS
 from fedtan_hpc.config.enums import DataName
-from fedtan_hpc.config.schema import DataConfig
 from fedtan_hpc.config.errors import ConfigError
+from fedtan_hpc.config.schema import DataConfig
+from fedtan_hpc.data import datasets, download, image_files
 from fedtan_hpc.data.download import fetch as fetch_files
-from fedtan_hpc.config.dataset_info import KNOWN_DATA
 from fedtan_hpc.runtime.torchvision_import import import_torchvision
 
 TRAIN, TEST = 20, 10
@@ -39,14 +37,14 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def small_and_alone(monkeypatch: Patch, tmp_path: Path) -> None:
-    """Data sets of 20 + 10 samples; an empty working folder; no Debian; no network."""
+    """Sets up 20 + 10 samples per data set, an empty working folder, no Debian and no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(image_files, "_DEBIAN", tmp_path / "debian")
-    for name, (_, _, shape, classes) in list(KNOWN_DATA.items()):
-        monkeypatch.setitem(KNOWN_DATA, name, (TRAIN, TEST, shape, classes))
+    for name, info in list(KNOWN_DATASETS.items()):
+        monkeypatch.setitem(KNOWN_DATASETS, name, info._replace(train=TRAIN, test=TEST))
     utils = import_torchvision().datasets.utils
-    for name in ("_urlretrieve", "_get_redirect_url"):
-        monkeypatch.setattr(utils, name, no_network)
+    for function in ("_urlretrieve", "_get_redirect_url"):
+        monkeypatch.setattr(utils, function, no_network)
 
 
 def no_network(*_: object, **__: object) -> None:
@@ -58,7 +56,7 @@ def of(name: str, root: Path | str | None = None) -> DataConfig:
 
 
 def pixels(name: str) -> image_files.Bytes:
-    shape = KNOWN_DATA[name][2]
+    shape = KNOWN_DATASETS[DataName(name)].shape
     return np.random.default_rng(1).integers(256, size=(TRAIN + TEST, *shape), dtype=np.uint8)
 
 
@@ -72,7 +70,7 @@ def idx(values: image_files.Bytes) -> bytes:
 
 
 def write_idx(folder: Path, zipped: bool = False) -> None:
-    """The four files of either MNIST."""
+    """Writes the four files of MNIST or Fashion-MNIST."""
     folder.mkdir(parents=True)
     images = pixels("mnist")[:, 0]
     arrays = images[:TRAIN], labels()[:TRAIN], images[TRAIN:], labels()[TRAIN:]
@@ -84,7 +82,7 @@ def write_idx(folder: Path, zipped: bool = False) -> None:
 
 
 def write_cifar(folder: Path, name: str, monkeypatch: Patch) -> None:
-    """CIFAR's pickled files; torchvision is told their checksums."""
+    """Writes the pickled files of CIFAR and tells torchvision their checksums."""
     folder.mkdir(parents=True)
     train, test, meta = CIFAR_FILES[name]
     key = "labels" if name == "cifar10" else "fine_labels"
@@ -110,7 +108,7 @@ def md5(path: Path) -> str:
 
 
 def assert_read(config: DataConfig) -> None:
-    """All pixels and labels are there, and ``data.load`` takes them."""
+    """Asserts that all pixels and labels are read, and that ``datasets.load`` accepts them."""
     fetch_files(config)
     found, found_labels = image_files.read(config)
     assert np.array_equal(found, pixels(str(config.name)))
@@ -118,10 +116,10 @@ def assert_read(config: DataConfig) -> None:
     assert np.array_equal(found_labels, labels())
     dataset = datasets.load(config, seed=0)
     assert (len(dataset.train), len(dataset.test)) == (TRAIN, TEST)
-    assert dataset.take(dataset.test).inputs.shape == (TEST, *KNOWN_DATA[str(config.name)][2])
+    assert dataset.take(dataset.test).inputs.shape == (TEST, *KNOWN_DATASETS[config.name].shape)
 
 
-def format_option_error(config: DataConfig, act: Callable[[DataConfig], object] = fetch_files) -> str:
+def error_line(config: DataConfig, act: Callable[[DataConfig], object] = fetch_files) -> str:
     with pytest.raises(ConfigError) as caught:
         act(config)
     [line] = caught.value.mistakes
@@ -146,7 +144,7 @@ def test_idx_files_are_found_in_torchvisions_layout_and_by_themselves(
 def test_debians_copy_is_fashion_mnist_alone(tmp_path: Path) -> None:
     write_idx(tmp_path / "debian", zipped=True)
     assert_read(of("fashion_mnist"))
-    format_option_error(of("mnist"))
+    error_line(of("mnist"))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -168,7 +166,7 @@ def test_data_sets_without_files_need_none() -> None:
 def test_without_a_network_it_is_said_what_goes_where(
     name: str, root: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    line = format_option_error(of(name, root))
+    line = error_line(of(name, root))
     place = {"mnist": "/MNIST/raw", "fashion_mnist": "/FashionMNIST/raw"}.get(name, "")
     assert f" into {tmp_path / (root or 'data')}{place}, from " in line
     assert "no route to host" in line
@@ -180,13 +178,13 @@ def test_without_a_network_it_is_said_what_goes_where(
 
 
 def test_ranks_that_load_before_anyone_has_fetched_are_told_so() -> None:
-    assert "have not been fetched" in format_option_error(of("cifar10"), lambda c: datasets.load(c, 0))
+    assert "have not been fetched" in error_line(of("cifar10"), lambda c: datasets.load(c, 0))
 
 
 def test_a_root_that_cannot_be_a_folder_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "this is a file" in format_option_error(of("mnist", tmp_path / "file"))
-    assert "could not be downloaded" in format_option_error(of("mnist", tmp_path / "file" / "below"))
+    assert "this is a file" in error_line(of("mnist", tmp_path / "file"))
+    assert "could not be downloaded" in error_line(of("mnist", tmp_path / "file" / "below"))
 
 
 def test_a_download_is_seen_whole_or_not_at_all(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -235,7 +233,7 @@ def test_an_archive_put_there_by_hand_is_unpacked(tmp_path: Path, monkeypatch: P
 def test_an_archive_of_another_checksum_is_damaged(tmp_path: Path) -> None:
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.write_bytes(b"half")
-    line = format_option_error(of("cifar10", tmp_path))
+    line = error_line(of("cifar10", tmp_path))
     assert str(archive) in line
     assert "checksum" in line
     assert archive.read_bytes() == b"half"
@@ -269,13 +267,13 @@ def test_damaged_idx_files_are_a_mistake(harm: Callable[[Path], None], tmp_path:
     harm(tmp_path / "files" / f"{NAMES[1]}.gz")
     config = of("fashion_mnist", tmp_path / "files")
     for act in (fetch_files, lambda config: datasets.load(config, 0)):
-        assert f"{tmp_path / 'files'} is damaged" in format_option_error(config, act)
+        assert f"{tmp_path / 'files'} is damaged" in error_line(config, act)
 
 
 def test_images_of_another_size_are_a_mistake(tmp_path: Path) -> None:
     write_idx(tmp_path / "files")
     (tmp_path / "files" / NAMES[0]).write_bytes(idx(np.zeros((TRAIN, 14, 14), np.uint8)))
-    assert "is damaged" in format_option_error(of("mnist", tmp_path / "files"))
+    assert "is damaged" in error_line(of("mnist", tmp_path / "files"))
 
 
 def test_the_other_mnist_is_a_mistake(tmp_path: Path) -> None:
@@ -283,7 +281,7 @@ def test_the_other_mnist_is_a_mistake(tmp_path: Path) -> None:
     others = labels()[:TRAIN]
     others[:5] = 9, 0, 0, 3, 0
     (tmp_path / "files" / NAMES[1]).write_bytes(idx(others))
-    assert "fashion_mnist's; name another folder" in format_option_error(of("mnist", tmp_path / "files"))
+    assert "fashion_mnist's; name another folder" in error_line(of("mnist", tmp_path / "files"))
     fetch_files(of("fashion_mnist", tmp_path / "files"))
 
 
@@ -294,7 +292,7 @@ def test_damaged_cifar_files_are_a_mistake(
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar(folder, "cifar10", monkeypatch)
     harm(folder / "data_batch_3")
-    assert f"{folder} is damaged" in format_option_error(of("cifar10", tmp_path))
+    assert f"{folder} is damaged" in error_line(of("cifar10", tmp_path))
 
 
 @pytest.mark.parametrize("error", [ImportError("none"), RuntimeError("another\nCUDA version")])
@@ -313,6 +311,6 @@ def test_no_torchvision_that_works_is_a_mistake(error: Exception, monkeypatch: P
 def test_sockets_are_patient_again_after_a_download() -> None:
     import socket
 
-    with download._patience():
+    with download._download_settings():
         assert socket.getdefaulttimeout() == 20
     assert socket.getdefaulttimeout() is None

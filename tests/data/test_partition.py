@@ -1,13 +1,13 @@
-"""Partitions: every sample once, every client served, the shape that the name promises."""
+"""Partitions: every sample once, enough for every client, and the promised distribution."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from fedtan_hpc.data import partition
 from fedtan_hpc.config.enums import PartitionName
 from fedtan_hpc.config.schema import PartitionConfig
+from fedtan_hpc.data import partition
 from fedtan_hpc.data.partition import Indices
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 40))

@@ -1,4 +1,4 @@
-"""Collectives are timed by the host's clock, or by events that a device passes later."""
+"""The timer of collectives: the host's clock, or CUDA events that a GPU passes later."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from fedtan_hpc.distributed import collective_timer
 
 
-def test_a_host_hands_over_at_once() -> None:
-    found: list[float] = []
-    with collective_timer.timed(torch.device("cpu"), found.append):
+def test_a_cpu_reports_at_once() -> None:
+    durations: list[float] = []
+    with collective_timer.timed(torch.device("cpu"), durations.append):
         time.sleep(0.02)
-    [seconds] = found
+    [seconds] = durations
     assert 0.02 <= seconds < 1
 
 
 class Event:
-    """A stand-in for a GPU's: passed when the test says so; a millisecond each."""
+    """A stand-in for a CUDA event: the test sets how many are passed; each takes a millisecond."""
 
     passed = 0
     made = 0
@@ -57,31 +57,31 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda")
 
 
-def test_a_gpu_hands_over_what_it_has_passed(gpu: torch.device) -> None:
-    """Without waiting for it, and in order; so that nothing piles up where nobody reads."""
-    found: list[tuple[str, float]] = []
+def test_events_that_a_gpu_has_passed_are_reported(gpu: torch.device) -> None:
+    """They are reported in order, without waiting, and do not pile up where nobody reads."""
+    durations: list[tuple[str, float]] = []
 
     def add(name: str, seconds: float) -> None:
-        found.append((name, seconds))
+        durations.append((name, seconds))
 
     for name, passed in (("a", 0), ("b", 2), ("c", 3)):
         with collective_timer.timed(gpu, partial(add, name)):
             Event.passed = passed
-    assert found == [("a", 0.001)]
+    assert durations == [("a", 0.001)]
     collective_timer.read()
-    assert found == [("a", 0.001), ("b", 0.001), ("c", 0.001)]
+    assert durations == [("a", 0.001), ("b", 0.001), ("c", 0.001)]
     collective_timer.read()
-    assert len(found) == 3
+    assert len(durations) == 3
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_a_real_gpu_times_what_is_done_in_its_stream() -> None:
-    found: list[float] = []
+def test_a_real_gpu_times_the_work_in_its_stream() -> None:
+    durations: list[float] = []
     values = torch.randn(4096, 4096, device="cuda")
     for _ in range(3):
-        with collective_timer.timed(values.device, found.append):
+        with collective_timer.timed(values.device, durations.append):
             values @ values
     collective_timer.read()
-    assert len(found) == 3
-    assert all(0 < seconds < 1 for seconds in found)
+    assert len(durations) == 3
+    assert all(0 < seconds < 1 for seconds in durations)

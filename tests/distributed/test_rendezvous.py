@@ -1,4 +1,4 @@
-"""Where ranks meet that srun started, from what SLURM says."""
+"""The address at which ranks of srun meet, from SLURM's variables and `scontrol`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
 
 def test_a_name_that_resolves_is_the_address() -> None:
     variables = {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "123456"}
-    assert rendezvous.meeting_place(variables) == ("localhost", "23456")
+    assert rendezvous.master_endpoint(variables) == ("localhost", "23456")
 
 
-def test_what_the_user_says_stands() -> None:
+def test_variables_of_the_user_have_precedence() -> None:
     given = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29999", "SLURM_JOB_ID": "5"}
-    assert rendezvous.meeting_place(given) == ("10.0.0.7", "29999")
+    assert rendezvous.master_endpoint(given) == ("10.0.0.7", "29999")
 
 
 def test_a_name_that_does_not_resolve_has_slurms_address(
@@ -45,12 +45,12 @@ def test_a_name_that_does_not_resolve_has_slurms_address(
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     variables = {"SLURM_JOB_NODELIST": "no-such-host-[1-2]", "SLURM_JOB_ID": "5"}
-    assert rendezvous.meeting_place(variables) == ("10.1.2.3", "20005")
+    assert rendezvous.master_endpoint(variables) == ("10.1.2.3", "20005")
 
 
-def test_an_address_that_nobody_knows_is_a_mistake(
+def test_a_node_without_an_address_is_a_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"no-such-host-1.*MASTER_ADDR"):
-        rendezvous.meeting_place({"SLURM_JOB_NODELIST": "no-such-host-1"})
+        rendezvous.master_endpoint({"SLURM_JOB_NODELIST": "no-such-host-1"})

@@ -1,6 +1,6 @@
-"""Which rank is named when all others wait, and how jobs end that hang or lose a rank.
+"""The rank that the watchdog names, and how jobs end that hang or lose a rank.
 
-The rules first, with a store in this process; then whole jobs with faults (slow).
+The first tests use a store in this process; the slow ones run whole jobs with faults.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MPIRUN = (MPIEXEC, "-n", "2", sys.executable)
 
 
 class Store:
-    """torch's, as far as the channel uses it."""
+    """A stand-in for torch's store, as far as the channel uses it."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -48,7 +48,7 @@ class Store:
 
 
 @pytest.mark.parametrize(
-    ("joined", "round_number", "verdict"),
+    ("begun", "round_number", "verdict"),
     [
         ([9, 8, 9], 4, "rank 1 hangs in round 4"),
         ([9, 8, 3], 4, "ranks [1, 2] hang in round 4"),
@@ -56,18 +56,18 @@ class Store:
         ([9, 9, 9], 4, "in round 4: the ranks do not reach each other"),
     ],
 )
-def test_the_rank_that_has_joined_fewer_collectives_is_named(
-    joined: list[int | None],
+def test_the_rank_that_has_begun_fewer_collectives_is_named(
+    begun: list[int | None],
     round_number: int,
     verdict: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = Store()
-    for rank, number in enumerate(joined):
+    for rank, number in enumerate(begun):
         if number is not None:
-            store.set(f"joined/{rank}", str(number))
-    monkeypatch.setattr(counters, "progress", Progress(round=round_number, joined=9))
-    monkeypatch.setattr(process_group, "world_size", lambda: len(joined))
+            store.set(f"collectives/{rank}", str(number))
+    monkeypatch.setattr(counters, "progress", Progress(round=round_number, collectives=9))
+    monkeypatch.setattr(process_group, "world_size", lambda: len(begun))
     watchdog = Watchdog(Channel(store), 30, print)
     assert watchdog._verdict().startswith(verdict)
 
@@ -84,7 +84,7 @@ def test_only_a_wait_that_is_too_long_counts(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class SlowStore(Store):
-    """One that is far away."""
+    """A store that answers slowly."""
 
     is_asked = False
 
@@ -94,8 +94,8 @@ class SlowStore(Store):
         return super().check(keys)
 
 
-def test_no_look_outlasts_the_end() -> None:
-    """torch ends the process ("terminate called") if Python shuts down while a thread is in it."""
+def test_no_check_outlasts_the_end() -> None:
+    """torch aborts the process if Python shuts down while a thread is inside the store."""
     store, threads = SlowStore(), threading.active_count()
     watchdog = Watchdog(Channel(store), 0.2, print)
     watchdog.begin()
@@ -108,8 +108,8 @@ def test_no_look_outlasts_the_end() -> None:
 def start(
     launcher: tuple[str, ...], folder: Path, run: str, faults: str = "", *overrides: str
 ) -> subprocess.Popen[str]:
-    """The job with ``faults`` as two ranks; run_dir is ``run``."""
-    if "torch.distributed.run" in launcher:  # a port of its own, so that jobs do not meet
+    """Starts the job with ``faults`` on two ranks; run_dir is ``run``."""
+    if "torch.distributed.run" in launcher:  # a free port, so that jobs do not meet
         launcher = (*launcher, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
     return subprocess.Popen(
         [*launcher, FAULTY, *SHORT, f"run_dir={run}", *overrides],
@@ -129,7 +129,7 @@ def start(
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 100) -> tuple[int, str]:
-    """Exit code and standard error."""
+    """Waits for the job and returns its exit code and standard error."""
     _, errors = process.communicate(timeout=seconds)
     return process.returncode, errors
 
@@ -161,7 +161,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(
     code, errors = finished(process)
     assert code != 0
     verdict = f"rank {rank} hangs in round 7"
-    if (launcher, rank, kind) == (MPIRUN, 0, "stop"):  # over MPI rank 0 serves the notes itself
+    if (launcher, rank, kind) == (MPIRUN, 0, "stop"):  # over MPI rank 0 serves the channel
         verdict = "round 7: rank 0, or the host that serves the ranks, hangs, is gone or cannot"
     assert errors.count(verdict) == 1, errors
     note = json.loads((tmp_path / "run" / "failure.json").read_text())
@@ -170,7 +170,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(
 
 @pytest.mark.slow
 def test_a_killed_rank_costs_the_rounds_since_the_last_checkpoint(tmp_path: Path) -> None:
-    """torchrun restarts the ranks; the result is that of an undisturbed run, to the bit."""
+    """torchrun restarts the ranks; the model equals that of an undisturbed run in every bit."""
     assert finished(start(TORCHRUN, tmp_path, "whole"))[0] == 0
     restarting = (*TORCHRUN, "--max-restarts", "3")
     code, errors = finished(start(restarting, tmp_path, "hit", "1:7:kill 0:13:kill 1:22:error"))
@@ -185,17 +185,17 @@ def test_a_killed_rank_costs_the_rounds_since_the_last_checkpoint(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ranks_killed_at_random_moments_cost_nothing(tmp_path: Path) -> None:
-    """Ten times, in start-up, rounds and writing alike, all before the run is done."""
+    """Ten kills hit start-up, rounds and writing alike, all before the run is complete."""
     more = ("rounds=3000", "checkpoint.every=10", "eval_every=500")
     assert finished(start(TORCHRUN, tmp_path, "whole", "", *more))[0] == 0
     process = start((*TORCHRUN, "--max-restarts", "10"), tmp_path, "hit", "", *more)
-    drawn = random.Random(0)
+    rng = random.Random(0)
     killed: set[int] = set()
     while len(killed) < 10:
-        time.sleep(drawn.uniform(1, 8))
+        time.sleep(rng.uniform(1, 8))
         assert process.poll() is None, "it ended before the tenth"
         if workers := [each for each in workers_of(process.pid) if each not in killed]:
-            victim = drawn.choice(workers)
+            victim = rng.choice(workers)
             os.kill(victim, signal.SIGKILL)
             killed.add(victim)
     code, errors = finished(process, 300)
@@ -205,7 +205,7 @@ def test_ranks_killed_at_random_moments_cost_nothing(tmp_path: Path) -> None:
 
 
 def workers_of(agent: int) -> list[int]:
-    """The ranks that torchrun has started."""
+    """Returns the process ids of the ranks that torchrun has started."""
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
     return [int(child) for child in children]
 
@@ -215,9 +215,9 @@ def workers_of(agent: int) -> list[int]:
 def test_a_signal_to_one_rank_stops_all_after_the_round(
     kind: str, code: int, tmp_path: Path
 ) -> None:
-    """Exit codes tell the signal where the launcher passes them on, as mpirun does."""
-    found, errors = finished(start(MPIRUN, tmp_path, "run", f"1:7:{kind}"))
-    assert found == code, errors
+    """The exit code tells the signal, and mpirun passes it on."""
+    exit_code, errors = finished(start(MPIRUN, tmp_path, "run", f"1:7:{kind}"))
+    assert exit_code == code, errors
     assert f"stopped by SIG{kind} after round 7" in errors
     assert finished(start(MPIRUN, tmp_path, "run"))[0] == 0
     assert rounds_of(tmp_path / "run") == list(range(1, 41))

@@ -79,14 +79,14 @@ def test_figures_are_those_of_plain_loops(method: str, kind: str, ranks: int) ->
             on_test.append(float(right.double().mean()))
             seen = shift.apply(test.inputs, client) if shift else test.inputs
             right = scores(options, mine, seen).argmax(1) == test.labels
-            labels = dataset.labels_N[store.parts[client]]
+            labels = dataset.labels_N[store.partition[client]]
             in_own_mix.append(
                 sum(
                     (labels == c).mean() * float(right[test.labels == c].double().mean())
                     for c in range(10)
                 )
             )
-            train = dataset.take(store.parts[client])
+            train = dataset.take(store.partition[client])
             count += len(train)
             seen = shift.apply(train.inputs, client) if shift else train.inputs
             losses += float(

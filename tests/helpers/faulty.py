@@ -18,15 +18,15 @@ from fedtan_hpc.cli import main
 from fedtan_hpc.distributed import process_group
 from fedtan_hpc.training.cohort import Cohort
 
-train = Cohort.train
+begin_round = Cohort.begin_round
 
 
-def train_with_faults(cohort: Cohort, clients: Any, now: Any) -> Any:
+def begin_round_with_faults(cohort: Cohort, context: Any) -> Any:
     for fault in os.environ.get("FAULTS", "").split():
         rank, number, kind = fault.split(":")
-        if (process_group.rank(), now.number) == (int(rank), int(number)) and is_first(fault):
+        if (process_group.rank(), context.number) == (int(rank), int(number)) and is_first(fault):
             happen(kind)
-    return train(cohort, clients, now)
+    return begin_round(cohort, context)
 
 
 def is_first(fault: str) -> bool:
@@ -48,5 +48,5 @@ def happen(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    Cohort.train = train_with_faults  # type: ignore
+    Cohort.begin_round = begin_round_with_faults  # type: ignore
     main()

@@ -1,4 +1,4 @@
-"""Every experiment composes to a valid job with the settings that it stands for."""
+"""Every experiment composes to a valid job with the expected settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers import commands
 
 NAMES = sorted(path.stem for path in (commands.ROOT / "conf" / "experiment").glob("*.yaml"))
 
-# The authors' code: SPEC section 2.
+# Settings of the authors' code.
 PAPER = {
     "model.gamma": "uniform",
     "optimizer.lr": "0.5",
@@ -74,7 +74,7 @@ def test_all_are_known_here() -> None:
 def test_an_experiment_is_valid_and_has_its_settings(name: str) -> None:
     config = composed(f"experiment={name}")
     check(config)
-    assert config.partition.classes_held(config.clients, config.data.facts().classes) == 2
+    assert config.partition.shard_classes(config.clients, config.data.info().classes) == 2
     default = dict(reports.flat(to_dict(Config())))
     assert dict(reports.flat(to_dict(config))) == {**default, **EXPECTED[name]}
 

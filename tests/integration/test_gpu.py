@@ -21,9 +21,10 @@ from fedtan_hpc.config.enums import CohortMode, PrecisionName
 from fedtan_hpc.config.schema import CohortConfig, Config
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.runtime.device import DevicePlacement, tensor_float
-from fedtan_hpc.training.local_training import RoundContext
+from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers import commands, networks
 from tests.helpers.ranks import on_ranks
+from tests.helpers.rounds import train_round
 from tests.training.test_compile_step import config, distance
 
 pytestmark = [
@@ -147,7 +148,7 @@ def test_a_round_waits_for_the_device_at_its_checks_alone(
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                trainer.cohort.train(hosted, now)
+                train_round(trainer.cohort, hosted, now)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(each.message) for each in said if "synchronizing" in str(each.message)]

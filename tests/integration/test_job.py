@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import fedtan_hpc
 from fedtan_hpc.config.enums import AlgorithmName, DataName, ModelName, PartitionName, PrecisionName
 from fedtan_hpc.config.errors import ConfigError, RunError
 from fedtan_hpc.config.schema import (
@@ -23,35 +23,21 @@ from fedtan_hpc.config.schema import (
     OptimizerConfig,
     PartitionConfig,
 )
-from fedtan_hpc.data import batching, datasets, partition
-from fedtan_hpc.data.batching import Samples
+from fedtan_hpc.data import datasets, partition
+from fedtan_hpc.data.batching import BatchSampler, Samples
 from fedtan_hpc.distributed import consistency, process_group
 from fedtan_hpc.evaluation.metrics import Evaluation, evaluate
-from fedtan_hpc.evaluation.records import Summary
-from fedtan_hpc.job.run_dir import claimed
-from fedtan_hpc.job.run_dir import name as folder_name
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.models import factory, small_networks
 from fedtan_hpc.runtime import launcher_env
 from fedtan_hpc.runtime.device import DevicePlacement
 from tests.helpers import simulation
+from tests.helpers.jobs import run_here, small
 from tests.helpers.ranks import RankFailed, on_ranks
 
 FEDTAN = AlgorithmConfig(name=AlgorithmName.fedtan)
 FEDAVG = AlgorithmConfig(name=AlgorithmName.fedavg)
 CPU = DevicePlacement(torch.device("cpu"), "gloo")
-
-
-def small(clients: int, **options: object) -> Config:
-    """Three rounds on digits with unequal clients."""
-    defaults: dict[str, object] = {
-        "partition": PartitionConfig(name=PartitionName.dirichlet, alpha=0.5),
-        "rounds": 3,
-        "local_steps": 3,
-        "lr_schedule": LrScheduleConfig(milestones=[2], gamma=0.5),
-        "eval_every": 2,
-    }
-    return Config(clients=clients, **{**defaults, **options})  # type: ignore[arg-type]
 
 
 def float64(samples: Samples) -> Samples:
@@ -78,9 +64,7 @@ def simulated(config: Config) -> tuple[dict[str, Tensor], list[float]]:
         rate = config.optimizer.lr * (0.5 if number > 2 else 1)
         states = [simulation.copy(_floats(state)) for _ in clients]
         orders = [
-            batching.batch_indices(
-                len(c), config.batch_size, config.local_steps, config.seed, k, number
-            )
+            BatchSampler(config.batch_size, config.local_steps, config.seed).draw(len(c), k, number)
             for k, c in enumerate(clients)
         ]
         means = [0.0] * len(clients)
@@ -134,11 +118,6 @@ def test_one_step_of_fedtan_is_centralised_sgd() -> None:
     state, _ = on_ranks(3, trained_on_ranks, config)[0]
     for name, value in _floats(dict(model.state_dict())).items():
         assert float((state[name] - value).norm() / value.norm().clamp_min(1e-6)) < 1e-9, name
-
-
-def run_here(config: Config, folder: str) -> Summary:
-    config.run_dir = folder
-    return fedtan_hpc.run(config)
 
 
 def test_run_writes_what_it_promises(tmp_path: Path) -> None:
@@ -220,7 +199,7 @@ def test_messages_of_a_round_of_resnet20(
     line = json.loads((tmp_path / "rounds.jsonl").read_text())
     assert line["comm_messages"] == messages
     average = 4 * (269_722 + 2 * 688 + 19 + 2)  # values, running statistics, counters, header
-    statistics = 8 * (19 * (7 + 2) + (2 + 2) * 688)
+    statistics = 8 * (19 * (4 + 4) + (2 + 2) * 688)  # headers, moments and their derivatives
     assert line["comm_bytes"] == average + (statistics if messages > 1 else 0)
 
 
@@ -228,75 +207,6 @@ def test_a_single_process_sends_nothing(tmp_path: Path) -> None:
     summary = run_here(small(1), str(tmp_path))
     assert summary.backend == "none"
     assert json.loads((tmp_path / "rounds.jsonl").read_text().splitlines()[0])["comm_messages"] == 0
-
-
-def test_a_finished_run_is_returned_and_left_alone(tmp_path: Path) -> None:
-    first = run_here(small(1), str(tmp_path))
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
-    assert run_here(small(1), str(tmp_path)) == first
-    assert {
-        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()
-    } == before
-
-
-def test_a_finished_run_of_other_options_is_a_mistake(tmp_path: Path) -> None:
-    run_here(small(1), str(tmp_path))
-    other = small(1, rounds=4, optimizer=OptimizerConfig(lr=0.2))
-    with pytest.raises(ConfigError, match=r"another optimizer\.lr, rounds"):
-        run_here(other, str(tmp_path))
-
-
-def test_a_mistake_of_the_folder_reaches_every_rank(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert on_ranks(2, mistake_of, small(2), str(tmp_path / "file")) == ["run_dir", "run_dir"]
-
-
-def mistake_of(config: Config, folder: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        run_here(config, folder)
-    return str(caught.value).partition("=")[0]
-
-
-def test_a_finished_run_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
-    run_here(small(1), str(tmp_path))
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        run_here(small(1), str(tmp_path))
-
-
-def test_a_folder_in_which_a_run_is_going_on_is_refused(tmp_path: Path) -> None:
-    with claimed(tmp_path, small(1)), pytest.raises(ConfigError, match="no other run"):
-        run_here(small(1), str(tmp_path))
-    run_here(small(1), str(tmp_path))
-
-
-def test_choices_may_be_given_as_text(tmp_path: Path) -> None:
-    given = small(1, partition=PartitionConfig(name="shards"))  # type: ignore[arg-type]
-    assert run_here(given, str(tmp_path)).rounds == 3
-    assert "shards" in (tmp_path / "config.yaml").read_text()
-
-
-@pytest.mark.parametrize("names", [["interrupted-1"], ["interrupted-2"]])
-def test_earlier_interruptions_are_kept(names: list[str], tmp_path: Path) -> None:
-    for name in names:
-        (tmp_path / name).mkdir()
-    (tmp_path / "rounds.jsonl").write_text("precious\n")
-    run_here(small(1), str(tmp_path))
-    assert len(list(tmp_path.glob("interrupted-*"))) == 2
-
-
-def test_an_unfinished_run_is_set_aside(tmp_path: Path) -> None:
-    (tmp_path / "rounds.jsonl").write_text("precious\n")
-    run_here(small(1), str(tmp_path))
-    assert (tmp_path / "interrupted-1" / "rounds.jsonl").read_text() == "precious\n"
-    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 3
-
-
-def test_folders_are_named_after_all_options() -> None:
-    names = {str(folder_name(small(2, seed=seed, batch_size=b))) for seed in (0, 1) for b in (8, 9)}
-    assert len(names) == 4
-    assert folder_name(small(2)) == folder_name(small(2))
-    assert folder_name(small(2, run_dir="here")) == Path("here")
 
 
 def failure_of(config: Config, folder: str) -> str:
@@ -403,13 +313,11 @@ def fetching(fails: bool) -> tuple[int, str]:
         if fails:
             raise ConfigError("data.root=null: allowed is a folder with the files; put them there")
 
-    info = launcher_env.of_caller(dist.get_rank(), dist.get_world_size(), {})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "fetch", fetch)
-        try:
-            run._fetch(Config(), info)
-        except ConfigError as error:
-            return len(looked), str(error)
+    info = launcher_env.info_of_existing_group(dist.get_rank(), dist.get_world_size(), {})
+    try:
+        run._agreed(info.local_rank == 0, partial(fetch, DataConfig()))
+    except ConfigError as error:
+        return len(looked), str(error)
     return len(looked), ""
 
 

@@ -1,4 +1,4 @@
-"""torch.distributed over mpi4py: all its collectives, whole jobs by mpirun, and how they end."""
+"""torch.distributed over mpi4py: its collectives, whole jobs by mpirun, and how jobs end."""
 
 from __future__ import annotations
 
@@ -29,62 +29,62 @@ DTYPES = [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.float
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[MPIWorld]:
-    """Three ranks of mpiexec."""
-    made = MPIWorld(RANKS)
-    yield made
-    made.end()
+    """Three ranks that mpiexec starts."""
+    ranks = MPIWorld(RANKS)
+    yield ranks
+    ranks.end()
 
 
-def own(dtype: torch.dtype, rank: int | None = None) -> Tensor:
-    """A rank's tensor, (2, 3); small whole numbers, which all types add up exactly."""
+def values_of(dtype: torch.dtype, rank: int | None = None) -> Tensor:
+    """Returns a rank's tensor, (2, 3), of small whole numbers that every dtype adds up exactly."""
     rank = dist.get_rank() if rank is None else rank
     return (torch.arange(6).view(2, 3) + 2 * rank + 1).to(dtype)
 
 
-def all_of(dtype: torch.dtype) -> list[Tensor]:
-    return [own(dtype, rank) for rank in range(RANKS)]
+def all_values(dtype: torch.dtype) -> list[Tensor]:
+    return [values_of(dtype, rank) for rank in range(RANKS)]
 
 
 def reductions(dtype: torch.dtype) -> None:
-    stacked = torch.stack(all_of(dtype))
+    stacked = torch.stack(all_values(dtype))
     expected = {
         dist.ReduceOp.SUM: stacked.double().sum(0),
         dist.ReduceOp.MAX: stacked.double().amax(0),
         dist.ReduceOp.MIN: stacked.double().amin(0),
     }
     for operation, result in expected.items():
-        value = own(dtype)
+        value = values_of(dtype)
         dist.all_reduce(value, op=operation)
         assert torch.equal(value.double(), result)
-        turned = own(dtype).t()  # not contiguous
-        dist.all_reduce(turned, op=operation)
-        assert torch.equal(turned.double(), result.t())
-        value = own(dtype)
+        transposed = values_of(dtype).t()  # not contiguous
+        dist.all_reduce(transposed, op=operation)
+        assert torch.equal(transposed.double(), result.t())
+        value = values_of(dtype)
         dist.reduce(value, dst=1, op=operation)
         if dist.get_rank() == 1:
             assert torch.equal(value.double(), result)
         part = torch.empty(3, dtype=dtype)
-        parts = [row.contiguous() for row in own(dtype).repeat(2, 1)[:RANKS]]
+        parts = [row.contiguous() for row in values_of(dtype).repeat(2, 1)[:RANKS]]
         dist.reduce_scatter(part, parts, op=operation)
-        rows = torch.stack([v.repeat(2, 1)[dist.get_rank()] for v in all_of(dtype)]).double()
+        rows = torch.stack([v.repeat(2, 1)[dist.get_rank()] for v in all_values(dtype)]).double()
         by_hand = {dist.ReduceOp.SUM: rows.sum(0)}
         by_hand |= {dist.ReduceOp.MAX: rows.amax(0), dist.ReduceOp.MIN: rows.amin(0)}
         assert torch.equal(part.double(), by_hand[operation])
 
 
 def copies(dtype: torch.dtype) -> None:
-    rank, values = dist.get_rank(), all_of(dtype)
-    value = own(dtype)
+    rank, values = dist.get_rank(), all_values(dtype)
+    value = values_of(dtype)
     dist.broadcast(value, src=2)
     assert torch.equal(value, values[2])
     gathered = [torch.empty_like(value) for _ in range(RANKS)]
-    dist.all_gather(gathered, own(dtype))
+    dist.all_gather(gathered, values_of(dtype))
     assert all(torch.equal(a, b) for a, b in zip(gathered, values, strict=True))
     whole = torch.empty(RANKS * 2, 3, dtype=dtype)
-    dist.all_gather_into_tensor(whole, own(dtype))
+    dist.all_gather_into_tensor(whole, values_of(dtype))
     assert torch.equal(whole, torch.cat(values))
     gathered = [torch.empty_like(value) for _ in range(RANKS)]
-    dist.gather(own(dtype), gathered if rank == 1 else None, dst=1)
+    dist.gather(values_of(dtype), gathered if rank == 1 else None, dst=1)
     assert rank != 1 or all(torch.equal(a, b) for a, b in zip(gathered, values, strict=True))
     part = torch.empty_like(value)
     dist.scatter(part, values if rank == 0 else None, src=0)
@@ -93,13 +93,13 @@ def copies(dtype: torch.dtype) -> None:
     dist.all_to_all(
         received, [torch.full((to + 1,), 3 * rank + to, dtype=dtype) for to in range(RANKS)]
     )
-    for source, found in enumerate(received):
-        assert torch.equal(found, torch.full((rank + 1,), 3 * source + rank, dtype=dtype))
+    for source, value_from_rank in enumerate(received):
+        assert torch.equal(value_from_rank, torch.full((rank + 1,), 3 * source + rank, dtype=dtype))
     single = torch.empty(RANKS, dtype=dtype)
     dist.all_to_all_single(single, torch.full((RANKS,), rank, dtype=dtype))
     assert torch.equal(single, torch.arange(RANKS).to(dtype))
     if rank == 0:
-        dist.send(own(dtype), dst=1)
+        dist.send(values_of(dtype), dst=1)
     if rank == 1:
         dist.recv(value, src=0)
         assert torch.equal(value, values[0])
@@ -120,9 +120,9 @@ def others() -> None:
     dist.all_reduce(mean, op=dist.ReduceOp.AVG)
     assert mean.tolist() == [1.0, 1.0]
     dist.barrier()
-    found: list[object] = [None] * RANKS
-    dist.all_gather_object(found, {"rank": rank})
-    assert found == [{"rank": r} for r in range(RANKS)]
+    gathered: list[object] = [None] * RANKS
+    dist.all_gather_object(gathered, {"rank": rank})
+    assert gathered == [{"rank": r} for r in range(RANKS)]
     box = [rank]
     dist.broadcast_object_list(box, src=1)
     assert box == [1]
@@ -177,42 +177,42 @@ SHORT = ("clients=3", "rounds=2", "local_steps=1", "run_dir=here")
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mpi", "gloo"])
 def test_mpirun_starts_a_job(backend: str, tmp_path: Path) -> None:
-    """With the result of a single process, but for rounding."""
+    """The result equals that of a single process up to rounding."""
     more = [] if backend == "mpi" else ["comm.backend=gloo"]
     done = mpirun(2, "-m", "fedtan_hpc", *SHORT, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"launcher {LAUNCHER}, nodes 1, ranks 2, backend {backend}" in done.stdout
-    found = json.loads((tmp_path / "here" / "summary.json").read_text())
-    assert (found["world_size"], found["backend"]) == (2, backend)
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert (summary["world_size"], summary["backend"]) == (2, backend)
     alone = commands.job(*SHORT[:-1], "run_dir=alone", cwd=tmp_path)
     assert alone.returncode == 0
     expected = json.loads((tmp_path / "alone" / "summary.json").read_text())
-    assert found["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
+    assert summary["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_training_loop_of_ones_own_runs_over_it(tmp_path: Path) -> None:
+def test_the_readmes_training_loop_runs_over_it(tmp_path: Path) -> None:
     readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
     loop = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)[0]
     mpi = "from fedtan_hpc import mpi; mpi.init_process_group()"
     assert mpi in readme
     loop = loop.replace('dist.init_process_group("gloo")', mpi)
-    (tmp_path / "own_loop.py").write_text(loop, encoding="utf-8")
-    done = mpirun(2, "-m", "mpi4py", "own_loop.py", cwd=tmp_path)
+    (tmp_path / "loop.py").write_text(loop, encoding="utf-8")
+    done = mpirun(2, "-m", "mpi4py", "loop.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 0.6
 
 
 FAULT = """
 import sys
-from fedtan_hpc.distributed import process_group as comm
+from fedtan_hpc.distributed import process_group
 from fedtan_hpc.training.cohort import Cohort
-train = Cohort.train
-def faulty(self, clients, now):
-    if comm.rank() == 1 and now.number == 2:
+begin_round = Cohort.begin_round
+def faulty(self, context):
+    if process_group.rank() == 1 and context.number == 2:
         raise OSError("the disk of this node is gone")
-    return train(self, clients, now)
-Cohort.train = faulty
+    return begin_round(self, context)
+Cohort.begin_round = faulty
 from fedtan_hpc.cli import main
 main()
 """
@@ -233,16 +233,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 
 def test_ranks_are_read_from_either_mpi() -> None:
-    ours = {
+    open_mpi = {
         f"OMPI_COMM_WORLD_{name}": str(i + 1)
         for i, name in enumerate(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
     }
-    assert detect(ours).launcher == "Open MPI"
-    assert (detect(ours).rank, detect(ours).world_size, detect(ours).local_rank) == (1, 2, 3)
-    theirs = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
-    assert (detect(theirs).launcher, detect(theirs).rank) == ("MPICH", 2)
-    assert (detect(theirs).local_rank, detect(theirs).local_world_size) == (0, 2)
-    assert detect({**theirs, "RANK": "0", "WORLD_SIZE": "1"}).launcher == "torchrun"
+    assert detect(open_mpi).launcher == "Open MPI"
+    assert (detect(open_mpi).rank, detect(open_mpi).world_size, detect(open_mpi).local_rank) == (
+        1,
+        2,
+        3,
+    )
+    mpich = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+    assert (detect(mpich).launcher, detect(mpich).rank) == ("MPICH", 2)
+    assert (detect(mpich).local_rank, detect(mpich).local_world_size) == (0, 2)
+    assert detect({**mpich, "RANK": "0", "WORLD_SIZE": "1"}).launcher == "torchrun"
 
 
 @pytest.mark.parametrize(
@@ -263,17 +267,17 @@ def test_the_launcher_of_another_mpi_is_named(version: str, variable: str, launc
         library.check_launcher(name, {known: "7"})
 
 
-def of_another_size() -> str:
+def error_for_another_size() -> str:
     from fedtan_hpc.distributed.mpi import library
 
-    own = "PMI_SIZE" if LAUNCHER == "MPICH" else "OMPI_COMM_WORLD_SIZE"
+    variable = "PMI_SIZE" if LAUNCHER == "MPICH" else "OMPI_COMM_WORLD_SIZE"
     with pytest.raises(LauncherError) as caught:
-        library.initialise({own: "7"})
+        library.initialise({variable: "7"})
     return str(caught.value)
 
 
 def test_a_launcher_that_started_more_ranks_than_mpi_knows_is_a_mistake(world: MPIWorld) -> None:
-    for message in world.call(of_another_size, (), 60):
+    for message in world.call(error_for_another_size, (), 60):
         assert "_SIZE=7: allowed is the launcher of" in message
 
 

@@ -6,9 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
-import options_table
 import pytest
 
+import options_table
 from tests.helpers import commands
 
 README = (commands.ROOT / "README.md").read_text(encoding="utf-8")

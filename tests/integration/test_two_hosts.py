@@ -1,6 +1,6 @@
-"""Jobs across two hosts with addresses of their own, by ``tools/two_hosts.sh``; needs root.
+"""Jobs across two hosts with separate addresses, made by ``tools/two_hosts.sh``; needs root.
 
-The hosts are on this machine, but the link between them can be cut, and has a rate.
+The hosts are network namespaces of this machine.  The link between them can be cut and slowed down.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 TWO_HOSTS = str(commands.ROOT / "tools" / "two_hosts.sh")
 LONG = ("clients=2", "rounds=400", "local_steps=1", "checkpoint.every=10", "run_dir=run")
-"""Enough rounds to be cut off in."""
+"""Options of a job with enough rounds to be interrupted."""
 PORT = 29517
-"""Free, as these hosts are nobody else's."""
-TAKE = f"""
+"""Free, since only these tests use the two hosts."""
+RECEIVE = f"""
 import socket
 with socket.create_server(("th-a", {PORT})) as server:
     print("listening", flush=True)
@@ -52,7 +52,7 @@ def call(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[None]:
-    """Those that run already stay."""
+    """Starts the two hosts; hosts that run already stay up afterwards."""
     running = subprocess.run([TWO_HOSTS, "status"], capture_output=True, check=False)
     started = subprocess.run([TWO_HOSTS, "start"], capture_output=True, text=True, check=False)
     if started.returncode == 2:
@@ -70,7 +70,7 @@ def sound_link(hosts: None) -> None:
 
 
 class Agents:
-    """The job by torchrun, an agent on each host; what each says is in a file."""
+    """A job with a torchrun agent on each host; the output of each agent goes to files."""
 
     def __init__(self, folder: Path, name: str, *overrides: str) -> None:
         self.errors = [folder / f"{name}-{host}.err" for host in (0, 1)]
@@ -78,12 +78,22 @@ class Agents:
         self.processes = [self._start(host, folder, overrides) for host in (0, 1)]
 
     def _start(self, host: int, folder: Path, overrides: tuple[str, ...]) -> subprocess.Popen[str]:
-        own = ("--local-addr", ("th-a", "th-b")[host], "--rdzv-endpoint", f"th-a:{PORT}")
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", *own)
+        meeting = ("--local-addr", ("th-a", "th-b")[host], "--rdzv-endpoint", f"th-a:{PORT}")
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d")
         size = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "x")
         with self.outputs[host].open("w") as output, self.errors[host].open("w") as errors:
             return subprocess.Popen(
-                [TWO_HOSTS, "exec", str(host), *torchrun, *size, "-m", "fedtan_hpc", *overrides],
+                [
+                    TWO_HOSTS,
+                    "exec",
+                    str(host),
+                    *torchrun,
+                    *meeting,
+                    *size,
+                    "-m",
+                    "fedtan_hpc",
+                    *overrides,
+                ],
                 cwd=folder,
                 env={**os.environ, "PYTHONPATH": str(commands.ROOT), "OMP_NUM_THREADS": "1"},
                 stdout=output,
@@ -91,17 +101,17 @@ class Agents:
                 text=True,
             )
 
-    def said(self, host: int) -> str:
-        """On standard error."""
+    def stderr(self, host: int) -> str:
+        """Returns what the agent has written to standard error."""
         return self.errors[host].read_text()
 
     def finished(self, seconds: float) -> list[int]:
-        """Exit codes by host."""
+        """Waits for the agents and returns their exit codes."""
         deadline = time.monotonic() + seconds
         return [process.wait(deadline - time.monotonic()) for process in self.processes]
 
     def end(self) -> None:
-        """Those that live still: torchrun ends its ranks on SIGTERM."""
+        """Ends agents that still run; torchrun ends its ranks on SIGTERM."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:
@@ -110,7 +120,7 @@ class Agents:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Agents]]:
-    """Start agents in the test's folder; none outlives the test."""
+    """Starts agents in the test's folder, and ends them after the test."""
     started: list[Agents] = []
 
     def begin(name: str, *overrides: str) -> Agents:
@@ -123,9 +133,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Agents]]:
         agents.end()
 
 
-def wait_until(true: Callable[[], bool], seconds: float) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -140,7 +150,7 @@ def same_models(a: Path, b: Path) -> bool:
 
 
 def undisturbed(folder: Path, *overrides: str) -> Path:
-    """The run on one host."""
+    """Runs the job on one host and returns its run folder."""
     folder.mkdir()
     done = commands.ranks(2, *overrides, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -152,46 +162,48 @@ def test_a_job_across_two_hosts_equals_one_on_one_host(
 ) -> None:
     options = ("clients=2", "rounds=20", "local_steps=1", "run_dir=run")
     job = start("job", *options)
-    assert job.finished(90) == [0, 0], job.said(0) + job.said(1)
+    assert job.finished(90) == [0, 0], job.stderr(0) + job.stderr(1)
     assert "nodes 2, ranks 2" in job.outputs[0].read_text()
     assert same_models(tmp_path / "run", undisturbed(tmp_path / "one", *options))
 
 
-def test_a_cut_link_is_told_on_both_hosts_and_the_run_goes_on(
+def test_a_cut_link_is_reported_on_both_hosts_and_the_run_resumes(
     start: Callable[..., Agents], tmp_path: Path
 ) -> None:
-    """Neither rank can tell a cut link from a host that hangs: each blames the other.
+    """Neither rank can tell a cut link from a host that hangs, so each blames the other.
 
-    The agent that does not serve the rendezvous waits for it, longer than the ranks for each other.
+    The agent that does not serve the rendezvous waits for it longer than the ranks wait.
     """
     options = (*LONG, "comm.timeout_seconds=8")
     job = start("cut", *options)
     wait_until(lambda: lines_of(tmp_path / "run" / "rounds.jsonl") >= 30, 60)
     call("link", "down")
-    wait_until(lambda: "rank 1 hangs" in job.said(0) or "do not reach each other" in job.said(0), 9)
-    wait_until(lambda: "rank 0, or the host that serves the ranks, hangs" in job.said(1), 3)
+    wait_until(
+        lambda: "rank 1 hangs" in job.stderr(0) or "do not reach each other" in job.stderr(0), 9
+    )
+    wait_until(lambda: "rank 0, or the host that serves the ranks, hangs" in job.stderr(1), 3)
     assert not (tmp_path / "run" / "model.pt").exists()
     assert job.processes[0].wait(20) != 0
     call("link", "up")
     assert job.processes[1].wait(90) != 0
     job = start("on", *options)
-    assert job.finished(120) == [0, 0], job.said(0) + job.said(1)
+    assert job.finished(120) == [0, 0], job.stderr(0) + job.stderr(1)
     assert lines_of(tmp_path / "run" / "rounds.jsonl") == 400
     assert same_models(tmp_path / "run", undisturbed(tmp_path / "one", *LONG))
 
 
-def test_a_rate_is_kept() -> None:
-    """4 MB are 0.8 s at 40 Mbit/s, and some ms without a limit."""
-    free = seconds_to_send()
+def test_the_rate_of_the_link_is_limited() -> None:
+    """4 MB take 0.8 s at 40 Mbit/s, and some milliseconds without a limit."""
+    unlimited = seconds_to_send()
     call("rate", "40mbit")
-    assert seconds_to_send() > 5 * free
+    assert seconds_to_send() > 5 * unlimited
 
 
 def seconds_to_send() -> float:
-    take = [TWO_HOSTS, "exec", "0", sys.executable, "-c", TAKE]
-    with subprocess.Popen(take, stdout=subprocess.PIPE, text=True) as taker:
-        assert taker.stdout is not None
-        assert taker.stdout.readline() == "listening\n"
+    receive = [TWO_HOSTS, "exec", "0", sys.executable, "-c", RECEIVE]
+    with subprocess.Popen(receive, stdout=subprocess.PIPE, text=True) as receiver:
+        assert receiver.stdout is not None
+        assert receiver.stdout.readline() == "listening\n"
         send = [TWO_HOSTS, "exec", "1", sys.executable, "-c", SEND]
         sent = subprocess.run(send, capture_output=True, text=True, check=True, timeout=60)
     return float(sent.stdout)

@@ -1,4 +1,4 @@
-"""What is handed to SLURM, jobs in the background of this machine, and what ``jobs.py`` says."""
+"""Submission: what SLURM gets, mistakes in the options, and jobs on this machine."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.config.submit_options import ClusterName, LaunchConfig, SubmitConfig, check_launch
-from fedtan_hpc.launch.requeue import AFTER, before, has_said
+from fedtan_hpc.launch import requeue
 from fedtan_hpc.launch.submitit_jobs import slurm_parameters
-from fedtan_hpc.reporting import run_list
 from tests.helpers import commands
 
 SUBMIT = str(commands.ROOT / "slurm" / "submit.py")
@@ -48,7 +46,8 @@ SCRIPT = f"""\
 #SBATCH --wckey=submitit
 
 # setup
-{NEWLINE.join(before(Path("FOLDER"))).replace(os.getcwd() + os.sep, "")}
+{NEWLINE.join(requeue.setup_lines(Path("FOLDER"))).replace(os.getcwd() + os.sep, "")}
+trap : USR1
 export SRUN_CPUS_PER_TASK=3
 
 # command
@@ -58,7 +57,7 @@ srun --unbuffered --output FOLDER/%A_%a_%t_log.out --error FOLDER/%A_%a_%t_log.e
 
 
 # teardown
-{NEWLINE.join(AFTER)}"""
+{NEWLINE.join(requeue.teardown_lines())}"""
 """With submitit 1.5."""
 
 
@@ -103,54 +102,6 @@ def test_the_script_that_sbatch_gets(fake_slurm: Path) -> None:
         note = json.loads((fake_slurm / line.split()[3] / "submitted.json").read_text())
         assert note["job_id"] == line.split()[1]
         assert note["cluster"] == "slurm"
-
-
-ENDS = [
-    (0, {}, "", None),
-    (1, {}, "", None),  # a rank that said why
-    (138, {}, "", "requeue 77"),
-    (140, {"SLURM_RESTART_COUNT": "20"}, "", "requeue 77"),
-    (143, {}, "", "requeue 77"),
-    (143, {}, "kill $$; ", None),  # cancelled
-    (137, {}, "", "requeue 77"),
-    (137, {}, "kill $$; ", None),
-    (139, {"SLURM_RESTART_COUNT": "19"}, "", "requeue 77"),
-    (139, {"SLURM_RESTART_COUNT": "20"}, "", None),
-    (137, {}, 'touch "$FEDTAN_HPC_SAID"; ', None),  # srun has killed those that waited
-    (253, {}, "", None),  # out of memory
-    (140, {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}, "", "requeue 75_2"),
-]
-
-
-@pytest.mark.parametrize(("code", "variables", "first", "asked"), ENDS)
-def test_a_job_is_queued_again(
-    code: int, variables: dict[str, str], first: str, asked: str | None, tmp_path: Path
-) -> None:
-    """By the lines around its ranks, if it was asked to stop or lost a rank."""
-    (tmp_path / "the logs").mkdir()
-    lines = [
-        "scontrol() { echo asked $@; }; sleep() { :; }",
-        *before(tmp_path / "the logs"),
-        f"bash -c '{first.replace('$$', '$PPID')}exit {code}'",
-        *AFTER,
-    ]
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(lines)],
-        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "77", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (code, "")
-    assert done.stdout.split() == (["asked", *asked.split()] if asked else [])
-
-
-def test_a_rank_that_fails_leaves_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the script, which would take those that wait for it in vain for lost ones."""
-    has_said()  # not under the script: nobody asks
-    monkeypatch.setenv("FEDTAN_HPC_SAID", str(tmp_path / "7.said"))
-    has_said()
-    assert (tmp_path / "7.said").exists()
 
 
 def test_submission_needs_no_torch(fake_slurm: Path) -> None:
@@ -221,65 +172,3 @@ def test_a_job_in_this_process(tmp_path: Path) -> None:
     done = submit("launch=debug", *SHORT, "run_dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
-
-
-def run_in(folder: Path, job: str = "7", cluster: str = "slurm", **files: Any) -> Path:
-    """A run's folder with a note of its submission and ``files`` by name."""
-    folder.mkdir()
-    note = {"job_id": job, "cluster": cluster, "errors": str(folder / "log.err")}
-    (folder / "submitted.json").write_text(json.dumps(note))
-    lines = [{"round": 1, "test_accuracy": 0.5}, {"round": 2, "test_accuracy": None}]
-    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
-FAILED: dict[str, Any] = {"failure": {"message": "rank 1, round 3: OSError: the disk is gone"}}
-STOPPED: dict[str, Any] = {"failure": {"message": "stopped by SIGTERM after round 2"}}
-
-
-@pytest.mark.parametrize(
-    ("files", "queue", "state", "why"),
-    [
-        ({"summary": {}}, {}, "finished", ""),
-        (FAILED, {}, "failed", "rank 1, round 3: OSError: the disk is gone"),
-        (STOPPED, {}, "stopped", "stopped by SIGTERM after round 2"),
-        (STOPPED, {"7": ("pending", "BeginTime")}, "pending", "stopped by SIGTERM after round 2"),
-        ({}, {"7": ("pending", "Priority")}, "pending", "Priority"),
-        ({}, {"7": ("running", "None")}, "running", ""),
-    ],
-)
-def test_the_state_of_a_run(
-    files: dict[str, Any], queue: dict[str, tuple[str, str]], state: str, why: str, tmp_path: Path
-) -> None:
-    row = run_list.row_of(run_in(tmp_path / "run", **files), queue)
-    assert (row.state, row.why) == (state, why)
-    assert (row.job, row.round, row.accuracy) == ("7", "2", "50.0")
-
-
-def test_a_run_that_left_no_word_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    run = run_in(tmp_path / "run")
-    (run / "log.err").write_text("slurmstepd: error: Detected 1 oom-kill event(s)\n\n")
-    row = run_list.row_of(run, {})
-    assert row.state == "gone"
-    assert "oom-kill" in row.why
-
-
-def test_jobs_lists_runs_below_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_list, "in_queue", dict)
-    run_in(tmp_path / "b", **FAILED)
-    run_in(tmp_path / "a", job="8_1", summary={})
-    assert run_list.main([str(tmp_path)]) == 0
-    header, first, second = capsys.readouterr().out.splitlines()
-    assert header.split()[:4] == ["run", "job", "state", "round"]
-    assert first.split()[1:4] == ["8_1", "finished", "2"]
-    assert "the disk is gone" in second
-
-
-def test_jobs_says_what_it_cannot_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_list.main([str(tmp_path / "no")]) == 2
-    assert run_list.main([str(tmp_path)]) == 1
-    assert "no submitted runs" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def test_markdown_has_mean_and_deviation_best_first(whole: Path) -> None:
         expected.append((-statistics.mean(last), line))
     table = [line for line in text.splitlines() if line.startswith("| fed")]
     assert table == [line for _, line in sorted(expected)]
-    assert "    python tools/compare.py 'methods=[fedtan,fedavg]'" in text
+    assert "    python -m fedtan_hpc.compare 'methods=[fedtan,fedavg]'" in text
     for option in ("rounds=2", "local_steps=1", "eval_every=1", "batch_size=16"):
         assert f"`{option}`" in text
     assert "Not finished" not in text
@@ -147,7 +147,7 @@ def test_an_interrupted_comparison_goes_on(
 ) -> None:
     words = ["methods=[fedavg]", "seeds=[0,1]", *SHORT, f"out={tmp_path}"]
     told = []
-    note: Callable[[Any, Any], None] = progress.Following.round
+    note: Callable[[Any, Any], None] = progress.Following.round_ended
 
     def interrupted(self: progress.Following, record: Any) -> None:
         told.append(record)
@@ -155,7 +155,7 @@ def test_an_interrupted_comparison_goes_on(
             raise KeyboardInterrupt
         note(self, record)
 
-    monkeypatch.setattr(progress.Following, "round", interrupted)
+    monkeypatch.setattr(progress.Following, "round_ended", interrupted)
     assert exit_code(words) == 130
     assert capsys.readouterr().err == "compare: interrupted\n"
     before = times(tmp_path)

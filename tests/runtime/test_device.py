@@ -1,4 +1,4 @@
-"""Which GPU and backend a rank takes, on machines that are described to it."""
+"""The GPU, the backend and the precision of a rank, on machines that the tests describe."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.helpers import commands
 
 TASKS = {"SLURM_STEP_NUM_TASKS": "4"}
 MACHINES = {
-    "a GPU a rank": (4, {}, "torchrun", ("cuda:3", "nccl", 1)),
-    "two ranks a GPU": (2, {}, "torchrun", ("cuda:1", "gloo", 2)),
-    "GPUs of a task": (1, {**TASKS, "SLURM_GPUS_PER_TASK": "1"}, "srun", ("cuda:0", "nccl", 1)),
-    "of a task by TRES": (
+    "one rank per GPU": (4, {}, "torchrun", ("cuda:3", "nccl", 1)),
+    "two ranks per GPU": (2, {}, "torchrun", ("cuda:1", "gloo", 2)),
+    "GPUs per task": (1, {**TASKS, "SLURM_GPUS_PER_TASK": "1"}, "srun", ("cuda:0", "nccl", 1)),
+    "GPUs per task by TRES": (
         1,
         {**TASKS, "SLURM_TRES_PER_TASK": "cpu=2,gres/gpu:1"},
         "srun",
         ("cuda:0", "nccl", 1),
     ),
-    "a task a GPU": (1, {**TASKS, "SLURM_NTASKS_PER_GPU": "1"}, "srun", ("cuda:0", "nccl", 1)),
-    "two tasks a GPU": (1, {**TASKS, "SLURM_NTASKS_PER_GPU": "2"}, "srun", ("cuda:0", "gloo", 4)),
-    "ranks of one task": (
+    "one task per GPU": (1, {**TASKS, "SLURM_NTASKS_PER_GPU": "1"}, "srun", ("cuda:0", "nccl", 1)),
+    "two tasks per GPU": (1, {**TASKS, "SLURM_NTASKS_PER_GPU": "2"}, "srun", ("cuda:0", "gloo", 4)),
+    "two ranks in one task": (
         2,
         {"SLURM_STEP_NUM_TASKS": "1", "SLURM_GPUS_PER_TASK": "2"},
         "torchrun",
@@ -36,7 +36,7 @@ MACHINES = {
 }
 
 
-def chosen(
+def choose(
     monkeypatch: pytest.MonkeyPatch,
     gpus: int,
     variables: dict[str, str],
@@ -54,35 +54,45 @@ def chosen(
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_rank_takes_the_gpu_of_its_place(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last of four ranks; NCCL cannot serve two ranks on one GPU."""
+def test_a_rank_uses_the_gpu_of_its_local_rank(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank is the last of four; NCCL cannot serve two ranks on one GPU."""
     gpus, variables, launcher, expected = MACHINES[machine]
-    place = chosen(monkeypatch, gpus, variables, launcher)
-    assert (str(place.device), place.backend, place.ranks_per_device) == expected
+    placement = choose(monkeypatch, gpus, variables, launcher)
+    assert (str(placement.device), placement.backend, placement.ranks_per_device) == expected
 
 
 def test_ranks_without_gpus_share_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = chosen(monkeypatch, 0, {})
-    assert (place.device.type, place.backend, place.ranks_per_device) == ("cpu", "gloo", 4)
+    placement = choose(monkeypatch, 0, {})
+    assert (placement.device.type, placement.backend, placement.ranks_per_device) == (
+        "cpu",
+        "gloo",
+        4,
+    )
 
 
 def test_nccl_is_refused_to_ranks_that_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="4 ranks share 2 GPUs"):
-        chosen(monkeypatch, 2, {}, backend=BackendName.nccl)
+        choose(monkeypatch, 2, {}, backend=BackendName.nccl)
 
 
-def test_nccl_is_taken_where_a_script_chose_each_ranks_gpu(
+def test_nccl_is_accepted_where_a_script_chose_each_ranks_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It may be the same one for all, which only NCCL itself can tell."""
-    seen = {"CUDA_VISIBLE_DEVICES": "3"}
-    place = chosen(monkeypatch, 1, seen, backend=BackendName.nccl)
-    assert (str(place.device), place.backend, place.ranks_per_device) == ("cuda:0", "nccl", 1)
-    assert chosen(monkeypatch, 1, seen).backend == "gloo"
+    """All ranks may see one GPU, which only NCCL can tell."""
+    visible = {"CUDA_VISIBLE_DEVICES": "3"}
+    placement = choose(monkeypatch, 1, visible, backend=BackendName.nccl)
+    assert (str(placement.device), placement.backend, placement.ranks_per_device) == (
+        "cuda:0",
+        "nccl",
+        1,
+    )
+    assert choose(monkeypatch, 1, visible).backend == "gloo"
 
 
 CHOICES = {
-    "torch's own": "",
+    "torch's default": "",
     "precision": "torch.set_float32_matmul_precision('medium')",
     "older": "torch.backends.cuda.matmul.allow_tf32 = True",
     "newer": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
@@ -94,23 +104,23 @@ PROBE = """
 import torch
 from fedtan_hpc.runtime.device import tensor_float
 
-PARTS = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+SETTINGS = torch.backends.cuda.matmul, torch.backends.cudnn.conv
 
-def rounds():
-    return [part.fp32_precision == "tf32" for part in PARTS]
+def uses_tf32():
+    return [setting.fp32_precision == "tf32" for setting in SETTINGS]
 
 {choice}
-before = rounds()
+before = uses_tf32()
 for allowed in (True, False):
     with tensor_float(allowed):
-        assert rounds() == [allowed] * 2, rounds()
-assert rounds() == before, rounds()
+        assert uses_tf32() == [allowed] * 2, uses_tf32()
+assert uses_tf32() == before, uses_tf32()
 """
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_callers_choice_of_tensor_float_is_put_back(choice: str, tmp_path: Path) -> None:
-    """However the caller made it: torch's ways to choose bar each other, for a whole process."""
+def test_the_callers_choice_of_tensor_float_is_restored(choice: str, tmp_path: Path) -> None:
+    """torch's older and newer settings exclude each other, so each case has its own process."""
     (tmp_path / "probe.py").write_text(PROBE.format(choice=CHOICES[choice]), encoding="utf-8")
     done = commands.run("python", "probe.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
-"""Rounds on a device whose values cannot be read, torch's meta, in place of a GPU.
+"""Rounds on torch's meta device, whose values cannot be read, as a stand-in for a GPU.
 
-There every read fails, as does every operation that mixes its tensors with the CPU's; copies to it
-are watched.  What is left is work that a host can hand to a GPU without waiting for it.
+Every read of a meta tensor fails, and so does every operation that mixes meta and CPU tensors; the
+test watches copies to the device.  A round that passes never makes its host wait for a GPU.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from fedtan_hpc.distributed import collectives, model_average
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.runtime import transfer
 from fedtan_hpc.runtime.device import DevicePlacement
-from fedtan_hpc.training import cohort, local_training, memory_budget, sgd
-from fedtan_hpc.training.local_training import RoundContext
+from fedtan_hpc.training import client_runners, local_step, memory_budget, vmap_clients
+from fedtan_hpc.training.local_step import RoundContext
+from tests.helpers.rounds import train_round
 from tests.training.test_compile_step import config
 
 FAR = torch.device("meta")
 
 
 class Reads:
-    """What a round may read of its device's values: how often, and nothing else."""
+    """Counts of the two values that a round may read from its device."""
 
     headers = 0
     weights = 0
 
 
 class Watch(TorchDispatchMode):
-    """Refuses copies between devices that are not sent."""
+    """Refuses copies between devices that do not go through ``transfer.send``."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -50,30 +51,30 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         result = operation(*args, **(kwargs or {}))
         if "copy" in str(operation):
-            found = tree_leaves((args, result))
-            kinds = {each.device.type for each in found if isinstance(each, Tensor)}
-            assert len(kinds) == 1 or self.sending, f"{operation} waits for the device"
+            leaves = tree_leaves((args, result))
+            devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+            assert len(devices) == 1 or self.sending, f"{operation} waits for the device"
         return result
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    """The two reads of a round are counted in place of being done."""
-    found, sent = Watch(), transfer.send
+    """Replaces the two reads of a round by counts."""
+    mode, original_send = Watch(), transfer.send
 
     def send(tensor: Tensor, device: torch.device) -> Tensor:
-        found.sending = True
+        mode.sending = True
         try:
-            return sent(tensor, device)
+            return original_send(tensor, device)
         finally:
-            found.sending = False
+            mode.sending = False
 
-    def statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def batch_statistics(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return x.new_empty(x.size(1)), x.new_empty(x.size(1))
 
-    def verify(federation: GlobalStatistics) -> None:
-        Reads.headers += bool(federation._unverified)
-        federation._unverified.clear()
+    def verify(statistics: GlobalStatistics) -> None:
+        Reads.headers += bool(statistics._unverified)
+        statistics._unverified.clear()
 
     def check_weights(header: Tensor, ranks: int) -> None:
         Reads.weights += 1
@@ -81,18 +82,19 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     def sgd_without_kernels(values: Any, rate: float, momentum: float, decay: float) -> Any:
         return torch.optim.SGD(values, lr=rate, momentum=momentum, weight_decay=decay)
 
-    for module in (transfer, model_average, augmentation, local_training):
+    for module in (transfer, model_average, augmentation, local_step):
         if hasattr(module, "send"):
             monkeypatch.setattr(module, "send", send)
     monkeypatch.setattr(collectives, "to_cpu", lambda message: message)
     monkeypatch.setattr(model_average, "_check_weights", check_weights)
     monkeypatch.setattr(GlobalStatistics, "_verify", verify)
     monkeypatch.setattr(memory_budget, "free_bytes", lambda *_: None)
-    monkeypatch.setattr(cohort.Cohort, "_on_gpu", True)
-    monkeypatch.setattr(sgd, "sgd", sgd_without_kernels)
+    monkeypatch.setattr(client_runners, "is_on_gpu", lambda model: True)
+    for module in (local_step, vmap_clients):
+        monkeypatch.setattr(module, "make_sgd", sgd_without_kernels)
     library = torch.library.Library("aten", "IMPL")
-    library.impl("batch_norm_update_stats", statistics, "Meta")
-    yield found
+    library.impl("batch_norm_update_stats", batch_statistics, "Meta")
+    yield mode
     library._destroy()
 
 
@@ -101,10 +103,10 @@ ALGORITHMS = ("fedtan", "fedavg", "fixbn", "silobn", "fbn", "hbn", "centralised"
 
 @pytest.mark.parametrize(("clients", "batch_size"), [(1, 16), (3, 16), (3, 80)])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_round_reads_no_value_but_in_its_checks(
+def test_a_round_reads_values_only_in_its_checks(
     algorithm: str, clients: int, batch_size: int, watch: Watch
 ) -> None:
-    """One client, three that are stacked, and three whose batches are padded; augmented images."""
+    """Cases: one client, three stacked clients, and three with padded batches; all augment."""
     options = config(
         algorithm,
         clients=clients,
@@ -117,10 +119,10 @@ def test_a_round_reads_no_value_but_in_its_checks(
     trainer = prepare(options, DevicePlacement(FAR, "gloo"))
     hosted = trainer._hosted(trainer._participants(1))
     for number in (1, 2):
-        now = RoundContext(number, 0.05, plan(options, number))
+        context = RoundContext(number, 0.05, plan(options, number))
         Reads.headers = Reads.weights = 0
         with watch:
-            losses = trainer.cohort.train(hosted, now)
+            losses = train_round(trainer.cohort, hosted, context)
         assert all(loss.device == FAR for loss in losses)
         assert Reads.weights == 1
-        assert Reads.headers == now.plan.synchronised_steps
+        assert Reads.headers == context.plan.synchronised_steps

@@ -1,4 +1,4 @@
-"""Freed memory is there for the next step, and a user's own choice stands."""
+"""malloc keeps freed memory for the next step, unless the user has set malloc."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def step():
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-if "give" in sys.argv:  # every block back to the system as it is freed; by itself glibc is moody
+if "return" in sys.argv:  # return every block at once; by default glibc varies
     ctypes.CDLL(None).mallopt(-3, 4096)
 if "keep" in sys.argv:
     malloc.keep_freed_memory()
@@ -44,15 +44,17 @@ def faults_of_a_step(folder: Path, *words: str) -> float:
 
 
 @needs_glibc
-def test_a_step_finds_the_memory_that_the_last_one_freed(tmp_path: Path) -> None:
-    """60 MiB are 15,360 pages of 4 KiB, or 30 of 2 MiB where the system makes such by itself."""
-    given_back = faults_of_a_step(tmp_path, "give")
-    kept = faults_of_a_step(tmp_path, "give", "keep")
-    assert given_back > 20
-    assert kept < given_back / 10
+def test_a_step_reuses_the_memory_that_the_last_one_freed(tmp_path: Path) -> None:
+    """60 MiB are 15,360 pages of 4 KiB, or 30 of 2 MiB where the system uses huge pages."""
+    returned = faults_of_a_step(tmp_path, "return")
+    kept = faults_of_a_step(tmp_path, "return", "keep")
+    assert returned > 20
+    assert kept < returned / 10
 
 
 @needs_glibc
-def test_the_users_own_choice_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malloc_variables_of_the_user_have_precedence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
     assert faults_of_a_step(tmp_path, "keep") > 20

@@ -1,16 +1,15 @@
-"""The benchmarks print what they measured, for all variants that they are asked for."""
+"""The benchmarks time all variants of the command line, and print what they measured."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import bench_round
 import pytest
 import torch
-from bench import convolutions, data_parallel
 from torch import nn
 
+from bench import benchmark, convolutions, rounds
 from fedtan_hpc.reporting import options
 from tests.helpers import commands
 from tests.helpers.ranks import on_ranks
@@ -19,7 +18,7 @@ TINY = ("model=mlp", "data.shape=[1,4,4]", "local_steps=2", "batch_size=4", "rep
 
 
 def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
-    tool = str(commands.ROOT / "tools" / "bench_round.py")
+    tool = commands.tool("bench_round.py")
     done = commands.forked("torchrun", "--nproc-per-node", "2", tool, *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -33,8 +32,8 @@ def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_peak_of_every_variant_is_told(tmp_path: Path) -> None:
-    tool = str(commands.ROOT / "tools" / "bench_memory.py")
+def test_the_peak_of_every_variant_is_printed(tmp_path: Path) -> None:
+    tool = commands.tool("bench_memory.py")
     words = ("model=cnn", "data.shape=[3,16,16]", "local_steps=1", "batch_size=64", "repeats=1")
     done = commands.forked("python", tool, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -44,10 +43,10 @@ def test_the_peak_of_every_variant_is_told(tmp_path: Path) -> None:
     assert all(row["peak_MB"] > 0 and row["to_plain"] > 0 for row in results)
 
 
-def test_the_convolutions_of_every_step_are_a_floor() -> None:
-    """As many operations as the network has layers, on what the network gives them."""
+def test_the_convolutions_of_every_step_are_a_lower_bound() -> None:
+    """One operation for each layer and step, on tensors of the network's shapes."""
     words = ("model=resnet20", "data.shape=[3,8,8]", "batch_size=4", "local_steps=2")
-    config = options.composed([*bench_round.DEFAULTS, *words])
+    config = options.composed([*benchmark.DEFAULTS, *words])
     run = convolutions.round_of(config, torch.device("cpu"))
     assert run is not None
     with torch.profiler.profile(record_shapes=True) as profile:
@@ -57,19 +56,19 @@ def test_the_convolutions_of_every_step_are_a_floor() -> None:
     assert len(calls) == len(back) == 2 * 19
     assert calls[0].input_shapes[:2] == [[4, 3, 8, 8], [16, 3, 3, 3]]
     assert calls[18].input_shapes[:2] == [[4, 64, 2, 2], [64, 64, 3, 3]]
-    no_images = options.composed([*bench_round.DEFAULTS, "model=mlp"])
+    no_images = options.composed([*benchmark.DEFAULTS, "model=mlp"])
     assert convolutions.round_of(no_images, torch.device("cpu")) is None
 
 
 def trained_in_parallel() -> tuple[list[float], list[float]]:
-    """Sums of the parameters before and after rounds in two process groups, as repeats are.
+    """Sums of the parameters before and after rounds, with a new process group for each.
 
-    SyncBatchNorm needs a GPU: BN has statistics of its own here.
+    SyncBatchNorm needs a GPU; here BN uses local statistics.
     """
-    config = options.composed([*bench_round.DEFAULTS, *TINY[:-1]])
+    config = options.composed([*benchmark.DEFAULTS, *TINY[:-1]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: model)
-        parallel = data_parallel.DataParallelRound(config, torch.device("cpu"))
+        parallel = rounds.DataParallelRound(config, torch.device("cpu"))
     first = [float(value.sum()) for value in parallel.model.parameters()]
     for _ in range(2):
         parallel.begin()
@@ -78,14 +77,14 @@ def trained_in_parallel() -> tuple[list[float], list[float]]:
 
 
 def test_torchs_data_parallelism_is_a_variant() -> None:
-    """Ranks end with the same parameters, though each has samples of its own."""
+    """Ranks end with the same parameters, though their samples differ."""
     (first, one), (_, other) = on_ranks(2, trained_in_parallel)
     assert one == other
     assert one != first
 
 
 def test_sums_of_every_size_are_timed(tmp_path: Path) -> None:
-    tool = str(commands.ROOT / "tools" / "bench_allreduce.py")
+    tool = commands.tool("bench_allreduce.py")
     words = ("torchrun", "--nproc-per-node", "2", tool, "values=[1,64]", "repeats=2")
     done = commands.forked(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -107,7 +106,7 @@ def test_sums_of_every_size_are_timed(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tool: str, word: str, tmp_path: Path) -> None:
-    done = commands.forked("python", str(commands.ROOT / "tools" / tool), word, cwd=tmp_path)
+    done = commands.forked("python", commands.tool(tool), word, cwd=tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert word.partition("=")[0] in line

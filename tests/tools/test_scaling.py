@@ -1,78 +1,25 @@
-"""Where a round's time goes, and the tool that measures how it scales."""
+"""The tool that measures strong and weak scaling: its plan, its runs and its report."""
 
 from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import scaling_study
-import torch
-from scaling.launch import Point
 
-import fedtan_hpc
+import scaling_study
 from fedtan_hpc.config.errors import ConfigError, RunError
-from fedtan_hpc.config.schema import Config
-from fedtan_hpc.distributed import process_group
-from fedtan_hpc.evaluation.records import RoundCallback, RoundRecord, Summary
-from fedtan_hpc.job.phases import phases
-from scaling import launch, report
+from scaling import study_report, study_runs
+from scaling.study_runs import Point
 from tests.helpers import commands
-from tests.helpers.ranks import on_ranks
 
 SHORT = ("rounds=3", "local_steps=1", "clients=2")
 
 
-def record(whole: float, statistics: float, average: float) -> RoundRecord:
-    zeros = dict.fromkeys(RoundRecord.__dataclass_fields__, 0)
-    values = replace(RoundRecord(**zeros), round_seconds=whole)
-    return replace(values, statistics_seconds=statistics, average_seconds=average)
-
-
-def phases_of_rank() -> dict[str, float]:
-    """Rank 1 is slower by 3 s in every round, so rank 0 waits in the collectives."""
-    own = (
-        [record(10, 4, 2), record(10, 4, 2)]
-        if process_group.rank() == 0
-        else [record(10, 2, 1)] * 2
-    )
-    return phases(own, torch.device("cpu"))
-
-
-def test_the_slowest_rank_waits_least() -> None:
-    """Carried: 3 s of which two thirds are statistics; waiting: 3 s on one of two ranks."""
-    for found in on_ranks(2, phases_of_rank):
-        assert found == pytest.approx(
-            {"compute": 5.5, "statistics": 2, "average": 1, "waiting": 1.5, "evaluation": 0}
-        )
-
-
-def test_a_single_process_only_computes() -> None:
-    found = phases([record(10, 0, 0)], torch.device("cpu"))
-    assert found["compute"] == 10
-    assert found["statistics"] == found["average"] == found["waiting"] == 0
-    assert set(phases([], torch.device("cpu")).values()) == {0.0}
-
-
-def run_in(folder: str) -> Summary:
-    config = Config(clients=2, rounds=4, local_steps=1, run_dir=folder)
-    return fedtan_hpc.run(config, RoundCallback())
-
-
-def test_phases_add_up_to_a_round(tmp_path: Path) -> None:
-    summary = on_ranks(2, run_in, str(tmp_path))[0]
-    parts = summary.phases
-    assert all(seconds > 0 for name, seconds in parts.items() if name != "waiting")
-    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
-    for line in lines:
-        assert 0 < line["statistics_seconds"] + line["average_seconds"] < line["round_seconds"]
-
-
 def point_in(folder: Path, ranks: int, repeat: int, seconds: float) -> Point:
-    """A finished run whose rounds took so long."""
+    """A finished run whose rounds took ``seconds``."""
     folder.mkdir(parents=True)
     parts = dict.fromkeys(("compute", "statistics", "average", "waiting", "evaluation"), 0.1)
     summary = {"median_round_seconds": seconds, "phases": parts, "backend": "gloo"}
@@ -94,11 +41,11 @@ def test_rows_are_medians_and_efficiency_is_against_one_rank(
         for ranks, runs in times.items()
         for repeat, seconds in enumerate(runs)
     ]
-    one, four = report.rows(points, mode)
+    one, four = study_report.rows(points, mode)
     assert (one["seconds_a_round"], one["spread"], one["efficiency"]) == (2.0, 8.0, 1.0)
     assert four["efficiency"] == pytest.approx(efficiency)
     assert one["client_steps_a_second"] == 4 * 5 / 2.0
-    report.write([one, four], tmp_path, mode, "the command")
+    study_report.write([one, four], tmp_path, mode, "the command")
     table = (tmp_path / "scaling.md").read_text()
     assert "| fedtan | 4 | 4 |" in table
     assert "a machine, backend gloo, torch 2." in table
@@ -134,13 +81,13 @@ def test_a_mistake_is_told_before_anything_runs(words: list[str], message: str) 
 def test_a_run_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
     words = [*SHORT, "optimizer.lr=1e30"]
     with pytest.raises(RunError, match=r"bad: fedtan_hpc: round \d: the training loss .* finite"):
-        launch.run_all([Point("fedtan", 1, 2, 0, tmp_path / "bad", words)], "torchrun", [])
+        study_runs.run_all([Point("fedtan", 1, 2, 0, tmp_path / "bad", words)], "torchrun", [])
 
 
 @pytest.mark.slow
 def test_a_study_runs_what_is_missing(tmp_path: Path) -> None:
     words: list[Any] = ["world_sizes=[1,2]", "methods=[fedtan]", "repeats=1", *SHORT]
-    tool = str(commands.ROOT / "tools" / "scaling_study.py")
+    tool = commands.tool("scaling_study.py")
     for expected in ("0 of 2", "2 of 2"):
         done = commands.run("python", tool, *words, "out=study", cwd=tmp_path)
         assert done.returncode == 0, done.stderr

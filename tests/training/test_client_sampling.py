@@ -1,4 +1,4 @@
-"""Who takes part, and where: pure functions of round and seed."""
+"""Which clients take part, and on which rank: pure functions of round and seed."""
 
 from __future__ import annotations
 

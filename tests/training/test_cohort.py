@@ -1,4 +1,4 @@
-"""The same rounds on any number of ranks, and what a rank without a client does."""
+"""Rounds give one result for any number of ranks and any way to run clients."""
 
 from __future__ import annotations
 
@@ -36,16 +36,18 @@ from fedtan_hpc.distributed import process_group
 from fedtan_hpc.evaluation.records import RoundRecord
 from fedtan_hpc.job.setup import host, prepare
 from fedtan_hpc.runtime.device import DevicePlacement
-from fedtan_hpc.training.local_training import RoundContext
+from fedtan_hpc.training.client_runners import LockstepRunner, StackedRunner
+from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers import networks, pooled
 from tests.helpers.ranks import on_ranks
+from tests.helpers.rounds import train_round
 
 CPU = DevicePlacement(torch.device("cpu"), "gloo")
 RANKS = (1, 2, 3, 4)
 
 
 def config(algorithm: str, case: str, **options: object) -> Config:
-    """Unequal clients: some of them smaller than a batch."""
+    """Returns a job with unequal clients, some of them smaller than a batch."""
     per_round = {"all": None, "some": 3, "fewer than ranks": 2}[case]
     defaults: dict[str, object] = {
         "algorithm": AlgorithmConfig(name=AlgorithmName(algorithm)),
@@ -68,7 +70,7 @@ def config(algorithm: str, case: str, **options: object) -> Config:
 
 
 def trained(options: Config) -> tuple[dict[str, Tensor], list[RoundRecord], list[int]]:
-    """Global model and rounds; also the sizes of the clients."""
+    """Returns the global model, the records of the rounds, and the sizes of the clients."""
     trainer = prepare(options, CPU)
     records = trainer.train([])
     return dict(trainer.model.state_dict()), records, trainer.store.sizes
@@ -105,7 +107,7 @@ def test_the_number_of_ranks_changes_nothing(ranks: int, algorithm: str, case: s
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stacking_changes_nothing(ranks: int, algorithm: str, case: str) -> None:
-    """Clients of unequal sizes are padded; three of them at a time in the local steps."""
+    """Batches of unequal sizes are padded; local steps run three clients at a time."""
     state, records, _ = on_one_rank(algorithm, case)
     stacked = CohortConfig(mode=CohortMode.stacked, max_stacked=3)
     options = config(algorithm, case, cohort=stacked)
@@ -121,7 +123,7 @@ def test_stacking_changes_nothing(ranks: int, algorithm: str, case: str) -> None
 def test_float32_reaches_the_same_accuracy_on_any_number_of_ranks(
     algorithm: str, case: str
 ) -> None:
-    """Unequal clients, all of them or three a round; 2,000 test samples."""
+    """Unequal clients, all or three in a round; 2,000 test samples."""
     options = config(
         algorithm,
         case,
@@ -147,7 +149,7 @@ SPREADS = {
 
 
 def round_of_gradients(case: str, mode: CohortMode, spread: list[list[int]]) -> dict[str, Tensor]:
-    """What one step of a round with learning rate 1 takes off the parameters: sum_k p_k g_k."""
+    """Returns what a round of one step with learning rate 1 subtracts: sum_k p_k g_k."""
     model = fedtan_hpc.convert_batchnorm(networks.network(case))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     p, batches = networks.weights(4), networks.batches(case, 4)
@@ -155,9 +157,10 @@ def round_of_gradients(case: str, mode: CohortMode, spread: list[list[int]]) -> 
     dummy = Samples(batches[0][0][:1], batches[0][1][:1])
     options = Config(local_steps=1, batch_size=99, cohort=CohortConfig(mode=mode))
     cohort = host(options, model, dummy)
-    way = cohort._way(len(clients), plan(options, 1)).__name__
-    assert way == ("_stacked" if len(clients) > 1 and mode == "stacked" else "_side_by_side")
-    cohort.train(clients, RoundContext(1, 1.0, plan(options, 1)))
+    runner = cohort.runner.choose(len(clients), plan(options, 1))
+    is_stacked = len(clients) > 1 and mode is CohortMode.stacked
+    assert type(runner) is (StackedRunner if is_stacked else LockstepRunner)
+    train_round(cohort, clients, RoundContext(1, 1.0, plan(options, 1)))
     return {name: before[name] - value.detach() for name, value in model.named_parameters()}
 
 
@@ -174,8 +177,11 @@ def test_a_round_of_one_step_follows_the_pooled_gradient(
         assert pooled.worst_relative_error(measured, expected) < 1e-10
 
 
-def two_rounds(case: str, mode: CohortMode, way: str | None) -> dict[str, Tensor]:
-    """Two rounds of three steps with momentum, two stacked at a time; ``way`` forces how."""
+def two_rounds(case: str, mode: CohortMode, extracts_early: bool = False) -> dict[str, Tensor]:
+    """Returns the model after two rounds of three steps with momentum, two stacked at a time.
+
+    ``extracts_early``: only synchronised steps are stacked, as on a GPU in sequential mode.
+    """
     model = fedtan_hpc.convert_batchnorm(networks.network(case))
     options = Config(
         local_steps=3,
@@ -187,20 +193,20 @@ def two_rounds(case: str, mode: CohortMode, way: str | None) -> dict[str, Tensor
     clients = [Client(k, p[k], Samples(*batches[k])) for k in range(4)]
     dummy = Samples(batches[0][0][:1], batches[0][1][:1])
     cohort = host(options, model, dummy)
-    with pytest.MonkeyPatch.context() as patch:
-        if way:
-            patch.setattr(cohort, "_way", lambda *_: getattr(cohort, way))
-        for number in (1, 2):
-            cohort.train(clients, RoundContext(number, 0.1, plan(options, number)))
+    if extracts_early:
+        runners = cohort.runner
+        runners.stacked = StackedRunner(runners.models, all_steps=False, max_stacked=2)
+    for number in (1, 2):
+        train_round(cohort, clients, RoundContext(number, 0.1, plan(options, number)))
     return dict(model.state_dict())
 
 
 @pytest.mark.parametrize("case", networks.CASES)
 def test_stacked_rounds_are_those_of_one_client_after_another(case: str) -> None:
-    """Also when clients leave the stack after the synchronised step, as on a GPU."""
-    expected = two_rounds(case, CohortMode.sequential, None)
-    assert distance(two_rounds(case, CohortMode.stacked, None), expected) < 1e-10
-    assert distance(two_rounds(case, CohortMode.sequential, "_stacked"), expected) < 1e-10
+    """Also if clients are extracted from the stack after the synchronised step."""
+    expected = two_rounds(case, CohortMode.sequential)
+    assert distance(two_rounds(case, CohortMode.stacked), expected) < 1e-10
+    assert distance(two_rounds(case, CohortMode.sequential, extracts_early=True), expected) < 1e-10
 
 
 def messages_of(options: Config) -> list[int]:
@@ -211,11 +217,11 @@ def messages_of(options: Config) -> list[int]:
 def test_messages_do_not_grow_with_the_clients_of_a_rank(clients: int, ranks: int) -> None:
     options = config("fedtan", "all", clients=clients, rounds=2)
     for messages in on_ranks(ranks, messages_of, options):
-        assert messages == [5, 5]  # two BN layers there and back, and the average
+        assert messages == [7, 7]  # two BN layers in float64, two there and one back; the average
 
 
 def samples_seen(options: Config) -> int:
-    """Forward passes' samples of this rank in one round, outside evaluation."""
+    """Returns the samples in this rank's forward passes of training."""
     trainer = prepare(options, CPU)
     seen = 0
 
@@ -283,7 +289,7 @@ def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
 def test_what_dropout_drops_does_not_depend_on_the_ranks(algorithm: str) -> None:
-    """Nor on the random state that the process happens to have."""
+    """It does not depend on the random state of the process either."""
     model = ModelConfig(source=ModelSource.target, target="tests.helpers.networks:with_dropout")
     options = config(algorithm, "some", model=model, rounds=3)
     torch.manual_seed(5)

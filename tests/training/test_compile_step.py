@@ -1,4 +1,4 @@
-"""Compiled steps, lower precision and other memory formats: the same results, or said if not."""
+"""Compiled steps, lower precision and memory formats give equal results or print a message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import shutil
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,8 +28,9 @@ from fedtan_hpc.distributed import process_group
 from fedtan_hpc.job.setup import network, prepare
 from fedtan_hpc.models import factory
 from fedtan_hpc.runtime.device import DevicePlacement
-from fedtan_hpc.training import compile_step, sgd
-from fedtan_hpc.training.loss import Loss, mean_loss
+from fedtan_hpc.training import compile_step
+from fedtan_hpc.training.compile_step import Trial
+from fedtan_hpc.training.local_step import Loss, make_sgd, mean_loss, sgd_step
 from tests.helpers import commands
 from tests.helpers.ranks import on_ranks
 
@@ -38,7 +38,7 @@ CPU = DevicePlacement(torch.device("cpu"), "gloo")
 
 
 def config(algorithm: str = "fedtan", **options: object) -> Config:
-    """Two clients with whole batches: on two ranks every rank has one."""
+    """Returns a job of two clients with whole batches: on two ranks every rank has one."""
     defaults: dict[str, object] = {
         "algorithm": AlgorithmConfig(name=AlgorithmName(algorithm)),
         "data": DataConfig(train_samples=200, test_samples=50),
@@ -56,7 +56,7 @@ def config(algorithm: str = "fedtan", **options: object) -> Config:
 
 
 def trained(options: Config, backend: str = "aot_eager") -> tuple[dict[str, Tensor], bool]:
-    """The global model, and whether it was trained by compiled steps; without a C++ compiler."""
+    """Returns the global model, and whether compiled steps trained it; needs no C++ compiler."""
     plain = torch.compile
     torch.compile = partial(plain, backend=backend)
     try:
@@ -82,7 +82,7 @@ def eager(algorithm: str, clients: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("clients", [2, 3])
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fixbn", "silobn", "centralised"])
 def test_compiled_steps_train_the_same_model(algorithm: str, clients: int) -> None:
-    """With a client on each rank, and with two on one of them."""
+    """With one client on each rank, and with two clients on one of them."""
     options = config(algorithm, clients=clients, compile=True)
     for state, compiled in on_ranks(2, trained, options):
         assert compiled
@@ -108,16 +108,16 @@ def test_it_is_said_why_steps_are_not_compiled(capsys: pytest.CaptureFixture[str
 def test_graphs_that_cannot_be_recorded_are_done_without(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for CUDA graphs: the third step, which replays them, fails."""
-    kept, steps = compile_step._rehearse, []
+    """Simulates CUDA graphs: the third step, which replays them, fails."""
+    run_steps, steps = compile_step.Trial.run_steps, []
 
-    def rehearse(loss: Loss, *rest: Any) -> None:
+    def run_or_fail(trial: Trial, loss: Loss) -> None:
         steps.append(loss)
         if len(steps) == 3:
             raise RuntimeError("capture failed")
-        kept(loss, *rest)
+        run_steps(trial, loss)
 
-    monkeypatch.setattr(compile_step, "_rehearse", rehearse)
+    monkeypatch.setattr(compile_step.Trial, "run_steps", run_or_fail)
     monkeypatch.setattr(compile_step, "_modes", lambda device: [compile_step.GRAPHS, "default"])
     options = config(clients=1, compile=True)
     state, compiled = trained(options)
@@ -143,7 +143,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     state = torch.random.get_rng_state()
     loss = Loss(compiled=mean_loss)
     plans = plan(config("fixbn"), 1), plan(config("fixbn"), 3)
-    compile_step._rehearse(loss, model, batch, plans, synchronised=True)
+    Trial(model, batch, plans, synchronised=True).run_steps(loss)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -172,13 +172,13 @@ def graphs_before_and_after(options: Config) -> tuple[int, int]:
     [("fedtan", 2), ("fedavg", 1), ("fixbn", 2), ("fbn", 1), ("hbn", 1)],
 )
 def test_all_is_compiled_before_the_first_round(algorithm: str, graphs: int) -> None:
-    """A graph with and one without global statistics, or without and with frozen ones."""
+    """One graph for synchronised and one for local steps, or for batch and frozen statistics."""
     found = on_ranks(2, graphs_before_and_after, config(algorithm, compile=True))
     assert found == [(graphs, graphs)] * 2
 
 
 def one_graph() -> list[int]:
-    """Graphs of a synchronised step, of which a break would make several, and recompilations."""
+    """Returns the graphs of three synchronised steps; breaks and recompilations add more."""
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: object) -> object:
@@ -224,10 +224,10 @@ def test_gradients_and_momentum_that_lie_otherwise_are_taken_for_what_they_are()
     found = []
     for order in (torch.contiguous_format, torch.channels_last):
         value = torch.ones(4, 3, 2, 2).contiguous(memory_format=order).requires_grad_()
-        optimizer = sgd.sgd([value], 0.1, 0.9, 1e-2)
+        optimizer = make_sgd([value], 0.1, 0.9, 1e-2)
         for gradient in gradients:
             value.grad = gradient.clone()
-            sgd.step(optimizer)
+            sgd_step(optimizer)
             momentum = optimizer.state[value]["momentum_buffer"]
             optimizer.state[value]["momentum_buffer"] = momentum.contiguous()
         found.append(value.detach())
@@ -249,7 +249,7 @@ def test_bfloat16_trains_close_to_float32_with_statistics_in_full(clients: int) 
 
 
 def pooled_error(dtype: torch.dtype, ours: bool) -> float:
-    """Of the gradient of ResNet-20 on two clients' batches, against float64; ours or torch's."""
+    """Returns the error of ResNet-20's pooled gradient against float64, for our BN or torch's."""
     x, y = torch.randn(32, 3, 8, 8, dtype=torch.float64), torch.arange(32) % 10
     x[16:] += 1
     found = []
@@ -286,7 +286,7 @@ def test_float32_is_as_close_to_float64_as_torchs_own_batchnorm() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_a_job_compiles(tmp_path: Path) -> None:
-    """By torch's own compiler, with its time apart in the summary."""
+    """torch's default compiler compiles, and the summary has its time."""
     words = ["clients=2", "partition=iid", "rounds=3", "precision=float64", "local_steps=2"]
     accuracies = []
     for name, more in (("eager", []), ("compiled", ["compile=true"])):

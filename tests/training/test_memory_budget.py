@@ -1,4 +1,4 @@
-"""The estimate of what clients need, and the error when they would not fit."""
+"""The estimate of the clients' memory, and the error if they would not fit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedtan_hpc.config.errors import RunError
+from fedtan_hpc.config.schema import Config, OptimizerConfig
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.models import resnet
 from fedtan_hpc.training import memory_budget
-from fedtan_hpc.training.local_training import LocalTraining
 from fedtan_hpc.training.memory_budget import MemoryBudget
 from tests.helpers import networks
 
@@ -23,14 +23,14 @@ def sample() -> Samples:
 def test_saved_bytes_are_those_of_the_layers_inputs() -> None:
     x, y = networks.batches("1d", 1)[0]
     module = networks.network("1d")
-    widths = 6 + 5 + 5 + 4 + 4 + 3  # inputs of linear, BN and tanh layers (tanh keeps its output)
+    widths = 6 + 5 + 5 + 4 + 4 + 3  # inputs of linear and BN layers, outputs of tanh layers
     measured = memory_budget.saved_bytes_per_sample(module, Samples(x[:1], y[:1]))
     assert 8 * widths <= measured <= 3 * 8 * widths
 
 
 def budget(momentum: float = 0.0) -> MemoryBudget:
-    training = LocalTraining(5, 32, momentum, 0.0, seed=0)
-    return MemoryBudget(resnet.resnet20(3, 10), sample(), training, 1)
+    config = Config(batch_size=32, optimizer=OptimizerConfig(momentum=momentum))
+    return MemoryBudget(resnet.resnet20(3, 10), sample(), config, 1)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -42,14 +42,14 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_momentum_takes_memory() -> None:
-    assert budget(0.9).bytes_held == pytest.approx(1.5 * budget().bytes_held)
+    assert budget(0.9).model_bytes == pytest.approx(1.5 * budget().model_bytes)
 
 
 def test_an_allocation_that_would_not_fit_says_how_many_clients_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limited = budget()
-    each = limited.bytes_held + limited.bytes_at_once
+    each = limited.model_bytes + limited.pass_bytes
     monkeypatch.setattr(memory_budget, "free_bytes", lambda *_: int(3.5 * each))
     with limited.spent_on(3, 3, 1):
         pass
@@ -107,9 +107,9 @@ def test_a_limit_of_the_batch_system_counts(version: str, tmp_path: Path) -> Non
     groups.write_text(f"{line}\n")
     (folder / f"memory.{limit}").write_text("1000\n")
     (folder / f"memory.{used}").write_text("300\n")
-    assert memory_budget._within_cgroups(tmp_path) == [700]
+    assert memory_budget._left_in_cgroups(tmp_path) == [700]
     (folder / "memory.stat").write_text("anon 200\ninactive_file 50\n")
-    assert memory_budget._within_cgroups(tmp_path) == [750]
+    assert memory_budget._left_in_cgroups(tmp_path) == [750]
 
 
 def test_no_limit_is_no_number(tmp_path: Path) -> None:
@@ -118,4 +118,4 @@ def test_no_limit_is_no_number(tmp_path: Path) -> None:
     (tmp_path / "proc/self/cgroup").write_text("0::/\n")
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("300\n")
-    assert memory_budget._within_cgroups(tmp_path) == []
+    assert memory_budget._left_in_cgroups(tmp_path) == []

@@ -1,1 +1,4 @@
-"""What the benchmarks in ``tools/`` share."""
+"""Rounds, messages and clocks of the benchmarks in ``tools/``, shared with ``scaling``.
+
+Only ``benchmark`` can be imported without torch; tools import the others after their options.
+"""

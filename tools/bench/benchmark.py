@@ -1,13 +1,18 @@
-"""What the benchmarks share: their options, the carriers they alternate, and what they ran on."""
+"""What all benchmarks share: the start, options, backends to alternate, and printing.
+
+Used by the benchmarks in ``tools/`` and by ``scaling``.  Nothing here loads torch before it is
+needed, so that mistakes in the options are reported at once.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from fedtan_hpc import cli
 from fedtan_hpc.config.enums import BackendName
@@ -16,25 +21,26 @@ from fedtan_hpc.config.schema import CommConfig, Config
 from fedtan_hpc.reporting import options
 from fedtan_hpc.runtime import launcher_env
 
+if TYPE_CHECKING:
+    from fedtan_hpc.runtime.device import DevicePlacement
 
-def command(
-    name: str,
-    text: str | None,
-    names: Sequence[str],
-    body: Callable[[Mapping[str, str], list[str]], None],
-) -> None:
-    """Run ``body`` with the tool's options ``names`` and the words of the job, or show ``text``.
+DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
+"""Options of the job that bench_round and bench_memory set unless told otherwise."""
 
-    The process ends as all commands of the package do.
+
+def main(name: str, help_text: str | None, run: Callable[[Sequence[str]], None]) -> None:
+    """Calls ``run`` with the command line's words, or prints ``help_text`` for ``--help``.
+
+    The process ends with the exit codes of ``python -m fedtan_hpc``.
     """
     with cli.exit_codes(name):
         words = sys.argv[1:]
-        if not options.shows_help(words, text):
-            body(*options.split(words, names))
+        if not options.shows_help(words, help_text):
+            run(words)
 
 
-def settle(config: Config, keeps_memory: bool = True) -> None:
-    """Let this process compute as the job of ``config`` would: threads, freed memory, TF32."""
+def prepare_process(config: Config, keeps_memory: bool = True) -> None:
+    """Sets threads, malloc and TF32 of this process as the job of ``config`` does."""
     import torch
 
     from fedtan_hpc.runtime import device, malloc
@@ -45,81 +51,89 @@ def settle(config: Config, keeps_memory: bool = True) -> None:
     device.allow_tensor_float(config.tf32)
 
 
-@dataclass(frozen=True)
-class Carrier:
-    """A backend of torch.distributed, and the device on which this rank's messages are."""
-
-    backend: str
-    device: Any
-
-    @contextmanager
-    def started(self, config: Config) -> Iterator[None]:
-        """All ranks as a process group; without a launcher there is none."""
-        import torch
-
-        from fedtan_hpc.distributed import process_group
-
-        info = launcher_env.detect()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if info.launcher == "none":
-            yield
-            return
-        process_group.start(info.rank, info.world_size, self.backend, config.comm.timeout_seconds)
-        yield
-        process_group.stop()
-
-
-def carriers(config: Config, backends: Sequence[str]) -> list[Carrier]:
-    """Those that ``comm.backend=...`` means here, each once."""
+def placements(config: Config, backends: Sequence[str]) -> list[DevicePlacement]:
+    """Returns this rank's placement for each value of ``comm.backend``; equal ones are merged."""
     from fedtan_hpc.runtime import device
 
-    info, found = launcher_env.detect(), {}
+    info, by_backend = launcher_env.detect(), {}
     for name in backends:
         comm = CommConfig(backend=BackendName(name), timeout_seconds=config.comm.timeout_seconds)
-        place = device.choose(replace(config, comm=comm), info)
-        found[place.backend] = Carrier(place.backend, place.device)
-    return list(found.values())
+        placement = device.choose(replace(config, comm=comm), info)
+        by_backend[placement.backend] = placement
+    return list(by_backend.values())
 
 
-def turns(config: Config, backends: Sequence[str], repeats: int) -> Iterator[tuple[Carrier, bool]]:
-    """Each carrier, started, in turn, and whether this turn counts: the first of each warms up."""
+@contextmanager
+def process_group(config: Config, placement: DevicePlacement) -> Iterator[None]:
+    """Starts the process group of all ranks, and stops it; without a launcher there is none."""
+    import torch
+
+    from fedtan_hpc.distributed import process_group
+
+    info = launcher_env.detect()
+    if placement.device.type == "cuda":
+        torch.cuda.set_device(placement.device)
+    if info.launcher == "none":
+        yield
+        return
+    process_group.start(info.rank, info.world_size, placement.backend, config.comm.timeout_seconds)
+    yield
+    process_group.stop()
+
+
+def alternate(
+    config: Config, backends: Sequence[str], repeats: int
+) -> Iterator[tuple[DevicePlacement, bool]]:
+    """Yields each backend's placement, its process group started, and whether the turn counts.
+
+    The first turn of each backend is a warm-up and does not count.
+    """
     for repeat in range(repeats + 1):
-        for carrier in carriers(config, backends):
-            with carrier.started(config):
-                yield carrier, repeat > 0
-        tell(repeat, repeats)
+        for placement in placements(config, backends):
+            with process_group(config, placement):
+                yield placement, repeat > 0
+        show_progress(repeat, repeats)
 
 
-def backends(own: Mapping[str, str]) -> list[str]:
-    """``backends=[...]``."""
-    names = [str(name) for name in BackendName]
-    asked = options.values(own.get("backends", "backends=[auto]"), "[mpi,gloo]")
-    if wrong := [name for name in asked if name not in names]:
-        raise ConfigError(
-            format_option_error("backends", wrong[0], " | ".join(names), "choose some of these")
-        )
-    return asked
+def backends(tool_options: Mapping[str, str]) -> list[str]:
+    """Returns the value of ``backends=[...]``; raises ``ConfigError`` for an unknown one."""
+    known = [str(name) for name in BackendName]
+    return choices(tool_options.get("backends", "backends=[auto]"), known, "[mpi,gloo]")
 
 
-def repeats(own: Mapping[str, str], usual: int) -> int:
-    """``repeats=N``."""
-    [number] = options.values(own.get("repeats", f"repeats={usual}"), str(usual))[:1]
-    if not isinstance(number, int) or number < 1:
-        remedy = f"set repeats={usual}"
-        raise ConfigError(format_option_error("repeats", number, "a whole number >= 1", remedy))
-    return number
+def choices(word: str, known: Sequence[str], example: str) -> list[str]:
+    """Returns the names in ``name=[a,b]``; raises ``ConfigError`` for one that is not known."""
+    names = [str(name) for name in options.values(word, example)]
+    if unknown := [name for name in names if name not in known]:
+        option, remedy = word.partition("=")[0], "choose some of these"
+        raise ConfigError(format_option_error(option, unknown[0], " | ".join(known), remedy))
+    return names
 
 
-def tell(repeat: int, repeats: int) -> None:
-    """How far it is, on rank 0's terminal."""
+def whole_numbers(word: str, example: str) -> list[int]:
+    """Returns the numbers in ``name=[a,b]``; raises ``ConfigError`` for others than 1, 2, ..."""
+    option, numbers = word.partition("=")[0], options.values(word, example)
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            remedy = f"for example {option}={example}"
+            raise ConfigError(format_option_error(option, number, "whole numbers >= 1", remedy))
+    return numbers
+
+
+def repeats(tool_options: Mapping[str, str], default: int) -> int:
+    """Returns the value of ``repeats=N``; raises ``ConfigError`` unless it is an integer >= 1."""
+    return whole_numbers(tool_options.get("repeats", f"repeats={default}"), str(default))[0]
+
+
+def show_progress(repeat: int, repeats: int) -> None:
+    """Overwrites the line of progress on rank 0's terminal."""
     if launcher_env.rank_hint() == 0:
         end = "\r" if repeat < repeats else "\n"
         print(f"repeat {repeat} of {repeats}", end=end, file=sys.stderr, flush=True)
 
 
-def setting(config: Config, **own: Any) -> dict[str, Any]:
-    """What was run on what."""
+def setting(config: Config, **more: Any) -> dict[str, Any]:
+    """Returns ``more`` with the ranks, threads, hardware and versions of this run."""
     import torch
 
     from fedtan_hpc.job import summary
@@ -127,7 +141,7 @@ def setting(config: Config, **own: Any) -> dict[str, Any]:
     info = launcher_env.detect()
     on_gpu = torch.cuda.is_available() and str(config.device) != "cpu"
     return {
-        **own,
+        **more,
         "ranks": info.world_size,
         "launcher": info.launcher,
         "threads": config.threads or 1,
@@ -135,3 +149,15 @@ def setting(config: Config, **own: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
+
+
+def print_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Prints a Markdown table on standard error; ``columns`` maps heads to formats of a row."""
+    cells_of = [[cell.format(**row) for cell in columns.values()] for row in rows]
+    for cells in (columns, ["---"] * len(columns), *cells_of):
+        print(f"| {' | '.join(cells)} |", file=sys.stderr)
+
+
+def print_json(setting: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """Prints setting and results as one JSON object on standard output."""
+    print(json.dumps({"setting": setting, "results": results}))

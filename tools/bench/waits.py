@@ -1,96 +1,78 @@
-"""What a sum over ranks takes longer after computing than in a row of sums, measured."""
+"""Extra time of a sum over ranks that follows computing, against a sum that follows a sum.
+
+Used by fits of a network: ranks arrive at different times, and the backend has to wake up.
+"""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from bench import benchmark
+import torch
+
+from bench import benchmark, sums, timing
 from fedtan_hpc.config.schema import Config
+from fedtan_hpc.distributed import process_group
 
-COMPUTED = (3e-4, 3e-3, 3e-2, 3e-1)
+COMPUTE_SECONDS = (3e-4, 3e-3, 3e-2, 3e-1)
 """Seconds of computing between sums: from a small layer to a round."""
 _BLOCK_SECONDS = 0.3
-_IN_A_ROW = 50
+_SUMS_IN_A_ROW = 50
 _VALUES = 64
-"""float64 values of a sum, as of a layer's statistics."""
+"""float64 values of a sum; the statistics of a layer have about as many."""
+
+Pair = tuple[float, float]
+"""Seconds computed before a sum, and extra seconds of that sum."""
 
 
-def measure(config: Config, backends: Sequence[str], repeats: int) -> dict[str, list[Any]]:
-    """By carrier, pairs of seconds computed and seconds waited; every rank computes the same.
+def measure(config: Config, backends: Sequence[str], repeats: int) -> dict[str, list[Pair]]:
+    """Returns pairs for each backend: medians over ``repeats`` blocks of means over the ranks.
 
-    Medians over ``repeats`` blocks of the mean time in a sum that follows computing, less that of
-    one that follows a sum.  It has in it what a rank waits for those that are later.
+    Every rank computes the same.  The extra seconds include waiting for ranks that are later.
     """
-
-    benchmark.settle(config)
-    found: dict[str, dict[float, list[tuple[float, float]]]] = {}
-    for carrier, counts in benchmark.turns(config, backends, repeats):
-        for wanted in COMPUTED:
-            pair = _pair(wanted, carrier.device)
+    benchmark.prepare_process(config)
+    pairs: dict[tuple[str, float], list[Pair]] = {}
+    for placement, counts in benchmark.alternate(config, backends, repeats):
+        for target in COMPUTE_SECONDS:
+            pair = _block(target, placement.device)
             if counts:
-                found.setdefault(carrier.backend, {}).setdefault(wanted, []).append(pair)
-    return {name: sorted(_middle(pairs) for pairs in of.values()) for name, of in found.items()}
+                pairs.setdefault((placement.backend, target), []).append(pair)
+    return {
+        backend: sorted(_median(blocks) for (name, _), blocks in pairs.items() if name == backend)
+        for backend, _ in pairs
+    }
 
 
-def _middle(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def _median(pairs: Sequence[Pair]) -> Pair:
     computed, waited = zip(*pairs, strict=True)
     return statistics.median(computed), max(0.0, statistics.median(waited))
 
 
-def _pair(wanted: float, where: Any) -> tuple[float, float]:
-    """Seconds computed and waited for about ``wanted`` seconds of computing."""
-    import torch
+def _block(target: float, device: torch.device) -> Pair:
+    """Measures a block of sums with about ``target`` seconds of computing before each."""
+    inputs = torch.randn(8, 16, 16, 16, device=device)
+    weights = torch.randn(16, 16, 3, 3, device=device)
+    message = torch.ones(_VALUES, dtype=torch.float64, device=device)
 
-    from fedtan_hpc.distributed import collectives, process_group
+    def compute(times: int) -> float:
+        def run() -> None:
+            for _ in range(times):
+                torch.nn.functional.conv2d(inputs, weights, padding=1)
 
-    inputs = torch.randn(8, 16, 16, 16, device=where)
-    weights = torch.randn(16, 16, 3, 3, device=where)
-    message = torch.ones(_VALUES, dtype=torch.float64, device=where)
+        return timing.seconds(run, device)
 
-    def compute(units: int) -> None:
-        for _ in range(units):
-            torch.nn.functional.conv2d(inputs, weights, padding=1)
-        _finish(where)
-
-    def add(times: int) -> None:
-        for _ in range(times):
-            collectives.sum_over_ranks(message)
-            message.fill_(1.0)
-        _finish(where)
+    def add(times: int) -> float:
+        return timing.seconds(lambda: sums.add(message, times), device)
 
     compute(3)
-    units = max(1, round(10 * wanted / _mean_over_ranks(_seconds(lambda: compute(10)), where)))
-    times = max(3, round(_BLOCK_SECONDS / wanted))
-    in_a_row = _mean_over_ranks(_seconds(lambda: add(_IN_A_ROW)), where)
-    computed = added = 0.0
+    [of_ten] = timing.mean_over_ranks([compute(10)], device)
+    convolutions = max(1, round(10 * target / of_ten))
+    times = max(3, round(_BLOCK_SECONDS / target))
+    [in_a_row] = timing.mean_over_ranks([add(_SUMS_IN_A_ROW)], device)
     process_group.barrier()
+    computed = added = 0.0
     for _ in range(times):
-        computed += _seconds(lambda: compute(units))
-        added += _seconds(lambda: add(1))
-    of_one = _mean_over_ranks(added / times, where)
-    return _mean_over_ranks(computed / times, where), of_one - in_a_row / _IN_A_ROW
-
-
-def _finish(where: Any) -> None:
-    import torch
-
-    if where.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _mean_over_ranks(value: float, where: Any) -> float:
-    import torch
-
-    from fedtan_hpc.distributed import collectives, process_group
-
-    total = collectives.sum_over_ranks(torch.tensor(value, dtype=torch.float64, device=where))
-    return float(total) / process_group.world_size()
+        computed += compute(convolutions)
+        added += add(1)
+    means = timing.mean_over_ranks([computed / times, added / times], device)
+    return means[0], means[1] - in_a_row / _SUMS_IN_A_ROW

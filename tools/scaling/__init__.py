@@ -1,1 +1,1 @@
-"""What the scaling study and the predictions in ``tools/`` share."""
+"""Measured scaling of the job (``study_*``), and its prediction from a model of the network."""

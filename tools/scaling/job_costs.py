@@ -1,114 +1,110 @@
-"""What a round of a job computes and sends, found with the job's own code: bytes and seconds."""
+"""The messages and the computing of a job's round, found with the job's own code; loads torch."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-from bench import benchmark, rounds
+import torch
+from torch import nn
 
-from fedtan_hpc.config.enums import AlgorithmName
+from bench import benchmark, rounds, timing
+from fedtan_hpc.batchnorm.layer import batchnorm_layers
+from fedtan_hpc.batchnorm.statistics_call import ClientWeights, pack
+from fedtan_hpc.config.enums import AlgorithmName, PrecisionName
 from fedtan_hpc.config.schema import AlgorithmConfig, Config
+from fedtan_hpc.distributed import counters
+from fedtan_hpc.distributed.model_average import ModelSum
+from fedtan_hpc.job.setup import DTYPES, network
+from fedtan_hpc.training.pooled_gradients import pool_gradients
 from scaling.round_model import Load, Method
 
-_ROUNDS = 5
-"""Rounds of each kind that are timed, after one that warms up."""
+_REPEATS = 5
+"""Counted rounds of each kind, after one that warms up."""
 
 
-def methods(config: Config, model: Any, channels: Sequence[int], clients: int) -> list[Method]:
-    """The messages of each, as the job sends them; the losses are in none of its counters."""
-    options, losses = config.algorithm, 8 * (clients + 2)
-    average, gradients = _average(model), _gradients(model)
-    fedavg = Method("fedavg", (*average, losses))
+def build(config: Config) -> tuple[nn.Module, list[int]]:
+    """Returns the job's network, and the number of channels of each BN layer."""
+    info = config.data.info()
+    model = network(config, info.shape, info.classes).to(DTYPES[config.precision])
+    return model, [layer.num_features for layer in batchnorm_layers(model).values()]
+
+
+def methods(
+    config: Config, model: nn.Module, channels: Sequence[int], clients: int
+) -> list[Method]:
+    """Returns the messages of each method, as the job sends them.
+
+    The last message of the average has the clients' losses; the job's counters leave it out.
+    """
+    algorithm = config.algorithm
+    total = ModelSum(model, counters=True)
+    total.add(model, 1.0)
+    fedavg = Method("fedavg", (*_sent_by(total.all_reduce), 8 * (clients + 2)))
     fedtan = replace(
         fedavg,
         name="fedtan",
-        statistics=tuple(_statistics(channels)),
-        synchronised_steps=options.synchronised_steps or 1,
-        synchronise_every=options.synchronise_every or 1,
+        statistics=tuple(_statistics(config, channels)),
+        synchronised_steps=algorithm.synchronised_steps or 1,
+        synchronise_every=algorithm.synchronise_every or 1,
     )
-    paper = tuple(4 * values for c in channels for values in (c, c, 2 * c))
+    in_the_paper = tuple(4 * values for c in channels for values in (c, c, 2 * c))
+    gradients = _sent_by(lambda: pool_gradients([model], [1.0]))
+    centralised = replace(fedtan, name="centralised", gradients=gradients)
     return [
         fedtan,
-        replace(fedtan, name="three_messages", statistics=paper),
+        replace(fedtan, name="three_messages", statistics=in_the_paper),
         fedavg,
-        replace(
-            fedtan,
-            name="centralised",
-            gradients=gradients,
-            synchronised_steps=None,
-            synchronise_every=1,
-        ),
+        replace(centralised, synchronised_steps=None, synchronise_every=1),
     ]
 
 
-def _statistics(channels: Sequence[int]) -> Iterator[int]:
-    """Bytes of the two messages of each layer, made as training makes them."""
-    import torch
-
-    from fedtan_hpc.batchnorm.messages import ClientWeights, pack_derivatives, pack_moments
-
-    one = ClientWeights([1.0], [2])
+def _statistics(config: Config, channels: Sequence[int]) -> Iterator[int]:
+    """Yields the bytes of each layer's messages: moments (two messages in float64), derivatives."""
+    client = ClientWeights([1.0], [2])
+    is_double = config.precision is PrecisionName.float64
     for c in channels:
-        zeros = torch.zeros(c)
-        yield pack_moments(0, one, zeros, zeros).nbytes
-        yield pack_derivatives(0, one, torch.zeros(2 * c)).nbytes
+        for values in (c, c, 2 * c) if is_double else (2 * c, 2 * c):
+            yield pack(0, client, torch.zeros(1, values)).nbytes
 
 
-def _average(model: Any) -> tuple[int, ...]:
-    from fedtan_hpc.distributed.model_average import ModelSum
-
-    total = ModelSum(model, counters=True)
-    total.add(model, 1.0)
-    return _sent(total.over_ranks)
-
-
-def _gradients(model: Any) -> tuple[int, ...]:
-    from fedtan_hpc.training.pooled_gradients import pool_gradients
-
-    return _sent(lambda: pool_gradients([model], [1.0]))
-
-
-def _sent(send: Callable[[], object]) -> tuple[int, ...]:
-    """Bytes of the messages in ``send``, by the job's own counter; sizes are their mean."""
-    from fedtan_hpc.distributed import counters
-
+def _sent_by(send: Callable[[], object]) -> tuple[int, ...]:
+    """Returns the bytes of each message of ``send``; all get the mean of the job's counter."""
     before = counters.training_traffic.copy()
     send()
     spent = counters.training_traffic.since(before)
-    return (spent.payload // spent.sums,) * spent.sums
+    return (spent.payload_bytes // spent.payload_messages,) * spent.payload_messages
 
 
-def of_one_client(config: Config) -> Load:
-    """What a client computes in a round, alone on this machine: medians over alternating rounds.
+def measured_load(config: Config) -> Load:
+    """Measures the computing of one client alone on this machine: medians of alternating rounds.
 
-    As in the job, a round's first step also draws the batches and makes the optimizer.  Messages
-    are made and read, and sent to nobody.
+    A round includes drawing the batches and making the optimizer, as in the job.  Messages are
+    packed and unpacked, and not sent.
     """
+    benchmark.prepare_process(config)
+    [placement] = benchmark.placements(config, ["auto"])
+    runs = local_rounds(config, placement.device)
+    times = [
+        [timing.slowest_seconds(run, placement.device) for run in runs] for _ in range(1 + _REPEATS)
+    ]
+    return load(config, [statistics.median(kind) for kind in zip(*times[1:], strict=True)])
 
-    benchmark.settle(config)
-    [carrier] = benchmark.carriers(config, ["auto"])
-    runs = alone(config, carrier.device)
-    taken = [[rounds.seconds(run, carrier.device) for run in runs] for _ in range(1 + _ROUNDS)]
-    return load(config, [statistics.median(times) for times in zip(*taken[1:], strict=True)])
 
-
-def alone(config: Config, where: Any) -> list[Callable[[], object]]:
-    """Rounds of a client all of whose steps are local; have global statistics; pooled gradients."""
-    every = AlgorithmConfig(name=AlgorithmName.fedtan, synchronised_steps=config.local_steps)
+def local_rounds(config: Config, device: torch.device) -> list[Callable[[], object]]:
+    """Returns three rounds whose steps are all local, all synchronised, or all pool gradients."""
     algorithms = (
         AlgorithmConfig(name=AlgorithmName.singleset),
-        every,
+        AlgorithmConfig(name=AlgorithmName.fedtan, synchronised_steps=config.local_steps),
         AlgorithmConfig(name=AlgorithmName.centralised),
     )
     return [
-        rounds.one_client(replace(config, algorithm=algorithm), where) for algorithm in algorithms
+        rounds.one_client(replace(config, algorithm=algorithm), device) for algorithm in algorithms
     ]
 
 
 def load(config: Config, seconds: Sequence[float]) -> Load:
-    """Of one client, from what the rounds of ``alone`` take."""
+    """Returns the load of one client, given the seconds of ``local_rounds``."""
     local, synchronised, pooled = (each / config.local_steps for each in seconds)
     return Load(local, config.local_steps, config.batch_size, 1, synchronised, pooled)

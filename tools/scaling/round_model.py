@@ -1,70 +1,64 @@
-"""A round made of local steps and messages, and what would make it efficient; no torch."""
+"""A round as local steps and messages, and what would make it efficient; without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from scaling.network_model import Network
 
-_MOST = 2**40
-"""More of an option than anybody wants."""
+_LARGEST = 2**40
+"""Upper limit of the search for an option's value; larger than any real one."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a rank computes in a round."""
+    """The computing of a rank in a round."""
 
     step_seconds: float
-    """Of a local step of one client."""
+    """Seconds of a local step of one client."""
     local_steps: int
     batch_size: int
     clients: int
-    """That the busiest rank has; they take their steps one after another."""
+    """Clients of the busiest rank; they take their steps one after another."""
     synchronised_step_seconds: float | None = None
-    """Of a step with global statistics, its messages apart; None: as long as any other."""
+    """Seconds of a step with global statistics, without its messages; None: a local step's."""
     pooled_step_seconds: float | None = None
-    """Of one with pooled gradients too; None: as long as any with global statistics."""
+    """Seconds of a step that also pools gradients; None: a synchronised step's."""
 
     def scaled(self, batch_size: int) -> Load:
-        """With another batch; a step is taken to last as long as its batch is large."""
-        factor = batch_size / self.batch_size
+        """Returns the load with another batch size; a step's time is proportional to it."""
+        factor, changes = batch_size / self.batch_size, dict[str, Any](batch_size=batch_size)
+        for name in ("step_seconds", "synchronised_step_seconds", "pooled_step_seconds"):
+            if (seconds := getattr(self, name)) is not None:
+                changes[name] = factor * seconds
+        return replace(self, **changes)
 
-        def times(seconds: float | None) -> float | None:
-            return None if seconds is None else factor * seconds
-
-        return replace(
-            self,
-            batch_size=batch_size,
-            step_seconds=factor * self.step_seconds,
-            synchronised_step_seconds=times(self.synchronised_step_seconds),
-            pooled_step_seconds=times(self.pooled_step_seconds),
-        )
-
-    def whole_step_seconds(self, method: Method) -> float:
-        """Of a step with all messages of ``method``."""
-        whole = self.synchronised_step_seconds or self.step_seconds
-        return (self.pooled_step_seconds or whole) if method.gradients else whole
+    def synchronised_seconds(self, method: Method) -> float:
+        """Returns the seconds of one client's step with all messages of ``method``."""
+        seconds = self.synchronised_step_seconds or self.step_seconds
+        return (self.pooled_step_seconds or seconds) if method.gradients else seconds
 
 
 @dataclass(frozen=True)
 class Method:
-    """The messages of a method, in bytes, the same on every rank."""
+    """The messages of a method, in bytes; they are equal on all ranks."""
 
     name: str
     average: tuple[int, ...]
-    """Once a round: the models, and the clients' losses."""
+    """Messages once a round: the models, and the clients' losses."""
     statistics: tuple[int, ...] = ()
-    """In each step with global statistics."""
+    """Messages of each synchronised step."""
     gradients: tuple[int, ...] = ()
-    """In each local step."""
+    """Messages of each local step."""
     synchronised_steps: int | None = 1
-    """Steps of a round with global statistics; None: all."""
+    """Synchronised steps of a round that has any; None: all steps."""
     synchronise_every: int = 1
-    """Rounds from one with such steps to the next."""
+    """Rounds from one with synchronised steps to the next."""
 
     def steps(self, local_steps: int) -> float:
-        """With global statistics in a round, the mean over rounds."""
+        """Returns the number of synchronised steps in a round, as a mean over rounds."""
         if not self.statistics:
             return 0.0
         if self.synchronised_steps is None:
@@ -74,97 +68,89 @@ class Method:
 
 @dataclass(frozen=True)
 class Terms:
-    """A round in seconds, by what they are spent on; the mean over rounds."""
+    """The seconds of a round by what they are spent on, as means over rounds."""
 
     compute: float
     statistics: float
     gradients: float
     average: float
     waiting: float
-    """In messages, for ranks that are not there yet."""
+    """Seconds in messages for ranks that arrive later."""
 
     @property
     def seconds(self) -> float:
-        """A whole round; nothing overlaps."""
+        """Seconds of the whole round; nothing overlaps."""
         return float(sum(asdict(self).values()))
 
     @property
     def efficiency(self) -> float:
-        """The share of local steps, 0 to 1."""
+        """Share of the round that local steps take, from 0 to 1."""
         return self.compute / self.seconds
 
     @property
     def largest(self) -> str:
-        """The name of the largest term."""
+        """Name of the largest term."""
         return max(asdict(self).items(), key=lambda term: term[1])[0]
 
 
 def terms(method: Method, load: Load, network: Network, ranks: int) -> Terms:
-    """A round of ``method``."""
+    """Returns the terms of a round of ``method`` on ``ranks``.
+
+    Messages cut a synchronised step into equal parts.  The first message at the end of a round
+    comes after the local steps, which have no messages.
+    """
 
     def sums(messages: Sequence[int]) -> float:
         return sum(network.all_reduce_seconds(size, ranks) for size in messages)
 
     synchronised = method.steps(load.local_steps)
-    step = load.clients * load.step_seconds
-    whole = load.clients * load.whole_step_seconds(method)
-    return Terms(
-        compute=(load.local_steps - synchronised) * step + synchronised * whole,
-        statistics=synchronised * sums(method.statistics),
-        gradients=load.local_steps * sums(method.gradients),
-        average=sums(method.average),
-        waiting=_waiting(method, load.local_steps, (step, whole), network, ranks),
-    )
-
-
-def _waiting(
-    method: Method, local_steps: int, seconds: tuple[float, float], network: Network, ranks: int
-) -> float:
-    """A synchronised step is cut into equal parts by its messages; the first of those at the end of
-    a round comes after the steps without any."""
-    step, whole = seconds
-    synchronised = method.steps(local_steps)
+    step = load.clients * load.synchronised_seconds(method)
+    local = (load.local_steps - synchronised) * (load.clients * load.step_seconds)
     messages = len(method.statistics) + (1 if method.gradients else 0)
     waiting = 0.0
     if messages:
-        part = network.wait_seconds(whole / messages, ranks)
-        waiting += synchronised * messages * part
+        waiting = synchronised * messages * network.wait_seconds(step / messages, ranks)
     if not method.gradients:
-        waiting += network.wait_seconds((local_steps - synchronised) * step, ranks)
-    return waiting
+        waiting += network.wait_seconds(local, ranks)
+    return Terms(
+        compute=local + synchronised * step,
+        statistics=synchronised * sums(method.statistics),
+        gradients=load.local_steps * sums(method.gradients),
+        average=sums(method.average),
+        waiting=waiting,
+    )
 
 
 def remedies(
     method: Method, load: Load, network: Network, ranks: int, target: float
 ) -> dict[str, int | str]:
-    """The smallest value of each option that, alone, makes the efficiency ``target``.
+    """Returns the smallest value of each option that alone reaches the efficiency ``target``.
 
-    "already" where it is that, "none" where no value makes it so.
+    A value is "already" if the round reaches it as it is, and "none" if no value does.
     """
     if terms(method, load, network, ranks).efficiency >= target:
         return dict.fromkeys(("local_steps", "batch_size", "synchronise_every"), "already")
 
     def reaches(load: Load, method: Method = method) -> bool:
-        # Rounding errors apart.
+        # The margin is for rounding errors.
         return terms(method, load, network, ranks).efficiency >= target - 1e-12
 
-    has_rounds_without = method.statistics and method.synchronised_steps is not None
+    def with_period(value: int) -> bool:
+        return reaches(load, replace(method, synchronise_every=value))
+
+    has_period = method.statistics and method.synchronised_steps is not None
     return {
         "local_steps": _smallest(lambda value: reaches(replace(load, local_steps=value))),
         "batch_size": _smallest(lambda value: reaches(load.scaled(value))),
-        "synchronise_every": _smallest(
-            lambda value: reaches(load, replace(method, synchronise_every=value))
-        )
-        if has_rounds_without
-        else "none",
+        "synchronise_every": _smallest(with_period) if has_period else "none",
     }
 
 
 def _smallest(is_enough: Callable[[int], bool]) -> int | str:
-    """The smallest whole number that is enough, if all above it are too."""
-    if not is_enough(_MOST):
+    """Returns the smallest whole number that is enough, if every larger one is enough too."""
+    if not is_enough(_LARGEST):
         return "none"
-    below, enough = 0, _MOST
+    below, enough = 0, _LARGEST
     while enough - below > 1:
         middle = (below + enough) // 2
         below, enough = (below, middle) if is_enough(middle) else (middle, enough)

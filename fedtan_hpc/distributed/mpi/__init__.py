@@ -1,4 +1,4 @@
 """mpi4py as a backend of ``torch.distributed``, for CPU tensors and CUDA-aware MPI.
 
-Loaded only by jobs that mpirun starts, or that ask for ``comm.backend=mpi``.
+Only jobs that mpirun starts, or that set ``comm.backend=mpi``, load it.
 """

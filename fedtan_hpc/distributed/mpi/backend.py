@@ -1,8 +1,8 @@
-"""mpi4py as a backend of torch.distributed: CPU tensors over MPI, in place where they allow it.
+"""mpi4py registered as a backend of torch.distributed, for CPU tensors and CUDA-aware MPI.
 
-Small sums are what FedTAN sends most; over MPI's shared memory they take some ten microseconds
-where gloo takes a millisecond.  Contiguous tensors are sent as they lie, others as copies;
-half-precision ones are added up as float32.
+FedTAN sends mostly small sums: over MPI's shared memory one takes some ten microseconds, over gloo
+a millisecond.  Contiguous tensors are sent without a copy, others as copies; tensors of half
+precision are summed in float32.  ``distributed.process_group`` uses this module.
 """
 
 from __future__ import annotations
@@ -14,44 +14,35 @@ import torch.distributed as dist
 
 from . import library
 from .library import MPI
-from .process_group import MPIGroup
+from .process_group import create_group
 
 NAME = "mpi4py"
-"""Of the backend in torch.distributed; torch has a compiled one of its own called mpi."""
-
-_LAST_WORDS_SECONDS = 1.0
-"""For mpiexec to pass on what this rank has said; MPICH's drops what it reads after an abort."""
+"""Name of the backend in torch.distributed; torch's compiled MPI backend is called mpi."""
+_MESSAGE_SECONDS = 1.0
+"""Time for mpiexec to pass on the last message; MPICH drops what it reads after an abort."""
 
 
 def share(value: Any) -> Any:
-    """Rank 0's ``value`` on every process of the launcher, before there is a process group."""
+    """Returns rank 0's ``value`` on every process of the launcher; needs no process group."""
     library.initialise()
     return MPI.COMM_WORLD.bcast(value)
 
 
 def abort(code: int) -> None:
-    """End all processes of the job with exit code ``code``; an uncaught exception would hang it."""
+    """Ends all processes of the job with exit code ``code``; without this they would hang."""
     if MPI.Is_initialized() and not MPI.Is_finalized():
-        time.sleep(_LAST_WORDS_SECONDS)
+        time.sleep(_MESSAGE_SECONDS)
         MPI.COMM_WORLD.Abort(code)
 
 
 def init_process_group() -> None:
-    """Join torch.distributed's default group over MPI: all processes that mpirun started.
+    """Makes all processes that mpirun started torch.distributed's default group, over MPI.
 
-    Raises ``LauncherError`` if that was the mpirun of another MPI.
+    Raises ``LauncherError`` if the mpirun of another MPI started them.
     """
     library.initialise()
     if NAME not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu", "cuda"])
-    world, nobody = MPI.COMM_WORLD, dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(NAME, store=nobody, rank=world.rank, world_size=world.size)
-
-
-def _create(options: Any, _: Any = None) -> MPIGroup:
-    """The group of the ranks that torch names, in their order."""
-    ranks = list(options.global_ranks_in_group)
-    world = MPI.COMM_WORLD
-    if not ranks or ranks == list(range(world.size)):
-        return MPIGroup(world.Dup())
-    return MPIGroup(world.Create_group(world.group.Incl(ranks)))
+        devices = ["cpu", "cuda"]
+        dist.Backend.register_backend(NAME, create_group, extended_api=True, devices=devices)
+    world, store = MPI.COMM_WORLD, dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(NAME, store=store, rank=world.rank, world_size=world.size)

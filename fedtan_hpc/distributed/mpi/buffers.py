@@ -1,4 +1,7 @@
-"""Tensors as MPI takes them: views of their memory where it is in one piece, else copies."""
+"""Tensors as buffers of MPI: views where the tensor is contiguous, else copies.
+
+``mpi.process_group`` passes every tensor through these functions.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...runtime.launcher_env import CUDA_AWARE, mpi_takes_gpu_memory
+from ...runtime.launcher_env import CUDA_AWARE, mpi_is_cuda_aware
 from .library import MPI
 
 _OPERATIONS = {
@@ -23,7 +26,7 @@ _OPERATIONS = {
     dist.ReduceOp.BOR: MPI.BOR,
     dist.ReduceOp.BXOR: MPI.BXOR,
 }
-_ON_TRUTH = {
+_BOOL_OPERATIONS = {
     **_OPERATIONS,
     dist.ReduceOp.SUM: MPI.LOR,
     dist.ReduceOp.MAX: MPI.LOR,
@@ -33,61 +36,47 @@ _ON_TRUTH = {
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def operation_of(operation: Any, tensor: Tensor) -> MPI.Op:
-    """MPI's name of torch's reduction; on truth values sums and products are or and and.
+def mpi_operation(operation: Any, tensor: Tensor) -> MPI.Op:
+    """Returns MPI's name of torch's reduction; sums and products of bool are or and and.
 
-    Raises ``ValueError`` for one that MPI does not have.
+    Raises ``ValueError`` for a reduction that MPI does not have.
     """
-    table = _ON_TRUTH if tensor.dtype is torch.bool else _OPERATIONS
-    found = next((op for known, op in table.items() if operation == known), None)
-    if found is None:
-        raise ValueError(f"{operation} is not to be had over MPI; multiply before summing")
-    return found
+    table = _BOOL_OPERATIONS if tensor.dtype is torch.bool else _OPERATIONS
+    for known, mpi_name in table.items():
+        if operation == known:
+            return mpi_name
+    raise ValueError(f"MPI has no {operation}; multiply before summing")
 
 
 @contextmanager
-def values_of(tensor: Tensor, writes: bool = True) -> Iterator[Any]:
-    """A numpy view of ``tensor``, or a copy that is written back; never part of autograd."""
+def mpi_buffer(tensor: Tensor, writes: bool = True, reduces: bool = False) -> Iterator[Any]:
+    """Yields ``tensor`` as MPI takes it: its memory if contiguous, else a copy of it.
+
+    With ``writes``, MPI's result in a copy is copied back.  With ``reduces``, MPI sees values that
+    it can add up, in float32 for half precision; otherwise it sees bytes to move.
+    """
     tensor = tensor.detach()
-    if tensor.is_cuda:
-        _check_cuda()
-        yield tensor
-        return
-    if tensor.is_contiguous() and tensor.dtype not in _HALF:
-        yield _array(tensor)
-        return
-    wide = tensor.float() if tensor.dtype in _HALF else tensor.contiguous()
-    yield _array(wide)
-    if writes:
-        tensor.copy_(wide)
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.resolve_conj().resolve_neg().numpy()
-
-
-@contextmanager
-def bytes_of(tensor: Tensor, writes: bool = True) -> Iterator[Any]:
-    """The bytes of ``tensor``, where only they count and not the type; or of a copy."""
-    tensor = tensor.detach()
-    contiguous = tensor.contiguous()
-    yield raw(contiguous)
+    wide = tensor.float() if reduces and tensor.dtype in _HALF else tensor
+    contiguous = wide.contiguous().resolve_conj().resolve_neg()
+    yield _memory(contiguous) if reduces else raw_buffer(contiguous)
     if writes and contiguous is not tensor:
         tensor.copy_(contiguous)
 
 
-def raw(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor as bytes."""
-    if tensor.is_cuda:
-        _check_cuda()
+def raw_buffer(tensor: Tensor) -> Any:
+    """Returns the bytes of a contiguous tensor for MPI."""
     memory = tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-    return [memory if memory.is_cuda else memory.numpy(), MPI.BYTE]
+    return [_memory(memory), MPI.BYTE]
 
 
-def _check_cuda() -> None:
-    if not mpi_takes_gpu_memory():
+def _memory(tensor: Tensor) -> Any:
+    """Returns a contiguous tensor as numpy array, or itself if it is on a GPU."""
+    if not tensor.is_cuda:
+        return tensor.numpy()
+    if not mpi_is_cuda_aware():
         raise RuntimeError(
             "comm.backend=mpi was given a tensor on a GPU, and this MPI is not known to take such: "
             f"use comm.backend=nccl or gloo, or set one of {', '.join(CUDA_AWARE)} if it does"
         )
-    torch.cuda.current_stream().synchronize()  # MPI knows nothing of streams
+    torch.cuda.current_stream().synchronize()  # MPI does not know streams
+    return tensor

@@ -1,4 +1,7 @@
-"""The MPI library: loaded by mpi4py, seen to be the launcher's own, and then initialised."""
+"""The MPI library: loaded by mpi4py, checked against the launcher, then initialised.
+
+All modules of ``mpi`` import ``MPI`` from here.
+"""
 
 from __future__ import annotations
 
@@ -11,58 +14,50 @@ import mpi4py
 from ...config.errors import LauncherError, format_option_error
 from ...runtime.launcher_env import MPI_LAUNCHERS, detect
 
-mpi4py.rc(initialize=False, finalize=True)  # a library may abort under another MPI's launcher
+mpi4py.rc(initialize=False, finalize=True)  # it may abort under another MPI's launcher
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", RuntimeWarning)  # says less than we do
+    warnings.simplefilter("ignore", RuntimeWarning)  # our own check says more
     from mpi4py import MPI
 
 __all__ = ["MPI", "check_launcher", "initialise"]
 
 
 def initialise(variables: Mapping[str, str] = os.environ) -> None:
-    """Initialise MPI for calls from any thread, if nobody has yet.
+    """Initialises MPI for calls from any thread, unless it is initialised already.
 
-    Raises ``LauncherError`` if the launcher is another MPI's, under which every process would take
-    itself for rank 0 of 1 or abort, or if threads may not call this one.
+    Raises ``LauncherError`` if another MPI's launcher started the processes (each would take itself
+    for rank 0 of 1, or abort), or if this MPI allows calls from one thread only.
     """
-    check_launcher(MPI.Get_library_version(), variables)
+    version = MPI.Get_library_version()
+    check_launcher(version, variables)
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    _check_size(variables)
-    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+    size, threads = MPI.COMM_WORLD.size, MPI.Query_thread()
+    check_launcher(version, variables, size)
+    if detect(variables).world_size != size:  # srun without MPI, or no launcher
+        allowed = f"a start by mpirun, or by `srun --mpi=...` in a way that {_name(version)} speaks"
+        remedy = "`srun --mpi=list` tells which there are, or set comm.backend=gloo"
+        raise LauncherError(format_option_error("comm.backend", "mpi", allowed, remedy))
+    if threads < MPI.THREAD_SERIALIZED:
         allowed = "serialized or multiple, for clients of a rank run in several threads"
         remedy = "initialise MPI with MPI_THREAD_MULTIPLE, or use comm.backend=gloo"
-        raise LauncherError(
-            format_option_error("MPI's thread level", MPI.Query_thread(), allowed, remedy)
-        )
+        raise LauncherError(format_option_error("MPI's thread level", threads, allowed, remedy))
 
 
-def check_launcher(version: str, variables: Mapping[str, str]) -> None:
-    """Raise ``LauncherError`` if the library of ``version`` is not the MPI that set variables."""
+def check_launcher(version: str, variables: Mapping[str, str], size: int | None = None) -> None:
+    """Raises ``LauncherError`` if ``variables`` are those of another MPI's launcher.
+
+    ``version`` is the version text of the MPI library.  Its world size, ``size``, also reveals
+    libraries whose version text does not tell which MPI they are.
+    """
     for launcher, variable in MPI_LAUNCHERS.items():
-        others = [name for name in MPI_LAUNCHERS if name != launcher and name in version]
-        if variable in variables and others:
-            raise LauncherError(_mistake(variable, variables[variable], launcher, version))
+        started = variables.get(variable)
+        is_other = any(name in version for name in MPI_LAUNCHERS if name != launcher)
+        if started is not None and (is_other or (size is not None and started != str(size))):
+            allowed = f"the launcher of {_name(version)}, the MPI that mpi4py loads"
+            remedy = f"start with its mpirun and not with {launcher}'s, or install {launcher}"
+            raise LauncherError(format_option_error(variable, started, allowed, remedy))
 
 
-def _check_size(variables: Mapping[str, str]) -> None:
-    """The same for libraries without a name that is known, and for srun."""
-    size, version = MPI.COMM_WORLD.size, MPI.Get_library_version()
-    for launcher, variable in MPI_LAUNCHERS.items():
-        if variables.get(variable, str(size)) != str(size):
-            raise LauncherError(_mistake(variable, variables[variable], launcher, version))
-    if detect(variables).world_size == size:
-        return
-    allowed = f"a start by mpirun, or by `srun --mpi=...` in a way that {_library(version)} speaks"
-    remedy = "`srun --mpi=list` tells which there are, or set comm.backend=gloo"
-    raise LauncherError(format_option_error("comm.backend", "mpi", allowed, remedy))
-
-
-def _mistake(variable: str, value: str, launcher: str, version: str) -> str:
-    allowed = f"the launcher of {_library(version)}, the MPI that mpi4py loads"
-    remedy = f"start with its mpirun and not with {launcher}'s, or install {launcher}"
-    return format_option_error(variable, value, allowed, remedy)
-
-
-def _library(version: str) -> str:
+def _name(version: str) -> str:
     return " ".join(version.splitlines()[0].partition(",")[0].split())

@@ -1,4 +1,4 @@
-"""Packing, adding and reading messages of simulated clients, against exact fractions."""
+"""Packing, summing and reading the messages of simulated clients, against exact fractions."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from functools import partial
 from typing import TypeAlias
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedtan_hpc.batchnorm import messages
-from fedtan_hpc.batchnorm.messages import ClientWeights, GlobalMoments
+from fedtan_hpc.batchnorm.lockstep import Lockstep
+from fedtan_hpc.batchnorm.statistics_call import (
+    HEADER,
+    ClientWeights,
+    GlobalStatistics,
+    check_header,
+    merge,
+    pack,
+)
 
 Exact: TypeAlias = tuple[Fraction, Fraction]
 """Mean and variance of one channel."""
+Moments: TypeAlias = tuple[Tensor, Tensor]
+"""Global mean and biased variance, (C,) each."""
 
 CHANNELS = 16
 WEIGHTS = {
@@ -42,12 +52,27 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), x.var(0, unbiased=False)
 
 
-def combine(p: list[float], xs: list[Tensor]) -> GlobalMoments:
-    packed = [
-        messages.pack_moments(4, ClientWeights([p_k], [len(x)]), *moments(x))
-        for p_k, x in zip(p, xs, strict=True)
-    ]
-    return messages.unpack_moments(torch.stack(packed).sum(0), CHANNELS)
+def no_update(mean_C: Tensor, variance_C: Tensor) -> None:
+    """Stands for a layer without running statistics."""
+
+
+def combine(p: list[float], xs: list[Tensor], is_stacked: bool = False) -> Moments:
+    """The global moments, from the sum of the clients' messages or from that of their stack."""
+    if is_stacked:
+        call = GlobalStatistics(p, None, ["bn"]).call(0, no_update)
+        means, variances = zip(*map(moments, xs), strict=True)
+        return call.share_moments([len(x) for x in xs], torch.stack(means), torch.stack(variances))
+
+    def share(p_k: float, x: Tensor) -> Moments:
+        call = GlobalStatistics([p_k], None, ["bn"], lockstep).call(0, no_update)
+        mean_C, variance_C = moments(x)
+        return call.share_moments([len(x)], mean_C.unsqueeze(0), variance_C.unsqueeze(0))
+
+    lockstep = Lockstep([partial(share, *each) for each in zip(p, xs, strict=True)], merge)
+    first, *others = lockstep.run()
+    for other in others:
+        assert all(map(torch.equal, other, first))
+    return first
 
 
 def naive_variance(p: list[float], xs: list[Tensor]) -> Tensor:
@@ -95,31 +120,35 @@ def worst_error(measured: Tensor, exact: list[Fraction]) -> float:
     return max(abs(float(Fraction(value) / truth - 1)) for value, truth in pairs)
 
 
-def errors(name: str, offset: float, truth: Callable[..., list[Exact]]) -> tuple[float, float]:
+def errors(
+    name: str, offset: float, truth: Callable[..., list[Exact]], is_stacked: bool
+) -> tuple[float, float]:
     """Worst relative errors of mean and variance."""
     p = WEIGHTS[name]
     xs = batches(len(p), offset)
-    found, exact = combine(p, xs), truth(p, xs)
-    mean_error = worst_error(found.mean_C, [mean for mean, _ in exact])
-    return mean_error, worst_error(found.variance_C, [variance for _, variance in exact])
+    (mean_C, variance_C), exact = combine(p, xs, is_stacked), truth(p, xs)
+    mean_error = worst_error(mean_C, [mean for mean, _ in exact])
+    return mean_error, worst_error(variance_C, [variance for _, variance in exact])
 
 
-@pytest.mark.parametrize(("offset", "bound"), [(1.0, 1e-15), (1e3, 1e-15), (1e6, 3e-10)])
+@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("offset", [1.0, 1e3, 1e6])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_sum_of_messages_holds_the_moments_far_from_zero(
-    name: str, offset: float, bound: float
+    name: str, offset: float, is_stacked: bool
 ) -> None:
-    mean_error, variance_error = errors(name, offset, exact_from_moments)
+    mean_error, variance_error = errors(name, offset, exact_from_moments, is_stacked)
     assert mean_error < 1e-15
-    assert variance_error < bound
+    assert variance_error < 1e-15
 
 
+@pytest.mark.parametrize("is_stacked", [False, True])
 @pytest.mark.parametrize(("offset", "bound"), [(1.0, 2e-15), (1e3, 1e-12), (1e6, 1e-9)])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_moments_of_the_values_themselves_survive_the_messages(
-    name: str, offset: float, bound: float
+    name: str, offset: float, bound: float, is_stacked: bool
 ) -> None:
-    mean_error, variance_error = errors(name, offset, exact_from_values)
+    mean_error, variance_error = errors(name, offset, exact_from_values, is_stacked)
     assert mean_error < 2e-15
     assert variance_error < bound
 
@@ -136,26 +165,42 @@ def test_the_plain_difference_of_float64_moments_would_not_do(
 
 
 def test_equal_values_everywhere_have_variance_zero() -> None:
-    found = combine(
-        [0.25, 0.75], [torch.full((n, CHANNELS), 1e6 + 0.1, dtype=torch.float64) for n in (4, 9)]
-    )
-    assert torch.all(found.variance_C >= 0)
-    assert torch.all(found.variance_C < 1e-9)
+    xs = [torch.full((n, CHANNELS), 1e6 + 0.1, dtype=torch.float64) for n in (4, 9)]
+    _, variance_C = combine([0.25, 0.75], xs)
+    assert torch.all(variance_C >= 0)
+    assert torch.all(variance_C < 1e-9)
 
 
 @pytest.mark.parametrize("offset", [1.0, 1e2, 1e4, 1e6])
 def test_float32_moments_lose_less_than_values_of_24_bits_have_lost(offset: float) -> None:
     """Rounding values adds a twelfth of their spacing, squared, to their variance."""
     p, xs = [0.4, 0.6], [x.float() for x in batches(2, offset)]
-    found, exact = combine(p, xs), exact_from_moments(p, xs)
-    assert worst_error(found.mean_C, [mean for mean, _ in exact]) < 1e-15
-    for value, (mean, variance) in zip(found.variance_C.tolist(), exact, strict=True):
+    context, exact = GlobalStatistics(p, None, ["bn"]), exact_from_moments(p, xs)
+    means, variances = (torch.stack(each) for each in zip(*map(moments, xs), strict=True))
+    weights = context.client_weights([len(x) for x in xs])
+    share = context.call(0, no_update)._share_in_one_exchange
+    _, mean_C, variance_C = share(weights, means, variances)
+    assert worst_error(mean_C, [mean for mean, _ in exact]) < 1e-15
+    for value, (mean, variance) in zip(variance_C.tolist(), exact, strict=True):
         spacing = 2.0**-23 * 2.0 ** math.floor(math.log2(abs(mean) + variance))
         assert abs(value - float(variance)) < spacing**2 / 12 + 1e-15 * float(variance)
 
 
+def summed(tags: list[int], p: list[float], values: list[Tensor]) -> Tensor:
+    """The sum of the messages of ranks that have a client of four samples each."""
+    rows = zip(tags, p, values, strict=True)
+    return merge_ranks([pack(tag, ClientWeights([w], [4]), v.unsqueeze(0)) for tag, w, v in rows])
+
+
+def merge_ranks(packed: list[Tensor]) -> Tensor:
+    return torch.stack(packed).sum(0)
+
+
 def test_the_count_leaves_out_clients_without_weight() -> None:
-    assert combine([0.4, 0.0, 0.6], batches(3, 0.0)).count == 5 + 3
+    ones = torch.ones(1, 2)
+    packed = [pack(4, ClientWeights([w], [n]), ones) for w, n in ((0.4, 5), (0.0, 8), (0.6, 3))]
+    assert merge_ranks(packed)[:HEADER].tolist() == [12, 48, 5 + 3, 1.0]
+    assert pack(4, ClientWeights([0.4, 0.0, 0.6], [5, 8, 3]), torch.ones(3, 2))[2] == 5 + 3
 
 
 @pytest.mark.parametrize(
@@ -163,65 +208,53 @@ def test_the_count_leaves_out_clients_without_weight() -> None:
     [ClientWeights([0.0], [4]), ClientWeights([-1.0], [4]), ClientWeights([float("nan")], [4])],
 )
 def test_a_client_that_takes_no_part_sends_zeros_whatever_it_holds(share: ClientWeights) -> None:
-    broken = torch.full((CHANNELS,), torch.nan, dtype=torch.float64)
-    packed = messages.pack_moments(4, share, broken, broken)
-    assert packed[4:].count_nonzero() == 0
-    sums = messages.pack_derivatives(5, share, torch.cat([broken, broken]))
-    assert messages.unpack_derivatives(sums).count_nonzero() == 0
+    broken = torch.full((1, CHANNELS), torch.nan, dtype=torch.float64)
+    assert pack(4, share, broken)[HEADER:].count_nonzero() == 0
 
 
 def test_derivatives_are_added_with_their_weights() -> None:
     p = [0.2, 0.5, 0.3]
     sums = torch.randn(3, 2 * CHANNELS, generator=torch.Generator().manual_seed(0)).double()
-    packed = [
-        messages.pack_derivatives(5, ClientWeights([w], [4]), s)
-        for w, s in zip(p, sums, strict=True)
-    ]
     expected = torch.tensor(p, dtype=torch.float64) @ sums
-    found = messages.unpack_derivatives(torch.stack(packed).sum(0))
+    stacked = pack(5, ClientWeights(p, [4] * 3), sums)[HEADER:]
+    torch.testing.assert_close(stacked, expected, rtol=1e-14, atol=1e-15)
+    found = summed([5] * 3, p, list(sums))[HEADER:]
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("channels", [1, 16])
-@pytest.mark.parametrize(("dtype", "forward"), [(torch.float32, 2), (torch.float64, 4)])
-def test_message_sizes(channels: int, dtype: torch.dtype, forward: int) -> None:
-    """7 + 2C, or of float64 moments 7 + 4C, and 2 + 2C."""
-    ones = torch.ones(channels, dtype=dtype)
-    there = messages.pack_moments(2, ClientWeights([1.0], [4]), ones, ones)
-    back = messages.pack_derivatives(3, ClientWeights([1.0], [4]), ones.repeat(2))
-    assert (there.numel(), back.numel()) == (7 + forward * channels, 2 + 2 * channels)
-    assert (there.dtype, back.dtype) == (torch.float64, torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_message_sizes(channels: int, dtype: torch.dtype) -> None:
+    """4 + 2C there and back; float64 moments go in two messages of 4 + C."""
+    sent: list[tuple[int, torch.dtype]] = []
+
+    class Recording(GlobalStatistics):
+        def sum(self, message: Tensor) -> Tensor:
+            sent.append((message.numel(), message.dtype))
+            return message
+
+    ones = torch.ones(1, channels, dtype=dtype)
+    call = Recording([1.0], None, ["bn"]).call(0, no_update)
+    call.share_moments([4], ones, ones)
+    call.share_derivatives([4], ones.repeat(1, 2))
+    forward = [4 + channels] * 2 if dtype is torch.float64 else [4 + 2 * channels]
+    assert sent == [(size, torch.float64) for size in (*forward, 4 + 2 * channels)]
 
 
-def forward_message(tag: int, ranks: int) -> Tensor:
-    one = torch.ones(1, dtype=torch.float64)
-    return messages.pack_moments(tag, ClientWeights([1 / ranks], [4]), one, one)
-
-
-def backward_message(tag: int, ranks: int) -> Tensor:
-    return messages.pack_derivatives(
-        tag, ClientWeights([1 / ranks], [4]), torch.ones(2, dtype=torch.float64)
-    )
-
-
-def ranks_that_notice(
-    pack: Callable[[int, int], Tensor], check: Callable[[Tensor, int, int], None], tags: list[int]
-) -> int:
-    """How many ranks' checks raise when rank k sends ``tags[k]``."""
-    total = torch.stack([pack(tag, len(tags)) for tag in tags]).sum(0)
+def ranks_that_notice(tags: list[int], clients: int) -> int:
+    """How many ranks' checks raise when rank k sends ``tags[k]``, with so many clients each."""
+    weights = ClientWeights([1 / len(tags) / clients], [4])
+    ones = torch.ones(1, 2)
+    packed = [merge([pack(tag, weights, ones)] * clients) for tag in tags]
     noticed = 0
     for tag in tags:
         try:
-            check(total, tag, len(tags))
+            check_header(merge_ranks(packed)[:HEADER], tag, len(tags))
         except RuntimeError:
             noticed += 1
     return noticed
 
 
-DIRECTIONS = [
-    pytest.param(forward_message, messages.check_moments, id="forward"),
-    pytest.param(backward_message, messages.check_derivatives, id="backward"),
-]
 TAG_SETS = {
     "small": [2, 3, 4, 5, 7],
     "large": [2, 1_000_003, 2**24, 2**24 + 1, 2**25 - 1],
@@ -230,26 +263,30 @@ TAG_SETS = {
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("tags", TAG_SETS)
-@pytest.mark.parametrize(("pack", "check"), DIRECTIONS)
-def test_every_rank_notices_any_mix_of_tags(
-    pack: Callable[[int, int], Tensor],
-    check: Callable[[Tensor, int, int], None],
-    tags: str,
-    ranks: int,
-) -> None:
+@pytest.mark.parametrize("clients", [1, 3])
+def test_every_rank_notices_any_mix_of_tags(tags: str, ranks: int, clients: int) -> None:
     for mix in itertools.combinations_with_replacement(TAG_SETS[tags], ranks):
         expected = ranks if len(set(mix)) > 1 else 0
-        assert ranks_that_notice(pack, check, list(mix)) == expected, mix
+        assert ranks_that_notice(list(mix), clients) == expected, mix
+
+
+@pytest.mark.parametrize("mix", list(itertools.product([2, 3, 5], repeat=3)), ids=str)
+def test_clients_of_a_rank_at_different_layers_are_noticed(mix: tuple[int, ...]) -> None:
+    weights, ones = ClientWeights([1 / 3], [4]), torch.ones(1, 2)
+    total = merge([pack(tag, weights, ones) for tag in mix])
+    for tag in mix:
+        if len(set(mix)) == 1:
+            check_header(total[:HEADER], tag, 1)
+        else:
+            with pytest.raises(RuntimeError, match="another layer"):
+                check_header(total[:HEADER], tag, 1)
 
 
 def checked(p: list[float], counts: list[int]) -> None:
     """Check the message of clients with these weights and batch sizes."""
-    one = torch.ones(2, dtype=torch.float64)
-    packed = [
-        messages.pack_moments(2, ClientWeights([w], [n]), one, one)
-        for w, n in zip(p, counts, strict=True)
-    ]
-    messages.check_moments(torch.stack(packed).sum(0), 2, len(p))
+    ones = torch.ones(1, 2)
+    packed = [pack(2, ClientWeights([w], [n]), ones) for w, n in zip(p, counts, strict=True)]
+    check_header(merge_ranks(packed)[:HEADER], 2, len(p))
 
 
 @pytest.mark.parametrize("excess", [0.0, 5e-7, -5e-7])
@@ -263,8 +300,8 @@ def test_weights_may_miss_1_by_rounding(excess: float) -> None:
         ([0.5, 0.5 + 2e-6], "sum to 1.000002 over 2 ranks"),
         ([0.5, 0.5 - 2e-6], "sum to 0.999998 over 2 ranks"),
         ([0.0, 0.0], "sum to 0 over 2 ranks"),
-        ([-0.5, 1.5], "1 weights on 2"),
-        ([float("nan"), float("inf")], "2 weights on 2"),
+        ([-0.5, 1.5], "a weight on 2 ranks is negative"),
+        ([float("nan"), float("inf")], "a weight on 2 ranks is negative"),
         ([1e300, 1e300], "sum to"),
     ],
 )
@@ -274,7 +311,7 @@ def test_weights_that_are_not_shares_of_1_are_refused(p: list[float], message: s
 
 
 def test_an_empty_batch_that_counts_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 batches are empty"):
+    with pytest.raises(ValueError, match="a batch is empty"):
         checked([0.5, 0.5], [2, 0])
 
 

@@ -1,0 +1,103 @@
+"""Mistakes in the options of network, algorithm and server that depend on each other.
+
+Used by ``validate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from .algorithms import ALGORITHMS, Normaliser, ParameterGroup
+from .enums import CohortMode, GammaName, ModelName, ModelSource, NormName, ServerOptimizerName
+from .errors import format_option_error
+from .schema import Config
+
+_LEAST_PIXELS = 4
+
+
+def training_mistakes(config: Config) -> Iterator[str]:
+    """Yields one line for each mistake."""
+    yield from _network(config)
+    yield from _steps(config)
+    yield from _norm(config)
+    yield from _incompatible(config)
+
+
+def is_import_path(text: str) -> bool:
+    """Returns whether ``text`` has the form package.module:callable."""
+    module, _, name = text.partition(":")
+    return all(word.isidentifier() for path in (module, name) for word in path.split("."))
+
+
+def _network(config: Config) -> Iterator[str]:
+    target, is_import = config.model.target, config.model.source is ModelSource.target
+    if target is not None and not is_import:
+        remedy = "leave it out or use model=import"
+        yield format_option_error("model.target", target, "null unless model=import", remedy)
+    elif is_import and not is_import_path(target or ""):
+        value = "null" if target is None else target
+        remedy = "for example model.target=my_networks:small_net"
+        yield format_option_error("model.target", value, "package.module:callable", remedy)
+    if config.model.small_input and config.model.source is not ModelSource.torchvision:
+        allowed, remedy = "false unless model=torchvision", "leave it out or use model=torchvision"
+        yield format_option_error("model.small_input", "true", allowed, remedy)
+    if config.model.source is ModelSource.builtin:
+        yield from _builtin(config)
+
+
+def _builtin(config: Config) -> Iterator[str]:
+    """Checks the name of a network of this package, and the size of its images."""
+    name, names = config.model.name, [str(choice) for choice in ModelName]
+    if name not in names:
+        near = [f"use model={close}" for close in get_close_matches(name, names, n=1)]
+        remedy = ", or ".join([*near, f"for torchvision's model=torchvision model.name={name}"])
+        yield format_option_error("model.name", name, " | ".join(names), remedy)
+        return
+    shape = config.data.info().shape
+    if name != ModelName.mlp and len(shape) == 3 and min(shape[1:]) < _LEAST_PIXELS:
+        allowed = f"{_LEAST_PIXELS} pixels or more in both directions with model={name}"
+        remedy = "use larger samples or model=mlp"
+        yield format_option_error("data.shape", list(shape), allowed, remedy)
+
+
+def _steps(config: Config) -> Iterator[str]:
+    """Checks the synchronised steps of fedtan and the switch round of fixbn."""
+    steps, switch = config.algorithm.synchronised_steps, config.algorithm.switch_round
+    if steps is not None and not 0 <= steps <= max(config.local_steps, 1):
+        allowed = f"0 to local_steps, {config.local_steps}"
+        option = "algorithm.synchronised_steps"
+        yield format_option_error(option, steps, allowed, f"set {option}=1")
+    if switch is not None and not 2 <= switch <= max(config.rounds, 2):
+        allowed = f"2 to rounds, {config.rounds}, because statistics must move before they freeze"
+        remedy = f"try algorithm.switch_round={max(2, config.rounds // 2)}"
+        yield format_option_error("algorithm.switch_round", switch, allowed, remedy)
+
+
+def _norm(config: Config) -> Iterator[str]:
+    """Checks what the BN layers become."""
+    algorithm, groups = ALGORITHMS[config.algorithm.name], config.algorithm.groups
+    norm = config.model.norm or algorithm.norm
+    if norm is not algorithm.norm and not algorithm.any_norm:
+        allowed = f"{algorithm.norm} or null with algorithm={config.algorithm.name}"
+        remedy = "leave it out or use algorithm=fedavg, centralised or singleset"
+        yield format_option_error("model.norm", norm, allowed, remedy)
+    if norm is NormName.none and config.model.gamma is not GammaName.ones:
+        allowed, remedy = "ones with model.norm=none", "leave it out, because no layer has a gamma"
+        yield format_option_error("model.gamma", config.model.gamma, allowed, remedy)
+    if groups is not None and norm is not NormName.gn:
+        allowed, remedy = f"null with model.norm={norm}", "leave it out or use algorithm=fedavg_gn"
+        yield format_option_error("algorithm.groups", groups, allowed, remedy)
+
+
+def _incompatible(config: Config) -> Iterator[str]:
+    """Checks choices that the algorithm does not allow."""
+    name, optimizer = config.algorithm.name, config.server.optimizer
+    averages = ALGORITHMS[name].private != frozenset(ParameterGroup)
+    if not averages and optimizer is not ServerOptimizerName.none:
+        allowed = f"none with algorithm={name}, which averages nothing"
+        yield format_option_error("server.optimizer", optimizer, allowed, "leave it out")
+    running = ALGORITHMS[name].normaliser is Normaliser.running
+    if running and config.cohort.mode is CohortMode.stacked:
+        allowed = f"auto or sequential with algorithm={name}"
+        yield format_option_error("cohort.mode", "stacked", allowed, "leave it out")

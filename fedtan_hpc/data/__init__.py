@@ -1,0 +1,4 @@
+"""Data sets, their partition among the clients, and the batches of each client.
+
+Uses ``config`` and ``runtime``; used by ``training``, ``evaluation``, ``job`` and ``reporting``.
+"""

@@ -1,0 +1,238 @@
+"""The local steps of one client: batch, loss, backward pass and SGD step.
+
+``client_runners`` starts a ``LocalRun`` for each client of a round.  ``vmap_clients`` takes the
+steps of many runs as one, ``compile_step`` compiles the loss, ``memory_budget`` measures it.
+
+Shapes: E local steps with batches of B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..batchnorm.layer import batchnorm_layers
+from ..batchnorm.running_norm import fixed_global_statistics
+from ..config.algorithms import Normaliser, RoundPlan
+from ..config.schema import Config
+from ..data.augmentation import AugmentationParams, augmentation_of
+from ..data.batching import BatchSampler, Samples
+from ..data.client_store import Client
+from ..runtime import random_streams
+from ..runtime.transfer import send
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What every rank knows of a round before the round starts."""
+
+    number: int
+    learning_rate: float
+    plan: RoundPlan
+
+
+LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Maps a model, inputs (N, ...) and labels (N,) to the mean loss, 0-d."""
+
+
+def mean_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean cross-entropy of ``model`` on inputs (N, ...) and labels (N,), 0-d."""
+    return cross_entropy(model(inputs), labels)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of training steps, in full or mixed precision, eager or compiled."""
+
+    mixed: bool = False
+    """Whether matrix products and convolutions run in bfloat16; statistics and sums never do."""
+    compiled: LossFunction | None = None
+    """``mean_loss`` by torch.compile, which compiles its backward pass too."""
+    compile_seconds: float = 0.0
+
+    def __call__(self, model: nn.Module, batch: Samples, eager: bool = False) -> Tensor:
+        """Returns the mean loss, 0-d.  ``eager`` is for ranks that must run layers in one order."""
+        function = mean_loss if eager or self.compiled is None else self.compiled
+        with self.precision(batch.inputs.device):
+            return function(model, batch.inputs, batch.labels)
+
+    def precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """Returns the context for forward passes: autocast, or none."""
+        if not self.mixed:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Starts the local steps of clients, with the options of ``config``.
+
+    SGD is new in each round, so that no momentum survives a round.
+    """
+
+    config: Config
+    loss: Loss = field(default_factory=Loss)
+
+    def start(self, model: nn.Module, client: Client, context: RoundContext) -> LocalRun:
+        """Prepares the round's steps of ``client``, which train ``model`` in place."""
+        config, number = self.config, context.number
+        set_training_mode(model, context.plan)
+        parameters = list(model.parameters())
+        momentum, weight_decay = config.optimizer.momentum, config.optimizer.weight_decay
+        sampler = BatchSampler(config.batch_size, config.local_steps, config.seed, config.sampling)
+        indices_EB = sampler.draw(len(client.samples), client.number, number)
+        device, params = client.samples.labels.device, None
+        if augmentation := augmentation_of(config.data):
+            params = augmentation.draw(config.seed, client.number, number, *indices_EB.shape)
+        rng = random_streams.generator(random_streams.LAYERS, config.seed, client.number, number)
+        return LocalRun(
+            model=model,
+            client=client,
+            optimizer=make_sgd(parameters, context.learning_rate, momentum, weight_decay),
+            proximal=ProximalTerm(parameters, config.client.proximal_mu),
+            normalisation=local_normalisation(model, context.plan),
+            batches_EB=send(indices_EB, device),
+            augmentation=params.to(device) if params else None,
+            layer_seeds=rng.integers(2**63, size=config.local_steps).tolist(),
+            loss_function=self.loss,
+        )
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """The steps of one client in one round, taken one at a time."""
+
+    model: nn.Module
+    client: Client
+    optimizer: torch.optim.Optimizer
+    proximal: ProximalTerm
+    normalisation: AbstractContextManager[None]
+    """The context of the steps that are not synchronised; it is entered once."""
+    batches_EB: Tensor
+    """Indices into the client's samples, on their device."""
+    augmentation: AugmentationParams | None
+    layer_seeds: Sequence[int]
+    """A seed for each step, for layers that draw at random, such as dropout."""
+    loss_function: Loss
+    losses: list[Tensor] = field(default_factory=list)
+    """The losses of the steps taken until now, 0-d each."""
+
+    def loss(self, eager: bool = False) -> Tensor:
+        """Clears the gradients and returns the loss F_k of the next step's batch, 0-d."""
+        self.optimizer.zero_grad()
+        batch = self.next_batch()
+        self.seed_layers()
+        return self.loss_function(self.model, batch, eager)
+
+    def seed_layers(self) -> None:
+        """Seeds the layers' random draws in the next step by (seed, client, round, step)."""
+        seed, device = self.layer_seeds[len(self.losses)], self.batches_EB.device
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def next_batch(self) -> Samples:
+        """Returns the samples of the next step, augmented."""
+        step = len(self.losses)
+        batch = self.client.samples[self.batches_EB[step]]
+        if self.augmentation is None:
+            return batch
+        return Samples(self.augmentation.apply(step, batch.inputs), batch.labels)
+
+    def step(self, loss: Tensor) -> None:
+        """Takes an SGD step along the gradients that the backward pass of ``loss`` has left.
+
+        A parameter without a gradient gets the gradient 0, as it does in a stack of clients.
+        """
+        for value in self.model.parameters():
+            if value.grad is None and value.requires_grad:
+                value.grad = torch.zeros_like(value)
+        self.proximal.add_to_gradients()
+        sgd_step(self.optimizer)
+        self.losses.append(loss.detach().clone())  # a CUDA graph overwrites its output
+
+    def finish(self) -> Tensor:
+        """Takes the remaining steps, each with the client's local statistics.
+
+        Returns the mean loss of all steps of the round, 0-d float64.  Frees the momentum, because a
+        rank may have many clients.
+        """
+        with self.normalisation:
+            while len(self.losses) < len(self.batches_EB):
+                loss = self.loss()
+                loss.backward()
+                self.step(loss)
+        self.optimizer.state.clear()
+        return torch.stack(self.losses).double().mean()
+
+
+class ProximalTerm:
+    """FedProx (Li et al. 2020): adds mu (w - w_0) to each gradient; w_0 are the first values."""
+
+    def __init__(self, values: Sequence[Tensor], mu: float) -> None:
+        self._values, self.mu = values, mu
+        self._first = [value.detach().clone() for value in values] if mu else []
+
+    @torch.no_grad()
+    def add_to_gradients(self) -> None:
+        """Adds the term to the values that have a gradient."""
+        for value, first in zip(self._values, self._first, strict=False):
+            if value.grad is not None:
+                value.grad.add_(value - first, alpha=self.mu)
+
+
+def set_training_mode(model: nn.Module, plan: RoundPlan) -> None:
+    """Sets training mode, but evaluation mode for BN layers with frozen statistics."""
+    model.train()
+    if plan.normaliser is Normaliser.frozen:
+        for layer in batchnorm_layers(model).values():
+            layer.eval()
+
+
+def local_normalisation(model: nn.Module, plan: RoundPlan) -> AbstractContextManager[None]:
+    """Returns the context of steps that are not synchronised: FBN and HBN keep their statistics."""
+    if plan.normaliser is Normaliser.running:
+        return fixed_global_statistics(model)
+    return nullcontext()
+
+
+def make_sgd(
+    values: Iterable[Tensor], learning_rate: float, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    """Returns torch's fused SGD; take its steps with ``sgd_step``."""
+    return torch.optim.SGD(
+        values, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+
+
+@torch.no_grad()
+def sgd_step(optimizer: torch.optim.Optimizer) -> None:
+    """Takes one step, with gradients and momentum in the memory order of their parameters.
+
+    The fused kernels (torch 2.13, CPU) read memory linearly: if a gradient lies channels first and
+    its parameter channels last, they silently mix up the values.
+    """
+    for group in optimizer.param_groups:
+        for value in group["params"]:
+            if value.grad is not None:
+                value.grad = _in_memory_order(value.grad, value)
+                state = optimizer.state[value]
+                if state.get("momentum_buffer") is not None:
+                    state["momentum_buffer"] = _in_memory_order(state["momentum_buffer"], value)
+    optimizer.step()
+
+
+def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
+    if _strides(tensor) == _strides(like):
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides of dimensions larger than 1; the other strides have no meaning."""
+    return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
