@@ -6,8 +6,6 @@ torchrun itself exits with 1 whatever its workers return.  Other commands use ``
 ``exit_codes``.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import signal
@@ -47,6 +45,8 @@ def main() -> None:
             print(f"fedtan_hpc {__version__}" if launcher_env.rank_hint() == 0 else "")
             return
         configs = compose()
+        if not configs:  # a flag such as --cfg, with which hydra only shows something
+            return
         launcher_env.detect()
         for config in configs:
             check(config)
@@ -249,5 +249,4 @@ def _exit(code: int) -> NoReturn:
 
 
 def _process_group() -> Any:
-    """Returns the module, or None if torch is not loaded yet."""
     return sys.modules.get(f"{__package__}.distributed.process_group")

@@ -1,6 +1,8 @@
-"""What every test process has: one thread, so that ranks do not fight over two cores, a short wait
-for names, as torch looks up that of every address it connects to and a lost answer costs 5 s, and
-no GPU unless one is asked for: the other tests say what CPUs do.
+"""Settings of every test process.
+
+It has one thread, so that ranks do not compete for cores.  It waits 1 s for a name server: torch
+looks up the name of every address, and a lost answer costs 5 s otherwise.  It sees no GPU unless
+the command line selects the mark ``gpu``, because all other tests check results of CPUs.
 """
 
 import os
@@ -13,6 +15,6 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests on a GPU are asked for by their mark."""
+    """Hides the GPUs, except with ``-m gpu``."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

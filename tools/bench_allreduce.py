@@ -12,8 +12,6 @@ All other words are options of the job (device, threads, comm.timeout_seconds). 
 sums as fit in about 50 ms.  Prints JSON, and a table on standard error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from bench import benchmark

@@ -10,8 +10,6 @@ the repeats, ratios are taken to alone in the same repeat.  Prints JSON, and a t
 error.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics
@@ -44,7 +42,6 @@ COLUMNS = {
     "client-steps a second": "{client_steps_per_second:.1f}",
     "time to alone": "{ratio_to_alone:.2f}",
 }
-"""Heads and formats of the table."""
 
 
 def main() -> None:
@@ -58,8 +55,7 @@ def main() -> None:
         for clients in arguments.clients
         for mode in ("alone", "sequential", "stacked")
     }
-    device = torch.device(arguments.device)
-    times = alternate(list(variants.values()), arguments.repeats, device)
+    times = alternate(list(variants.values()), arguments.repeats, torch.device(arguments.device))
     seconds = dict(zip(variants, times, strict=True))
     results = []
     for (algorithm, mode, clients), times_of_mode in seconds.items():

@@ -12,8 +12,6 @@ the process's peak after torch has been loaded; on a GPU it is torch's own peak.
 table on standard error.
 """
 
-from __future__ import annotations
-
 import resource
 import statistics
 import subprocess
@@ -61,13 +59,9 @@ def measure(
             peaks[name].append(_in_a_process(name, job_words))
         benchmark.show_progress(repeat + 1, repeats)
     medians = {name: statistics.median(values) for name, values in peaks.items()}
+    plain = medians["plain-eager"]
     return [
-        {
-            "variant": name,
-            "peak_MB": median,
-            "to_plain": median / medians["plain-eager"],
-            "all_MB": peaks[name],
-        }
+        {"variant": name, "peak_MB": median, "to_plain": median / plain, "all_MB": peaks[name]}
         for name, median in medians.items()
     ]
 

@@ -115,7 +115,6 @@ def _variants(
 
 
 def _rows(variants: Sequence[Variant], seconds: list[list[float]]) -> Iterator[dict[str, Any]]:
-    """Yields medians, and medians of the ratios within a repeat."""
     keys = [(variant.name, variant.backend, variant.compiled) for variant in variants]
     times_of = dict(zip(keys, seconds, strict=True))
 

@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
 # A real SLURM with two nodes (n1, n2) on this machine, for development and tests:
-#   tools/dev_slurm.sh start     bring it up (root; needs Debian's slurm-wlm and munge)
-#   tools/dev_slurm.sh start two_hosts    each node on one of the hosts of two_hosts.sh, which must
-#                                be up; sbatch and the like by `two_hosts.sh exec 0 sbatch ...`
+#   tools/dev_slurm.sh start     start it (needs root and Debian's slurm-wlm and munge)
+#   tools/dev_slurm.sh start two_hosts    with a node on each host of two_hosts.sh, which must run;
+#                                commands such as sbatch need `two_hosts.sh exec 0 sbatch ...`
 #   tools/dev_slurm.sh status    show its nodes; exit 1 if it is not running
-#   tools/dev_slurm.sh env       print what points sbatch and the like at it, to eval
+#   tools/dev_slurm.sh env       print a line for eval, by which sbatch and the like find it
 #   tools/dev_slurm.sh stop      cancel its jobs, end its daemons, remove its folder
-# All it writes lies in $DEV_SLURM_DIR (default: ${TMPDIR:-/tmp}/dev-slurm-UID). Its munged
-# has a key and a socket of its own there, its other daemons have their own ports.
+# It writes only to $DEV_SLURM_DIR (default: ${TMPDIR:-/tmp}/dev-slurm-UID). Its munged uses a key
+# and a socket in this folder, and its other daemons use ports that no other SLURM uses by default.
 set -euo pipefail
 
 dir=$(realpath -m -- "${DEV_SLURM_DIR:-${TMPDIR:-/tmp}/dev-slurm-$(id -u)}")
 conf=$dir/slurm.conf
 mark='# Written by dev_slurm.sh'
-export PATH=$PATH:/usr/sbin   # where the daemons are, also for those without it
+export PATH=$PATH:/usr/sbin   # the daemons may lie outside of PATH
 
 say() { echo "dev_slurm: $*"; }
 die() { say "$@" >&2; exit 1; }
 ours() { grep -qsxF "$mark" "$conf"; }
 on_two_hosts() { grep -qs '^SlurmctldHost=th-a' "$conf"; }
-# What stands before a command so that it runs on the host of n1 or n2 (n1's: everything else's).
+# Sets the words before a command that make it run on the host of n1 or n2; all daemons but the
+# slurmd of n2 run on the host of n1.
 place() {
   there=(env)
   on_two_hosts || return 0
@@ -29,15 +30,15 @@ place() {
 }
 client() { place n1 && "${there[@]}" env SLURM_CONF="$conf" timeout 10 "$@"; }
 
-# True if process $1 is a $2 with a file of our folder among its arguments, as all our daemons
-# have. A pid file alone proves nothing: its number may have a new owner.
+# True if process $1 is a $2 with a file of our folder among its arguments, which all our daemons
+# have. A pid file alone is no proof: another process may have its number.
 is_ours() {
   local words=()
   mapfile -d '' words 2>/dev/null <"/proc/$1/cmdline" || return 1
   [[ ${words[0]-} == "$2" && ${words[*]} == *[\ =]"$dir/"* ]]
 }
 
-# The pid of our daemon $1 (munged, slurmctld or the slurmds n1, n2), if it runs.
+# Prints the pid of our daemon $1 (munged, slurmctld or the slurmds n1, n2), if it runs.
 pid_of() {
   local pid
   pid=$(cat "$dir/$1.pid" 2>/dev/null) && is_ours "$pid" "${1/#n[12]/slurmd}" && echo "$pid"
@@ -45,11 +46,11 @@ pid_of() {
 
 is_up() { for name in munged slurmctld n1 n2; do pid_of "$name" >/dev/null || return 1; done; }
 
-# Another SLURM here, or one that the environment points at, is somebody's: leave it alone.
+# Refuses to work beside another SLURM on this machine or in the environment.
 refuse_foreign() {
   [[ ${SLURM_CONF:-$conf} == "$conf" ]] || die "SLURM_CONF is $SLURM_CONF, not ours: nothing done"
   for proc in /proc/[0-9]*; do
-    mapfile -d '' words 2>/dev/null <"$proc/cmdline" || continue   # already gone
+    mapfile -d '' words 2>/dev/null <"$proc/cmdline" || continue   # the process has ended
     [[ ${words[0]-} =~ (^|/)slurm(ctl)?d$ && ${words[*]} != *[\ =]"$dir/"* ]] || continue
     die "${words[0]} (pid ${proc#/proc/}) runs and is not ours: nothing done"
   done
@@ -77,10 +78,10 @@ make_folder() {
   if [[ ${1-} == two_hosts ]]; then
     first='th-a NodeAddr=198.18.97.1' second='th-b NodeAddr=198.18.97.2' master='th-a(198.18.97.1)'
   fi
-  # Nothing here uses cgroups; without this line slurmd looks for a mounted file system of them.
+  # No plugin here uses cgroups; without this line slurmd looks for their mounted file system.
   echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf"
-  # config_overrides: the nodes have what is written here on a machine of any size (nothing
-  # limits memory). cred_expire: how long a requeued job waits (else 120 s).
+  # config_overrides: a node has the CPUs and the memory of this file, on a machine of any size
+  # (no limit on memory is enforced). cred_expire: seconds that a requeued job waits (default 120).
   cat >"$conf" <<END
 $mark
 ClusterName=dev
@@ -111,9 +112,9 @@ PartitionName=preempt Nodes=n[1-2] MaxTime=UNLIMITED PriorityTier=1 GraceTime=30
 END
 }
 
-# Start daemon $1 unless it runs. In the foreground of a session of its own: so its pid is
-# known at once, no signal meant for us reaches it, and it keeps no lock or pipe of ours open.
-# (Its own pid file is another: it removes that well before it ends.)
+# Starts daemon $1 unless it runs. It runs in the foreground of a new session: its pid is known at
+# once, it gets no signal that is sent to us, and it keeps no lock or pipe of ours open. The
+# daemon's own pid file does not serve: the daemon removes it long before it ends.
 launch() {
   local command=(slurmd -D -f "$conf" -N "$1")
   [[ $1 != slurmctld ]] || command=(slurmctld -D -f "$conf")
@@ -128,7 +129,7 @@ launch() {
   disown
 }
 
-# Start what does not run, and wait until both nodes answer: idle, or busy with a job that
+# Starts the missing daemons, and waits until both nodes answer: idle, or busy with a job that has
 # outlived its daemons.
 bring_up() {
   for name in munged slurmctld n1 n2; do
@@ -147,7 +148,7 @@ bring_up() {
   return 1
 }
 
-# Cancel the jobs, wait for their end (KillWait and a little), end the daemons.
+# Cancels the jobs, waits for their end (KillWait and some seconds), and ends the daemons.
 shut_down() {
   local pid
   if pid_of slurmctld >/dev/null; then
@@ -184,7 +185,7 @@ stop() {
   refuse_foreign
   if ! ours; then say "not running"; return; fi
   need_packages_and_root
-  is_up || bring_up || true   # jobs outlive their daemons, which it takes to cancel them
+  is_up || bring_up || true   # cancelling jobs, which outlive daemons, needs the daemons
   shut_down
   say "stopped"
 }

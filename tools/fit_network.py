@@ -16,8 +16,6 @@ and for the backend to wake up.  One rank sends nothing, and its file has no net
 hold for the links between these ranks: start one rank a node to fit the links between nodes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,18 +46,13 @@ def run(words: Sequence[str]) -> None:
     timings, networks = network_fit.measure(config, backends, ranks, repeats)
     if is_first:
         sums.print_table(timings)
-        _write(out, networks, benchmark.setting(config, repeats=repeats), timings)
+        setting = benchmark.setting(config, repeats=repeats)
+        _write(out, networks, {"setting": setting, "timings": list(timings)})
 
 
-def _write(
-    out: Path,
-    networks: Sequence[Network],
-    setting: Mapping[str, Any],
-    timings: Sequence[Mapping[str, Any]],
-) -> None:
-    """Writes the file, and prints its networks."""
+def _write(out: Path, networks: Sequence[Network], more: Mapping[str, Any]) -> None:
     with options.written(out):
-        network_model.write(out, networks, setting=setting, timings=list(timings))
+        network_model.write(out, networks, **more)
     for network in networks:
         print(_line_on(network))
     print(f"file: {out}" if networks else f"file: {out}, without a network: one rank sends nothing")

@@ -3,16 +3,9 @@
 python tools/options_table.py
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from fedtan_hpc.config import help
-
-
-def main() -> None:
-    """Prints the table."""
-    print("\n".join(rows()))
 
 
 def rows() -> Iterator[str]:
@@ -25,4 +18,4 @@ def rows() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(rows()))

@@ -18,8 +18,6 @@ paper's three float32 messages a layer; fedavg; centralised.  Messages are the j
 the model of tools/scaling/network_model.py, and nothing overlaps.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Sequence
@@ -111,7 +109,6 @@ def _compute_seconds(word: str | None) -> float | None:
 
 
 def _networks(word: str) -> list[Network]:
-    """Returns the networks of all names and files."""
     networks = []
     for name in options.values(word, "[nvlink_ndr,network.json]"):
         networks += [PRESETS[name]] if name in PRESETS else _from_file(str(name))

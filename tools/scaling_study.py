@@ -15,8 +15,6 @@ clients of each rank (weak).  Finished runs are kept, so that an interrupted stu
 Writes ``scaling.csv``, ``scaling.md`` and ``scaling.png``.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +101,6 @@ def plan(words: Sequence[str]) -> Study:
 
 
 def _one_of(tool_options: Mapping[str, str], name: str, known: Sequence[str]) -> str:
-    """Returns the value of an option; the first of ``known`` is the default."""
     value = tool_options.get(name, f"{name}={known[0]}").partition("=")[2]
     if value not in known:
         remedy = "choose one of these"

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# Two hosts on this machine, for development and tests: network namespaces with names and addresses
-# of their own, joined by a link (a veth pair) whose rate can be set and which can be cut.
-#   tools/two_hosts.sh start [RATE]          make them; RATE as tc takes it (100mbit), else no limit
-#   tools/two_hosts.sh exec 0|1 COMMAND...   run it in one; it sees the addresses as HOST0, HOST1,
-#                                            and the names th-a and th-b resolve
+# Two hosts on this machine, for development and tests: two network namespaces, each with a name
+# and an address, and a link between them (a veth pair) with a rate that can be set.
+#   tools/two_hosts.sh start [RATE]          create both; RATE is in tc's units (100mbit), default
+#                                            no limit
+#   tools/two_hosts.sh exec 0|1 COMMAND...   run a command on one host; HOST0 and HOST1 have the
+#                                            addresses, and the names th-a and th-b resolve
 #   tools/two_hosts.sh link up|down          restore the link, or cut it
-#   tools/two_hosts.sh rate RATE|none        set its rate, in each direction
-#   tools/two_hosts.sh status                show both; exit 1 if they are not there
-#   tools/two_hosts.sh stop                  end the processes inside by SIGTERM, remove all
-# It needs root and iproute2 (else exit 2). Files and CPUs are shared, the machine's network is not.
+#   tools/two_hosts.sh rate RATE|none        set the rate of the link, in each direction
+#   tools/two_hosts.sh status                show both hosts; exit 1 if they do not exist
+#   tools/two_hosts.sh stop                  end their processes by SIGTERM, and remove them
+# Needs root and iproute2 (else exit 2). The hosts share files and CPUs with this machine, and have
+# no access to its network.
 set -euo pipefail
 
 names=(th-a th-b)
-addresses=(198.18.97.1 198.18.97.2)   # of the range that is set aside for tests between hosts
-link=th0                              # in both: each has its end
+addresses=(198.18.97.1 198.18.97.2)   # in the range reserved for tests between hosts
+link=th0                              # the name of the link's end on each host
 mark='made by two_hosts.sh'
-export PATH=$PATH:/usr/sbin:/sbin     # where ip and tc are, also for those without it
+export PATH=$PATH:/usr/sbin:/sbin     # ip and tc may lie outside of PATH
 
 say() { echo "two_hosts: $*"; }
 die() { say "$@" >&2; exit 1; }
@@ -28,13 +30,14 @@ need_iproute_and_root() {
   [[ -z $lack ]] || { say "${lack% }" >&2; exit 2; }
 }
 
-# What is ours bears a mark, so that nobody else's is touched: a namespace as its loopback's alias
-# (a file beside it could outlive it), a folder of /etc/netns as the first line of its hosts.
+# A mark tells what this script has created, so that it leaves everything else alone. A namespace
+# has it as the alias of its loopback (a file could outlive the namespace), and a folder in
+# /etc/netns has it as the first line of its file hosts.
 is_ours() { [[ -e /run/netns/$1 && $(ip -n "$1" link show lo) == *"alias $mark"* ]]; }
 files_are_ours() { grep -qsxF "# $mark" "/etc/netns/$1/hosts"; }
 pids_inside() { for name in "${names[@]}"; do ! is_ours "$name" || ip netns pids "$name"; done; }
 
-is_up() {   # the address of the second end comes last
+is_up() {   # build sets the address of the second end last
   is_ours th-a && is_ours th-b && [[ $(ip -n th-b addr show) == *"$link@"*"inet ${addresses[1]}"* ]]
 }
 
@@ -47,7 +50,7 @@ refuse_foreign() {
 
 set_rate() {
   for name in "${names[@]}"; do
-    # The burst is small against a message of some MB.
+    # The burst is much smaller than a message of a few MB.
     if [[ $1 != none ]]; then
       tc -n "$name" qdisc replace dev "$link" root tbf rate "$1" burst 128kb latency 50ms
     elif [[ $(tc -n "$name" qdisc show dev "$link") == *tbf* ]]; then
@@ -58,20 +61,20 @@ set_rate() {
 
 set_link() { for name in "${names[@]}"; do ip -n "$name" link set "$link" "$1"; done; }
 
-tear_down() {   # the link goes with its namespaces
+tear_down() {   # removing the namespaces removes the link
   for name in "${names[@]}"; do
     ! is_ours "$name" || ip netns del "$name"
     ! files_are_ours "$name" || rm -r "/etc/netns/$name"
   done
-  rmdir /etc/netns 2>/dev/null || true   # unless it holds others'
+  rmdir /etc/netns 2>/dev/null || true   # keeps the folder if it has other files
 }
 
 build() {
   for name in "${names[@]}"; do
     ip netns add "$name"
     ip -n "$name" link set lo up alias "$mark"
-    # `ip netns exec` shows these in the place of the files in /etc. No name server is in reach:
-    # the machine's resolv.conf would make a look-up of what hosts lacks take ten seconds and more.
+    # `ip netns exec` shows these files in place of those in /etc. The hosts reach no name server:
+    # with the machine's resolv.conf, a name that is not in hosts would take over ten seconds.
     mkdir -p "/etc/netns/$name"
     printf '%s\n' "# $mark" "${addresses[0]} th-a" "${addresses[1]} th-b" >"/etc/netns/$name/hosts"
     cat /etc/hosts >>"/etc/netns/$name/hosts"
@@ -96,8 +99,8 @@ start() {
 stop() {
   refuse_foreign
   is_ours th-a || is_ours th-b || files_are_ours th-a || { say "not running"; return; }
-  pids_inside | xargs -r kill -TERM 2>/dev/null || true   # some may just have ended
-  SECONDS=0   # torchrun gives its ranks 30 s
+  pids_inside | xargs -r kill -TERM 2>/dev/null || true   # some may have ended since
+  SECONDS=0   # torchrun waits 30 s for its ranks
   while [[ -n $(pids_inside) ]] && ((SECONDS < 40)); do sleep 0.2; done
   if [[ -n $(pids_inside) ]]; then
     pids_inside | xargs -r ps -o pid=,args= -p >&2 || true
@@ -121,8 +124,8 @@ run() {
   local name=${names[$1]}
   export HOST0=${addresses[0]} HOST1=${addresses[1]}
   export GLOO_SOCKET_IFNAME=$link NCCL_SOCKET_IFNAME=$link
-  # The host's own name resolves to its address on the link: so torchrun knows which host is the
-  # rendezvous's, and nobody takes 127.0.0.1 for an address that others reach.
+  # The host name resolves to the address on the link. torchrun thus recognises the host of the
+  # rendezvous, and no process gives 127.0.0.1 to the other host as its address.
   # shellcheck disable=SC2016
   exec ip netns exec "$name" unshare --uts \
     sh -c 'echo "$0" >/proc/sys/kernel/hostname && exec "$@"' "$name" "${@:2}"

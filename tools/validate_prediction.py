@@ -13,8 +13,6 @@ kinds of rounds: all ranks train alone at the same time, which gives the time of
 fedavg and centralised rounds, which it predicts.  Prints JSON, and a table on standard error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from bench import benchmark
@@ -32,10 +30,9 @@ _COLUMNS = {
     "method": "{method}",
     "predicted, ms": "{predicted_ms:.1f}",
     "measured, ms": "{measured_ms:.1f}",
-    "error": "{error:+.1%}",
-    "waiting, ms": "{terms_ms[waiting]:.1f}",
+    "error, %": "{error:+.1%}",
+    "waiting": "{terms_ms[waiting]:.1f}",
 }
-"""Heads and formats of the table."""
 
 
 def run(words: Sequence[str]) -> None:

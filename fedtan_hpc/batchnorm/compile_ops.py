@@ -9,8 +9,6 @@ stands for each layer and for each of its calls.
 Shapes: x and y (N, C) or (N, C, ...).
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable

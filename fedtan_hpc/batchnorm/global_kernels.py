@@ -17,8 +17,6 @@ stacked clients, also in local steps with padded batches, where a call shares no
 Shapes: x, y, g (N, K C, ...), the channels of K clients side by side; n_k values per channel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,7 +132,6 @@ def _input_derivative(g: Tensor, x: Tensor, coefficients: Sequence[Tensor]) -> T
 
 
 def _counts(x: Tensor, call: LayerCall) -> Sequence[int]:
-    """Returns the values per channel of each client, without padding."""
     per_sample = x.shape[2:].numel()
     return [size * per_sample for size in call.sizes or [len(x)]]
 

@@ -4,8 +4,6 @@
 functions at the end.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

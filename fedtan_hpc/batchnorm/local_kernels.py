@@ -5,8 +5,6 @@
 Shapes: x and g (N, K C, ...), the channels of K clients side by side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

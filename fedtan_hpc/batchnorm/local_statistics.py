@@ -5,8 +5,6 @@
 Shapes: K clients, N samples of the largest batch, C channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -131,7 +131,6 @@ def _idle_thread() -> _Thread:
 
 
 def _random_states() -> list[tuple[torch.Generator, Tensor]]:
-    """Returns the generators of the CPU and the current GPU, with their states."""
     generators = [torch.default_generator]
     if torch.cuda.is_initialized():
         generators.append(torch.cuda.default_generators[torch.cuda.current_device()])

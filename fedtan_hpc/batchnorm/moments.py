@@ -5,8 +5,6 @@
 Shapes: x and g (N, K C, ...), the channels of K clients side by side; results (K, C).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

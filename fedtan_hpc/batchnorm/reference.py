@@ -3,8 +3,6 @@
 Slow and short, as the definition reads: the tests compare ``global_kernels`` with it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ ordinary average of the models makes them the server-side moving average of all 
 moments.  ``job.setup`` converts the layers; ``training`` opens the context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -40,7 +38,6 @@ class RunningBatchNorm(FedTANBatchNorm):
         return self._normalise(wide, mean_C, variance_C).to(x.dtype)
 
     def _normalise(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
-        """Ignores the moments of the batch."""
         mean, variance = self._fixed_moments(x)
         return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
 

@@ -8,8 +8,6 @@ statistics (``global_kernels``) or those of each client's batch (``local_kernels
 Shapes: x and y (N, C) or (N, C, ...) for each client, folded (N, K C, ...).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 ``plan`` turns a row and the options into the plan of one round.  Used by ``training`` and ``job``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import Enum, auto
 

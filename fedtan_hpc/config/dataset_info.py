@@ -1,7 +1,5 @@
 """Sizes of data sets, for the checks of the options and for the data room."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from .enums import DataName

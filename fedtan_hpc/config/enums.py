@@ -1,7 +1,5 @@
 """The choices of options that have a fixed set of names.  Used by ``schema`` and all rooms."""
 
-from __future__ import annotations
-
 from enum import Enum
 
 

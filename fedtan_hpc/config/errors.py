@@ -1,5 +1,7 @@
 """Errors that users see: mistakes in the options, and runs that fail or stop."""
 
+from collections.abc import Callable, Iterable
+
 
 class ConfigError(ValueError):
     """One or more mistakes in the options, one line each, found before training starts.
@@ -53,3 +55,15 @@ def format_option_error(option: str, value: object, allowed: str, remedy: str) -
 def one_line(error: BaseException) -> str:
     """Returns type and message of ``error`` on one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def check_together(checks: Iterable[Callable[[], None]]) -> None:
+    """Makes all checks; raises one ``ConfigError`` with all their mistakes, equal ones once."""
+    mistakes: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            mistakes |= dict.fromkeys(error.mistakes)
+    if mistakes:
+        raise ConfigError(*mistakes)

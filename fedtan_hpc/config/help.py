@@ -3,8 +3,6 @@
 Used by ``--help``, by the README's table of options and by error messages.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import shutil

@@ -3,8 +3,6 @@
 Used by the command line and, for options that are given from Python, by ``job.run``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -82,7 +80,6 @@ def unknown(option: str, value: object = None, schema: type[Config] = Config) ->
 
 
 def _mistake_in_file(error: Exception, cause: BaseException, schema: type[Config]) -> str:
-    """Explains a mistake in a YAML file of the user."""
     option = str(getattr(cause, "full_key", None) or "")
     if option == "experiment" or "@experiment." in str(error):
         return f"its options would be those of experiment, which has none; {_PACKAGE}"

@@ -3,8 +3,6 @@
 ``help`` makes ``--help`` and the README's table from the docstrings below the fields.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, field
 from enum import Enum

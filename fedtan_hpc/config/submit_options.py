@@ -1,7 +1,5 @@
 """Options that say how a job is submitted to a cluster, and their checks.  Used by ``launch``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 

@@ -3,8 +3,6 @@
 Tables hold the rules for single options; ``validate_*`` check options that depend on each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from operator import attrgetter

@@ -3,8 +3,6 @@
 Used by ``validate``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
@@ -36,7 +34,6 @@ def data_mistakes(config: Config) -> Iterator[str]:
 
 
 def _synthetic(data: DataConfig) -> Iterator[str]:
-    """Checks the sizes of synthetic data."""
     if data.name is not DataName.synthetic:
         return
     train, test, shape, classes = data.full_info()
@@ -70,7 +67,6 @@ def _subsets(data: DataConfig) -> Iterator[str]:
 
 
 def _images(data: DataConfig) -> Iterator[str]:
-    """Checks the folder, the normalisation and the augmentation."""
     shape = data.info().shape
     if data.root is not None and data.name in _WITHOUT_FILES:
         allowed = f"null with data={data.name}, which has no files"
@@ -90,7 +86,6 @@ def _images(data: DataConfig) -> Iterator[str]:
 
 
 def _strength(partition: PartitionConfig) -> Iterator[str]:
-    """Checks the strength of a feature shift."""
     strength = partition.strength
     if partition.shift is ShiftName.intensity:
         valid = strength is None or 1 <= strength <= 1000

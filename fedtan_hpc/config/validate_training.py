@@ -3,8 +3,6 @@
 Used by ``validate``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from difflib import get_close_matches
 
@@ -47,7 +45,6 @@ def _network(config: Config) -> Iterator[str]:
 
 
 def _builtin(config: Config) -> Iterator[str]:
-    """Checks the name of a network of this package, and the size of its images."""
     name, names = config.model.name, [str(choice) for choice in ModelName]
     if name not in names:
         near = [f"use model={close}" for close in get_close_matches(name, names, n=1)]
@@ -62,7 +59,6 @@ def _builtin(config: Config) -> Iterator[str]:
 
 
 def _steps(config: Config) -> Iterator[str]:
-    """Checks the synchronised steps of fedtan and the switch round of fixbn."""
     steps, switch = config.algorithm.synchronised_steps, config.algorithm.switch_round
     if steps is not None and not 0 <= steps <= max(config.local_steps, 1):
         allowed = f"0 to local_steps, {config.local_steps}"
@@ -75,7 +71,6 @@ def _steps(config: Config) -> Iterator[str]:
 
 
 def _norm(config: Config) -> Iterator[str]:
-    """Checks what the BN layers become."""
     algorithm, groups = ALGORITHMS[config.algorithm.name], config.algorithm.groups
     norm = config.model.norm or algorithm.norm
     if norm is not algorithm.norm and not algorithm.any_norm:

@@ -3,8 +3,6 @@
 Used by ``training`` and ``evaluation``; ``job`` creates the store.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import dataclass
 

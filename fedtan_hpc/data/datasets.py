@@ -3,8 +3,6 @@
 ``load`` is used by ``job`` and ``reporting``.  Shapes: N samples of C channels and H x W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +54,6 @@ def load(config: DataConfig, seed: int) -> Dataset:
 
 
 def _images(config: DataConfig, seed: int) -> Dataset:
-    """Reads images from files; keeps the bytes of the samples in use, training before test."""
     pixels_NCHW, labels_N = image_files.read(config)
     info = KNOWN_DATASETS[config.name]
     train, test = np.split(np.arange(len(labels_N)), [info.train])
@@ -151,7 +148,6 @@ def _split(labels_N: Indices, seed: int) -> tuple[Indices, Indices]:
 def _subsets(
     config: DataConfig, labels_N: Indices, train: Indices, test: Indices, seed: int
 ) -> tuple[Indices, Indices]:
-    """Draws as many training and test samples as the options ask for."""
     if config.train_samples is not None:
         rng = random_streams.generator(random_streams.TRAIN_SUBSET, seed)
         train = train[_stratified(labels_N[train], config.train_samples, rng)]

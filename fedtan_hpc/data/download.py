@@ -3,8 +3,6 @@
 Used by ``job``, in one process of each machine.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

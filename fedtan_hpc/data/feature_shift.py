@@ -3,8 +3,6 @@
 Used by ``client_store``; ``job`` creates the shift.  Shapes: N samples, C channels, H x W pixels.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

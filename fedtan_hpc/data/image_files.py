@@ -3,8 +3,6 @@
 Shapes: N samples of C channels and H x W pixels.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

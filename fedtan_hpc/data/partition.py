@@ -5,8 +5,6 @@ once, and every client has at least ``MINIMUM_SAMPLES``.  Used by ``job`` and ``
 Shapes: N training samples.
 """
 
-from __future__ import annotations
-
 import heapq
 from typing import TypeAlias
 

@@ -3,8 +3,6 @@
 ``process_group.start`` opens the channel; ``watchdog`` uses it.  No torch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -4,8 +4,6 @@ On a GPU a collective returns to the host before it is done.  CUDA events cost n
 their times are read once the GPU has passed them.  ``collectives`` times, the trainer reads.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Every room that exchanges tensors calls these.  In a single process without a pr
 function returns what one rank alone would receive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from . import collective_timer
 from .counters import MAX_EXCHANGE_BYTES, collective, training_traffic, waiting
-from .process_group import Group, is_started, rank, world_size
+from .process_group import Group, is_started, world_size
 
 
 def sum_for_training(
@@ -60,7 +58,6 @@ def _sum(message: Tensor, group: Group = None) -> None:
 
 
 def _join(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    """Calls and counts a collective; does nothing without a process group."""
     if is_started():
         with collective():
             function(*arguments, **options)
@@ -105,13 +102,6 @@ def all_gather_object(value: Any) -> list[Any]:
     gathered = [value] * world_size()
     _join(dist.all_gather_object, gathered, value)
     return gathered
-
-
-def gather_to_rank_0(message: Tensor) -> list[Tensor]:
-    """Returns on rank 0 what ``all_gather`` returns, and an empty list on the other ranks."""
-    gathered = [message.clone() for _ in range(world_size())] if rank() == 0 else None
-    _join(dist.gather, message, gathered, dst=0)
-    return gathered or []
 
 
 def broadcast_object(value: Any) -> Any:

@@ -1,7 +1,5 @@
 """The check that all ranks hold the same model, bit by bit; the trainer calls it."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

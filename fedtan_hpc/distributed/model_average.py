@@ -4,8 +4,6 @@
 ``ModelSum``.  The names of a model's tensors are here too, for all rooms above.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

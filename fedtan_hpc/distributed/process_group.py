@@ -3,8 +3,6 @@
 Jobs start and stop it; every room that exchanges tensors asks for rank and world size.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys
@@ -47,7 +45,7 @@ def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> C
     limit = timedelta(seconds=_TIMEOUT_FACTOR * timeout_seconds)
     if backend == "mpi":
         _mpi().init_process_group()
-        return _open_channel(_rank_0_endpoint(rank), serves=rank == 0)
+        return _open_channel(_rank_0_endpoint(rank), "fedtan_hpc", serves=rank == 0)
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         by_mpirun = launcher_env.detect().launcher in launcher_env.MPI_LAUNCHERS
         endpoint = _rank_0_endpoint(rank) if by_mpirun else rendezvous.master_endpoint()
@@ -61,9 +59,7 @@ def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> C
     return _open_channel((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), prefix)
 
 
-def _open_channel(
-    endpoint: tuple[str, str], prefix: str = "fedtan_hpc", serves: bool = False
-) -> Channel:
+def _open_channel(endpoint: tuple[str, str], prefix: str, serves: bool = False) -> Channel:
     """Connects to the store at ``endpoint``; the rank that ``serves`` starts it first."""
     options = {"wait_for_workers": False, "timeout": timedelta(seconds=_CHANNEL_SECONDS)}
     host, port = endpoint[0], int(endpoint[1])

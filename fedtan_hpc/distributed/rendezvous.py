@@ -3,8 +3,6 @@
 ``process_group`` uses them where the launcher sets no MASTER_ADDR.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

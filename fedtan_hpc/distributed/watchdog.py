@@ -5,8 +5,6 @@ how many collectives it has begun.  When one rank has waited too long, the ranks
 fewer collectives are those that hang.  A job starts the watchdog.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

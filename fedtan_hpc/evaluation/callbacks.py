@@ -4,8 +4,6 @@
 own code are callbacks.  Loads without torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

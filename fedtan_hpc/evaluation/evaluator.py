@@ -5,8 +5,6 @@ the global model.  It covers ``eval_clients`` of the clients that have ever been
 other clients are not trained.  Used by ``job``.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass

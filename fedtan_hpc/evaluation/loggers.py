@@ -3,8 +3,6 @@
 The display is a progress bar on a terminal, plain lines elsewhere, and a table at the end.
 """
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from dataclasses import asdict

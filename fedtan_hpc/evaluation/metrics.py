@@ -3,8 +3,6 @@
 Shapes: C classes, K clients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

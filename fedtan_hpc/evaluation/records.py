@@ -1,7 +1,5 @@
 """What a run reports: a record of each round, and a summary at the end.  Loads without torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,7 +1,5 @@
 """Makes the callbacks of the option ``callbacks``, calls all callbacks, and names what fails."""
 
-from __future__ import annotations
-
 import errno
 import sys
 from collections.abc import Iterator, Sequence

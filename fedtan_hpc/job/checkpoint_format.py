@@ -8,8 +8,6 @@ loads with torch's ``weights_only=True``, which runs no code from the file.  The
 written last.  ``checkpoint_writer`` writes these files and ``resume`` reads them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re
@@ -117,7 +115,6 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Returns the SHA-256 of all values in their order."""
     digest = hashlib.sha256()
     for value in _leaves(content):
         if isinstance(value, Tensor):

@@ -4,8 +4,6 @@ Each rank writes its private client states at once.  Rank 0 copies everything el
 while the next rounds run.
 """
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field

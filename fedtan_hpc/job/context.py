@@ -1,7 +1,5 @@
 """What a rank knows when its run starts: options, rank, device and folder; its process group."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ class RunContext:
     """When ``run`` was called, by ``time.perf_counter``."""
 
     @classmethod
-    def of(cls, config: Config, started: float) -> RunContext:
+    def of(cls, config: Config, started: float) -> "RunContext":
         """Finds out rank and device; raises ``ConfigError`` if the machine lacks what is asked for.
 
         The ranks are those of a process group that the caller has started, else the launcher's.

@@ -1,7 +1,5 @@
 """Makes, converts and runs the network on two samples before any data loads.  Used by ``run``."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -143,7 +141,6 @@ def _check_group(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _network_error(config: Config, allowed: str, remedy: str) -> ConfigError:
-    """Returns an error of the option that chose the network."""
     model = config.model
     is_target = model.source is ModelSource.target
     option, value = ("model.target", model.target) if is_target else ("model.name", model.name)

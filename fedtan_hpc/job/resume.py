@@ -1,7 +1,5 @@
 """Continues an interrupted run: chooses the checkpoint, and loads it on every rank."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -140,7 +138,6 @@ def _newest_whole(folder: Path, renames: bool = False) -> tuple[Path, dict[str, 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint and checks all its shards."""
     try:
         content = checkpoint_format.read(path)
         for digests in content["shards"]:
@@ -162,7 +159,6 @@ def _check_same(content: dict[str, Any], config: Config, which: str) -> None:
 
 
 def _history(path: Path, number: int) -> list[RoundRecord]:
-    """Reads the records of rounds 1 to ``number`` from the run of the checkpoint ``path``."""
     source = path.resolve().parent.parent / "rounds.jsonl"
     known = {field.name for field in fields(RoundRecord)}
     records: dict[int, RoundRecord] = {}

@@ -1,7 +1,5 @@
 """The losses of a round's participants, which every rank learns so that all ranks stop together."""
 
-from __future__ import annotations
-
 import math
 import signal
 from collections.abc import Mapping, Sequence
@@ -55,7 +53,6 @@ class RoundLosses:
         return float(sum(self.weights[client] * loss for client, loss in loss_of.items()))
 
     def _with_bad_samples(self) -> list[int]:
-        """Returns the participants whose inputs are not all finite."""
         is_bad = [~client.samples.inputs.isfinite().all() for client in self.clients]
         counts = collectives.sum_as_list(self._message(is_bad))
         return [client for client, count in zip(self.weights, counts, strict=True) if count]

@@ -1,7 +1,5 @@
 """A whole job: from the options to a trained model and its summary."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -146,7 +144,6 @@ def _begin(run: RunContext) -> tuple[list[RoundCallback], Resumption]:
 def _train(
     run: RunContext, observers: list[RoundCallback], resumption: Resumption, stop: StopRequest
 ) -> Summary:
-    """Prepares the data and the model, trains, and writes the result."""
     _agreed(run.rank_info.local_rank == 0, lambda: fetch(run.config.data))
     trainer = prepare(run.config, run.placement)
     trainer.stop = stop
@@ -193,7 +190,6 @@ def _agreed(calls: bool, function: Callable[[], Result]) -> Result | None:
 
 @contextmanager
 def _noting_failures(folder: Path) -> Iterator[None]:
-    """Writes into the folder why a run ended early."""
     try:
         yield
     except Exception as error:

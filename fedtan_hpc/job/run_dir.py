@@ -12,8 +12,6 @@ failure.json   why the run ended early; removed when it continues
 interrupted-N/ files of an unfinished run that was here before this one began anew
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import itertools
@@ -160,7 +158,6 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[str]:
-    """Returns the dotted names of options whose values differ."""
     differing = set()
     for key in a.keys() | b.keys():
         left, right = a.get(key), b.get(key)
@@ -172,7 +169,6 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
 
 
 def _set_aside(folder: Path) -> None:
-    """Moves the files of an unfinished run into ``interrupted-N``."""
     # Checkpoints first: they are useless in a folder without rounds.jsonl.
     names = ("checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "clients.pt")
     paths = [folder / name for name in names] + list(folder.glob("events.*"))

@@ -3,8 +3,6 @@
 ``job.run`` calls ``prepare``; benchmarks and tests build parts with ``network`` and ``host``.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
@@ -28,16 +26,12 @@ from ..training import compile_step
 from ..training.client_runners import ClientModels, make_runners
 from ..training.client_state import PrivateStates
 from ..training.cohort import Cohort
-from ..training.local_step import LocalTraining, Loss
+from ..training.local_step import Loss
 from ..training.memory_budget import MemoryBudget
 from ..training.server_optimizer import ServerOptimizer
 from .trainer import Trainer
 
-DTYPES = {
-    PrecisionName.float32: torch.float32,
-    PrecisionName.bfloat16: torch.float32,
-    PrecisionName.float64: torch.float64,
-}
+DTYPES = dict.fromkeys(PrecisionName, torch.float32) | {PrecisionName.float64: torch.float64}
 """Type of model and data; bfloat16 is the type of autocast only."""
 
 
@@ -91,7 +85,7 @@ def host(
     private = ALGORITHMS[config.algorithm.name].private
     budget = MemoryBudget(model, dummy, config, ranks_per_device)
     states = PrivateStates(model, private, budget.leaves_room_for)
-    models = ClientModels(model, LocalTraining(config, loss), states)
+    models = ClientModels(model, config, loss, states)
     untrained = {ParameterGroup.statistics, ParameterGroup.buffers}
     trained = TensorFilter(model, set(ParameterGroup) - untrained - private)
     server = ServerOptimizer(config.server, trained)

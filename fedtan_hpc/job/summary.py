@@ -1,7 +1,5 @@
 """What a run leaves at its end: the global model, the clients' private states and the summary."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource
@@ -73,7 +71,7 @@ def summarise(
         },
         run_dir=str(run.run_dir),
         machine=machine(device),
-        compile_seconds=trainer.cohort.training.loss.compile_seconds,
+        compile_seconds=trainer.cohort.loss.compile_seconds,
         phases=phases(records[len(resumption.history) :], device),
         resumed_after=resumption.resumed_after,
         **figures,  # of the last evaluation
@@ -116,7 +114,6 @@ def phases(records: Sequence[RoundRecord], device: torch.device) -> dict[str, fl
 
 
 def _by_phase(times_PR4: Tensor) -> Tensor:
-    """Returns means over the P ranks, (rounds, phases)."""
     total, statistics, average, evaluation = times_PR4.unbind(-1)
     compute = total - statistics - average
     transfer = (statistics + average).amin(0)

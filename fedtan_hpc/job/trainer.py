@@ -1,7 +1,5 @@
 """The round loop: the numbered steps of a round, on each rank."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -120,7 +118,6 @@ class Trainer:
         return self.store.host({client: weights[client] for client in hosted[process_group.rank()]})
 
     def _learning_rate(self, number: int) -> float:
-        """Returns lr times gamma for each milestone before round ``number``."""
         schedule = self.config.lr_schedule
         passed = sum(1 for milestone in schedule.milestones if milestone < number)
         return self.config.optimizer.lr * schedule.gamma**passed

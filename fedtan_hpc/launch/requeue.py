@@ -10,14 +10,12 @@ lost before the ranks have met.
 - A job that ``scancel`` ends is not queued again.
 """
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 
 
 def script() -> str:
-    """Return the text of ``train.sbatch``: of slurm/ in a checkout, of this folder in a wheel."""
+    """Returns the text of ``train.sbatch``: of slurm/ in a checkout, of this folder in a wheel."""
     here = Path(__file__).resolve().parent
     path = here / "train.sbatch"
     if not path.exists():
@@ -26,7 +24,7 @@ def script() -> str:
 
 
 def setup_lines(folder: Path) -> list[str]:
-    """Return the lines before srun.
+    """Returns the lines before srun.
 
     ``folder`` is the folder of the job's logs, which all nodes see.  In the part of its name from
     the first ``%`` on SLURM puts in the number of the job, so only the folders above are used.
@@ -37,7 +35,7 @@ def setup_lines(folder: Path) -> list[str]:
 
 
 def teardown_lines() -> list[str]:
-    """Return the lines after srun, which end the script with srun's exit code."""
+    """Returns the lines after srun, which end the script with srun's exit code."""
     return ["code=$?", *_lines("requeue-teardown")]
 
 

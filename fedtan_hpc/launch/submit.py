@@ -8,35 +8,29 @@ A job has the environment that is active at submission.  ``--script`` prints tra
 ``sbatch`` by hand.
 """
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 
 from .. import cli
-from ..config.errors import ConfigError
+from ..config.errors import check_together
 from ..config.submit_options import SubmitConfig, check_launch
 from ..config.validate import check
 from . import requeue
 
 
 def main() -> None:
-    """Check all options, submit the jobs, and print a line for each."""
+    """Checks all options, submits the jobs, and prints a line for each."""
     with cli.exit_codes("submit"):
         if sys.argv[1:] == ["--script"]:
             print(requeue.script(), end="")
             return
         cli.import_from_current_folder()
         configs = cli.compose_as(SubmitConfig, "submit")
-        mistakes: dict[str, None] = {}
-        for config in configs:
-            for examine in (partial(check, config.job()), partial(check_launch, config.launch)):
-                try:
-                    examine()
-                except ConfigError as error:
-                    mistakes |= dict.fromkeys(error.mistakes)
-        if mistakes:
-            raise ConfigError(*mistakes)
+        if not configs:  # a flag such as --cfg, with which hydra only shows something
+            return
+        jobs = (partial(check, config.job()) for config in configs)
+        launches = (partial(check_launch, config.launch) for config in configs)
+        check_together([*jobs, *launches])
         cli.check_folders(configs)
         from . import submitit_jobs  # loads submitit, after everything that can fail without it
 

@@ -6,8 +6,6 @@ on one rank in a signal handler, where the ranks cannot agree on a round; it ser
 before the first round.  Used by ``submit`` and by the scaling study.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -35,6 +33,13 @@ _NEVER = 1_000_000
 _RESTART_CODE = 144
 """Exit code at which submitit starts a job on this machine again."""
 
+_GENERAL_OPTIONS = ("name", "nodes", "tasks_per_node", "timeout_min", "cpus_per_task", "mem_gb")
+_SLURM_OPTIONS = (
+    *("partition", "account", "qos", "constraint"),
+    *("gpus_per_task", "signal_delay_s", "array_parallelism"),
+)
+"""Options of ``launch`` that submitit knows by the same names, or with ``slurm_`` before them."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -43,7 +48,7 @@ class Job:
     config: Config
 
     def __call__(self) -> None:
-        """Run the job; the exit code after a signal tells the job's script to queue it again."""
+        """Runs the job; the exit code after a signal tells the job's script to queue it again."""
         from .. import cli
         from ..job.run import keep_freed_memory, run  # loads torch, which submitting does not need
 
@@ -61,7 +66,7 @@ class Job:
                 raise
 
     def checkpoint(self) -> DelayedSubmission:
-        """Return what submitit runs when a job without any finished round is queued again."""
+        """Returns what submitit runs when a job without any finished round is queued again."""
         return DelayedSubmission(self)
 
 
@@ -74,12 +79,14 @@ class Submitted:
 
 
 def submit_all(configs: Sequence[SubmitConfig]) -> list[Submitted]:
-    """Submit every point of a sweep as a job with a run folder; the options must be checked.
+    """Submits every point of a sweep as a job with a run folder; the options must be checked.
 
     Raises ``ConfigError`` with the message of the cluster if it refuses the jobs.
     """
     launch = configs[0].launch
-    jobs = [_with_run_dir(config.job()) for config in configs]
+    jobs = [Job(config.job()) for config in configs]
+    for job in jobs:
+        job.config.run_dir = str(run_dir.name(job.config))
     try:
         executor = _executor(launch)
         with _quiet_children(launch), executor.batch():
@@ -115,70 +122,46 @@ def _quiet_children(launch: LaunchConfig) -> Iterator[None]:
         os.close(null)
 
 
-def _with_run_dir(config: Config) -> Job:
-    config.run_dir = str(run_dir.name(config))
-    return Job(config)
-
-
 def _executor(launch: LaunchConfig) -> submitit.Executor:
     if launch.cluster is ClusterName.debug:
         return submitit.DebugExecutor(launch.folder)
     if launch.cluster is ClusterName.local:
         local = submitit.LocalExecutor(launch.folder, max_num_timeout=_NEVER)
-        local.update_parameters(**local_parameters(launch))
+        local.update_parameters(
+            tasks_per_node=launch.tasks_per_node,
+            gpus_per_node=(launch.gpus_per_task or 0) * launch.tasks_per_node,
+            timeout_min=launch.timeout_min,
+            signal_delay_s=launch.signal_delay_s,
+        )
         return local
     slurm = submitit.AutoExecutor(launch.folder, "slurm", slurm_max_num_timeout=_NEVER)
     slurm.update_parameters(**slurm_parameters(launch))
     return slurm
 
 
-def local_parameters(launch: LaunchConfig) -> dict[str, Any]:
-    """Return submitit's parameters of a job on this machine."""
-    return {
-        "tasks_per_node": launch.tasks_per_node,
-        "gpus_per_node": (launch.gpus_per_task or 0) * launch.tasks_per_node,
-        "timeout_min": launch.timeout_min,
-        "signal_delay_s": launch.signal_delay_s,
-    }
-
-
 def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
-    """Return submitit's parameters of a SLURM job; the cluster has defaults for those left out."""
+    """Returns submitit's parameters of a SLURM job; the cluster has defaults for those left out."""
     options = (option.partition("=") for option in launch.sbatch)
     additional = {name: value or True for name, _, value in options}
     # With --signal=USR2 SLURM signals the ranks; if a user signals the script too, it stays.
     setup = [*requeue.setup_lines(Path(launch.folder)), "trap : USR1"]
     if launch.cpus_per_task:  # since SLURM 22.05 srun does not take this from the job
         setup.append(f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}")
-    slurm_only: dict[str, Any] = {
-        "setup": setup,
-        "teardown": requeue.teardown_lines(),
-        "partition": launch.partition,
-        "account": launch.account,
-        "qos": launch.qos,
-        "constraint": launch.constraint,
-        "gpus_per_task": launch.gpus_per_task,
-        "signal_delay_s": launch.signal_delay_s,
-        "array_parallelism": launch.array_parallelism,
-        "additional_parameters": {"requeue": True, **additional},
+    parameters: dict[str, Any] = {
+        "slurm_setup": setup,
+        "slurm_teardown": requeue.teardown_lines(),
+        "slurm_additional_parameters": {"requeue": True, **additional},
         # Each rank ends by itself, with an exit code of its own.  --wait ends the ranks that wait
         # in start-up for a rank that is gone.
-        "srun_args": ["--kill-on-bad-exit=0", "--wait=60"],
+        "slurm_srun_args": ["--kill-on-bad-exit=0", "--wait=60"],
+        **{name: getattr(launch, name) for name in _GENERAL_OPTIONS},
+        **{f"slurm_{name}": getattr(launch, name) for name in _SLURM_OPTIONS},
     }
-    general = {
-        "name": launch.name,
-        "nodes": launch.nodes,
-        "tasks_per_node": launch.tasks_per_node,
-        "timeout_min": launch.timeout_min,
-        "cpus_per_task": launch.cpus_per_task,
-        "mem_gb": launch.mem_gb,
-    }
-    parameters = {**general, **{f"slurm_{name}": value for name, value in slurm_only.items()}}
     return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _raise_refusal(launch: LaunchConfig, error: Exception) -> NoReturn:
-    """Raise ``ConfigError`` with the last line of the cluster's message, which says why."""
+    """Raises ``ConfigError`` with the last line of the cluster's message, which says why."""
     output = getattr(error.__cause__, "stderr", None) or str(error)
     text = output.decode() if isinstance(output, bytes) else output
     lines = [line for line in text.strip().splitlines() if line.strip()] or [repr(error)]
@@ -186,7 +169,7 @@ def _raise_refusal(launch: LaunchConfig, error: Exception) -> NoReturn:
 
 
 def _write_note(submitted: Submitted, launch: LaunchConfig, paths: Any) -> None:
-    """Write into the run folder which job has the run and where its logs are, for ``run_list``."""
+    """Writes into the run folder which job has the run and where its logs are, for ``run_list``."""
     note = {
         "job_id": submitted.job_id,
         "cluster": str(launch.cluster),

@@ -1,7 +1,5 @@
 """Makes networks: built-in ones and torchvision's by name, others by import.  Used by ``job``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import prod
 

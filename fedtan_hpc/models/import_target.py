@@ -3,8 +3,6 @@
 Used by ``factory``; ``job.callbacks`` imports callbacks in the same way.
 """
 
-from __future__ import annotations
-
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -49,7 +47,6 @@ def resolve(option: str, target: str, product: str) -> Callable[..., Any]:
 
 
 def _accepted(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the ``arguments`` that ``make`` takes by name."""
     try:
         parameters = inspect.signature(make).parameters
     except ValueError:  # some callables in C have no signature

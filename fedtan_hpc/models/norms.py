@@ -1,7 +1,5 @@
 """Replaces BN layers by group normalization, layer normalization or nothing.  Used by ``job``."""
 
-from __future__ import annotations
-
 from math import gcd
 
 from torch import nn

@@ -3,8 +3,6 @@
 Used by ``training`` to average, keep or step tensors of some groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 import torch

@@ -3,8 +3,6 @@
 Parameter counts are those for 3 input channels and 10 classes.  Used by ``factory``.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad

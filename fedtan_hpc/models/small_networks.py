@@ -1,7 +1,5 @@
 """Small built-in networks: mlp, cnn and vgg11_bn.  Used by ``factory``."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

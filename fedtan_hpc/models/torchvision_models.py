@@ -3,8 +3,6 @@
 Used by ``factory``.
 """
 
-from __future__ import annotations
-
 import warnings
 from difflib import get_close_matches
 
@@ -61,7 +59,6 @@ def _keep_size(module: nn.Module, name: str) -> None:
 
 
 def _first_convolution(module: nn.Module) -> tuple[str, nn.Conv2d]:
-    """Returns the path of the first convolution, and the convolution."""
     layers = module.named_modules()
     return next((path, layer) for path, layer in layers if isinstance(layer, nn.Conv2d))
 

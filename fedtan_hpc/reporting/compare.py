@@ -16,8 +16,6 @@ and seeds; each reports all finished runs in DIR/compare.md, compare.png and com
 checkout ``python tools/compare.py`` does the same as ``python -m fedtan_hpc.compare``.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Sequence
@@ -35,7 +33,7 @@ _LOCKED = "that no other run is writing"
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Do what the command line says; the exit codes are those of the job."""
+    """Does what the command line says; the exit codes are those of the job."""
     words = sys.argv[1:] if words is None else list(words)
     is_first = launcher_env.rank_hint() == 0
     with cli.exit_codes("compare"):
@@ -53,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def run_all(comparison: Comparison, is_first: bool) -> int:
-    """Run what is not finished, on all ranks; return the number of failed runs.
+    """Runs what is not finished, on all ranks; returns the number of failed runs.
 
     The rank that ``is_first`` shows the progress.
     """
@@ -76,7 +74,7 @@ def run_all(comparison: Comparison, is_first: bool) -> int:
 
 
 def write(comparison: Comparison, command: str) -> None:
-    """Write the files of the comparison with all finished runs, and print the table."""
+    """Writes the files of the comparison with all finished runs, and prints the table."""
     out = comparison.out
     lines = comparison_runs.finished_lines(out, comparison.settings)
     if not lines:

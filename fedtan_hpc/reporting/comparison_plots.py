@@ -3,8 +3,6 @@
 Used by ``compare``; the scaling tools take the colours of the algorithms from here.
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Sequence
@@ -36,7 +34,7 @@ _LOG_BYTES_RATIO, _LOG_LOSS_RATIO = 3.0, 8.0
 
 
 def look_of(algorithm: str) -> tuple[str, str]:
-    """Return colour and marker of an algorithm, the same in all pictures."""
+    """Returns colour and marker of an algorithm, the same in all pictures."""
     return _LOOKS[algorithm]
 
 
@@ -51,7 +49,7 @@ class Curve(NamedTuple):
 
 
 def draw(lines: Lines, title: str, out: Path) -> None:
-    """Write ``compare.png`` into ``out``."""
+    """Writes ``compare.png`` into ``out``."""
     shape = {"sharex": "col", "sharey": "row", "figsize": (11, 7)}
     with pictures.picture(out / "compare.png", 2, 2, **shape) as (figure, panels):
         curves = _curves(lines)

@@ -9,18 +9,17 @@ compare.png    the curves
 Used by ``compare``, which fills the folder, and by ``overview``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, check_together, format_option_error
 from ..config.schema import Config, to_dict
 from ..config.validate import check
 from ..runtime import atomic_files
@@ -55,13 +54,13 @@ class Comparison:
         return [each for each in self.configs if not reports.finished(Path(str(each.run_dir)))]
 
     def name_of(self, config: Config) -> str:
-        """Return the label and the seed of a run, which need not have begun."""
+        """Returns the label and the seed of a run, which need not have begun."""
         label = _label(dict(reports.flat(to_dict(config))), self.settings)
         return f"{label} seed {config.seed}"
 
 
 def plan(words: Sequence[str]) -> Comparison:
-    """Compose and check all runs that the command line asks for.
+    """Composes and checks all runs that the command line asks for.
 
     Raises ``ConfigError`` with all mistakes that can be found before torch is loaded.
     """
@@ -75,21 +74,22 @@ def plan(words: Sequence[str]) -> Comparison:
     seeds = _seeds(tool_options.get("seeds", "seeds=[0,1,2]"))
     variants = list(_composed(methods, job))
     configs = [replace(config, seed=seed) for seed in seeds for config in variants]
-    unnamed = Comparison(out, base, configs)
-    comparison = replace(unnamed, configs=[_with_run_dir(unnamed, config) for config in configs])
-    _check(comparison.configs)
+    comparison = Comparison(out, base, configs)
+    for config in configs:
+        config.run_dir = str(out / "runs" / _run_name(comparison.name_of(config)))
+    check_together(partial(check, config) for config in configs)
     _check_settings(comparison)
     return comparison
 
 
 def shared_options(config: Config) -> dict[str, str]:
-    """Return the options in which the runs of a comparison agree, by dotted name."""
+    """Returns the options in which the runs of a comparison agree, by dotted name."""
     flat = reports.flat(to_dict(config))
     return {name: value for name, value in flat if name not in _NOT_SHARED}
 
 
 def finished_lines(out: Path, settings: Mapping[str, str]) -> Lines:
-    """Return the finished runs in ``out``, of this and other commands: by label, best first."""
+    """Returns the finished runs in ``out``, of this and other commands: by label, best first."""
     runs = reports.read_whole(path.parent for path in out.glob("runs/*/summary.json"))
     lines: Lines = {}
     for run in sorted(runs, key=lambda run: int(run.options["seed"])):
@@ -98,7 +98,6 @@ def finished_lines(out: Path, settings: Mapping[str, str]) -> Lines:
 
 
 def _label(options: Mapping[str, str], settings: Mapping[str, str]) -> str:
-    """Names the algorithm of a run and the options that differ from the shared ones."""
     differing = [
         f"{name.removeprefix('algorithm.')}={value}"
         for name, value in options.items()
@@ -108,14 +107,14 @@ def _label(options: Mapping[str, str], settings: Mapping[str, str]) -> str:
 
 
 def unrequested(comparison: Comparison, lines: Lines) -> list[str]:
-    """Return the names of finished runs in the folder that this command did not ask for."""
+    """Returns the names of finished runs in the folder that this command did not ask for."""
     requested = {comparison.name_of(config) for config in comparison.configs}
     names = [f"{label} seed {run.options['seed']}" for label, runs in lines.items() for run in runs]
     return [name for name in names if name not in requested]
 
 
 def write_settings(comparison: Comparison) -> None:
-    """Write ``settings.yaml``; only rank 0 calls it."""
+    """Writes ``settings.yaml``; only rank 0 calls it."""
     settings = to_dict(comparison.base)
     del settings["seed"], settings["run_dir"], settings["algorithm"]["name"]
     text = OmegaConf.to_yaml(OmegaConf.create(settings))
@@ -157,24 +156,12 @@ def _composed(methods: Sequence[str], job: Sequence[str]) -> Iterator[Config]:
         yield options.composed([*job, f"algorithm={name}", *more])
 
 
-def _with_run_dir(comparison: Comparison, config: Config) -> Config:
-    label = _label(dict(reports.flat(to_dict(config))), comparison.settings)
+def _run_name(label_and_seed: str) -> str:
+    label, _, seed = label_and_seed.rpartition(" seed ")
     name = re.sub(r"[^A-Za-z0-9._=-]+", "_", label.replace(", ", "-"))
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-    return replace(config, run_dir=str(comparison.out / "runs" / f"{name}-seed{config.seed}"))
-
-
-def _check(configs: Sequence[Config]) -> None:
-    """Raises ``ConfigError`` with all mistakes; those that runs have in common stand once."""
-    mistakes: dict[str, None] = {}
-    for config in configs:
-        try:
-            check(config)
-        except ConfigError as error:
-            mistakes |= dict.fromkeys(error.mistakes)
-    if mistakes:
-        raise ConfigError(*mistakes)
+    return f"{name}-seed{seed}"
 
 
 def _check_settings(comparison: Comparison) -> None:

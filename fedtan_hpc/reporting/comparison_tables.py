@@ -1,7 +1,5 @@
 """A comparison as a table in Markdown and as rows for other programs; used by ``compare``."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools
@@ -30,7 +28,7 @@ _FIGURES = (
 
 
 def write_csv(lines: Lines, path: Path) -> None:
-    """Write a row for each evaluated round; ``payload_bytes`` is the sum of all rounds so far."""
+    """Writes a row for each evaluated round; ``payload_bytes`` is the sum of all rounds so far."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "seed", "round", "payload_bytes", *_FIGURES])
@@ -47,7 +45,7 @@ def _csv_rows(run: Run) -> Iterator[list[Any]]:
 
 
 def table(lines: Lines) -> list[str]:
-    """Return the last round of each method, mean ± sample deviation over the seeds; best first."""
+    """Returns the last round of each method, mean ± sample deviation over the seeds; best first."""
     own_mix = ["own-mix accuracy, %"] if _personal(lines) else []
     heads = ["method", "seeds", "test accuracy, %", *own_mix]
     heads += ["test loss", "messages a round", "kB a round"]
@@ -69,7 +67,7 @@ def _row(label: str, runs: Sequence[Run], own_mix: bool) -> list[str]:
 
 
 def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, command: str) -> None:
-    """Write ``compare.md``: the table, the command, and what the columns mean."""
+    """Writes ``compare.md``: the table, the command, and what the columns mean."""
     missing = [comparison.name_of(config) for config in comparison.unfinished]
     unrequested = comparison_runs.unrequested(comparison, lines)
     personal = _personal(lines)
@@ -99,7 +97,7 @@ _OWN_MODELS = (
 
 
 def title(settings: Mapping[str, str]) -> str:
-    """Return the data, the network, the partition and the work of a round in one line."""
+    """Returns the data, the network, the partition and the work of a round in one line."""
     network = settings["model.name"]
     if settings["model.source"] == ModelSource.target:
         network = settings["model.target"].rpartition(":")[2]

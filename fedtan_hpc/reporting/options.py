@@ -3,8 +3,6 @@
 Used by ``compare``, ``show_partition`` and the benchmarks.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ from ..runtime import launcher_env
 
 
 def shows_help(words: Sequence[str], text: str | None) -> bool:
-    """Return whether the words ask for help; if so, rank 0 prints the tool's ``text``."""
+    """Returns whether the words ask for help; if so, rank 0 prints the tool's ``text``."""
     asks = bool({"--help", "-h"} & set(words))
     if asks and launcher_env.rank_hint() == 0:
         print((text or "").strip())
@@ -31,13 +29,13 @@ def shows_help(words: Sequence[str], text: str | None) -> bool:
 
 
 def check_plotting() -> None:
-    """Raise ``ConfigError`` if matplotlib is missing, before any work is done."""
+    """Raises ``ConfigError`` if matplotlib is missing, before any work is done."""
     if find_spec("matplotlib") is None:
         raise ConfigError("matplotlib is not installed: pip install 'fedtan_hpc[plot]'")
 
 
 def split(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the words that set the tool's options, by their ``names``, and the job's words."""
+    """Returns the words that set the tool's options, by their ``names``, and the job's words."""
     tool_options: dict[str, str] = {}
     job = []
     for word in words:
@@ -52,7 +50,7 @@ def split(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], l
 
 
 def folder(word: str) -> str:
-    """Return the path that the word ``out=path`` names."""
+    """Returns the path that the word ``out=path`` names."""
     name, _, path = word.partition("=")
     if not path.strip():
         allowed = "the name of a file or folder"
@@ -61,7 +59,7 @@ def folder(word: str) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise ``ConfigError`` if no file can be made at ``path``, before any work is done."""
+    """Raises ``ConfigError`` if no file can be made at ``path``, before any work is done."""
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -70,7 +68,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of what is written at ``path`` into a ``ConfigError`` of ``out``."""
+    """Turns an ``OSError`` of what is written at ``path`` into a ``ConfigError`` of ``out``."""
     try:
         yield
     except OSError as error:
@@ -79,7 +77,7 @@ def written(path: Path) -> Iterator[None]:
 
 
 def values(word: str, example: str) -> list[Any]:
-    """Return the values of ``name=[a,b]``; also of ``name=a``, ``name=a,b`` and a range."""
+    """Returns the values of ``name=[a,b]``; also of ``name=a``, ``name=a,b`` and a range."""
     name, _, text = word.partition("=")
     wrong = ConfigError(format_option_error(name, text, "a list", f"for example {name}={example}"))
     try:
@@ -96,7 +94,7 @@ def values(word: str, example: str) -> list[Any]:
 
 
 def composed(words: Sequence[str]) -> Config:
-    """Compose the one job that the words describe, without checks of its options.
+    """Composes the one job that the words describe, without checks of its options.
 
     The job may name a network in a file of the current folder, so this makes it importable.
     """

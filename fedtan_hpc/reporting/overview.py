@@ -8,8 +8,6 @@ models of their own, follows the accuracy of each on its client's mix of labels.
 methods is that of the first folder, best first.  A checkout also has ``python tools/overview.py``.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from .reports import OWN_MIX, Run, markdown_table, percent, read_options
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Print the table in Markdown."""
+    """Prints the table in Markdown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def table(folders: Sequence[Path]) -> list[str]:
-    """Return the lines of the table: one row for each method that any folder has."""
+    """Returns the lines of the table: one row for each method that any folder has."""
     columns = [
         comparison_runs.finished_lines(folder, read_options(folder / "settings.yaml"))
         for folder in folders

@@ -3,8 +3,6 @@
 Used by ``comparison_plots``, ``summarise`` and ``show_partition``.
 """
 
-from __future__ import annotations
-
 import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ _LETTERS_PER_INCH = 10
 
 @contextmanager
 def picture(path: Path, *shape: int, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """Give a figure and its axes, as from ``pyplot.subplots``; write it as a PNG at the end."""
+    """Gives a figure and its axes, as from ``pyplot.subplots``; writes it as a PNG at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +34,7 @@ def picture(path: Path, *shape: int, **options: Any) -> Iterator[tuple[Any, Any]
 
 
 def band(axes: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], **style: Any) -> None:
-    """Draw the mean of the seeds' curves and the band from their lowest to their highest values."""
+    """Draws the mean of the seeds' curves and the band from the lowest to the highest values."""
     columns = list(zip(*seeds, strict=True))
     [line] = axes.plot(x, [statistics.mean(column) for column in columns], **style)
     low, high = [min(column) for column in columns], [max(column) for column in columns]
@@ -44,7 +42,7 @@ def band(axes: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], **styl
 
 
 def legend_below(figure: Any, axes: Any, title: str | None) -> None:
-    """Put the legend of ``axes`` below all panels; the figure grows so that it is not cut off."""
+    """Puts the legend of ``axes`` below all panels; the figure grows so that it is not cut off."""
     handles, labels = axes.get_legend_handles_labels()
     labels = [textwrap.fill(label, _LABEL_LETTERS) for label in labels]
     widest = max(len(line) for label in labels for line in label.split("\n"))

@@ -3,8 +3,6 @@
 Used by ``compare``.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,28 +35,27 @@ class Progress:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the bar inside the context; its last state stays on the terminal."""
+        """Shows the bar inside the context; its last state stays on the terminal."""
         with self._bar:
             yield
 
-    def follow(self, name: str, rounds: int, counted: bool) -> Following:
-        """Return the callback of the next run; ``counted``: the bar waits for its rounds."""
+    def follow(self, name: str, rounds: int, counted: bool) -> "Following":
+        """Returns the callback of the next run; ``counted``: the bar waits for its rounds."""
         self._number += 1
-        following = Following(self, f"run {self._number}/{self._runs}  {name}", rounds)
-        following.expected = rounds if counted else 0
+        following = Following(self, f"run {self._number}/{self._runs}  {name}", rounds, counted)
         self._bar.update(self._task, description=following.name)
         return following
 
     def advance(self, description: str) -> None:
-        """Count a round."""
+        """Counts a round."""
         self._bar.update(self._task, advance=1, description=description)
 
     def print(self, text: str) -> None:
-        """Print a line that stays."""
+        """Prints a line that stays."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def end(self, following: Following, result: str) -> None:
-        """Print the result of a run; the bar no longer waits for its missing rounds."""
+    def end(self, following: "Following", result: str) -> None:
+        """Prints the result of a run; the bar no longer waits for its missing rounds."""
         self.print(f"{following.name}: {result}")
         total = self._bar.tasks[0].total or 0
         missing = following.expected - following.rounds_ended
@@ -68,18 +65,16 @@ class Progress:
 class Following(RoundCallback):
     """Tells a ``Progress`` of the rounds of one run."""
 
-    def __init__(self, progress: Progress, name: str, rounds: int) -> None:
-        self._progress = progress
-        self.name = name
-        self._rounds = rounds
-        self.expected = 0
+    def __init__(self, progress: Progress, name: str, rounds: int, counted: bool) -> None:
+        self._progress, self.name, self._rounds = progress, name, rounds
+        self.expected = rounds if counted else 0
         """Rounds of this run that the bar waits for."""
         self.rounds_ended = 0
         self._accuracy = ""
         self._last_line = time.monotonic()
 
     def round_ended(self, record: RoundRecord) -> None:
-        """Advance the bar; without a terminal, print a line each minute."""
+        """Advances the bar; without a terminal, prints a line each minute."""
         self.rounds_ended += 1
         if record.test_accuracy is not None:
             self._accuracy = f", accuracy {100 * record.test_accuracy:.1f} %"

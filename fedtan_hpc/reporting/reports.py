@@ -1,7 +1,5 @@
 """Finished runs as the tools read, group and tabulate them."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys
@@ -35,11 +33,6 @@ class Run:
         return [record for record in self.records if record["test_accuracy"] is not None]
 
     @property
-    def accuracy(self) -> float:
-        """Test accuracy of the last evaluated round, 0 to 1."""
-        return float(self.evaluated[-1]["test_accuracy"])
-
-    @property
     def messages(self) -> list[int]:
         """Collectives of each round; in a single process, those of the same run on more ranks."""
         return [int(record["payload_messages"]) for record in self.records]
@@ -55,12 +48,12 @@ Lines: TypeAlias = dict[str, list[Run]]
 
 
 def finished(folder: Path) -> bool:
-    """Return whether the folder holds a finished run."""
+    """Returns whether the folder holds a finished run."""
     return (folder / "summary.json").exists()
 
 
 def read(folder: Path) -> Run:
-    """Read the finished run in ``folder``; raises one of ``READ_ERRORS`` if it is damaged."""
+    """Reads the finished run in ``folder``; raises one of ``READ_ERRORS`` if it is damaged."""
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     return Run(
         options=read_options(folder / "config.yaml"),
@@ -70,7 +63,7 @@ def read(folder: Path) -> Run:
 
 
 def read_whole(folders: Iterable[Path]) -> Iterator[Run]:
-    """Read the evaluated runs in ``folders``; name damaged ones on standard error and skip them."""
+    """Reads the evaluated runs in ``folders``; skips damaged ones and names them on stderr."""
     for folder in folders:
         try:
             run = read(folder)
@@ -82,13 +75,13 @@ def read_whole(folders: Iterable[Path]) -> Iterator[Run]:
 
 
 def read_options(path: Path) -> dict[str, str]:
-    """Return the options in a YAML file by dotted name."""
+    """Returns the options in a YAML file by dotted name."""
     options: Any = OmegaConf.to_container(OmegaConf.load(path))
     return dict(flat(options))
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted name and the text of each option of a nested mapping; null is "None"."""
+    """Yields the dotted name and the text of each option of a nested mapping; null is "None"."""
     for name, value in options.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
@@ -97,19 +90,22 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def best_first(lines: Lines) -> Lines:
-    """Return the lines by falling mean of their runs' last accuracies."""
-    mean = {label: statistics.mean(run.accuracy for run in runs) for label, runs in lines.items()}
-    return dict(sorted(lines.items(), key=lambda line: -mean[line[0]]))
+    """Returns the lines by falling mean of their runs' last accuracies."""
+
+    def accuracy(line: tuple[str, list[Run]]) -> float:
+        return statistics.mean(last_figures(line[1], "test_accuracy"))
+
+    return dict(sorted(lines.items(), key=accuracy, reverse=True))
 
 
 def last_figures(runs: Sequence[Run], figure: str) -> list[float]:
-    """Return a figure of the last evaluated round of each run that has it."""
+    """Returns a figure of the last evaluated round of each run that has it."""
     values = [run.evaluated[-1].get(figure) for run in runs]
     return [float(value) for value in values if value is not None]
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
-    """Return ``mean ± sample deviation``, the mean alone for one value, and nothing for none."""
+    """Returns ``mean ± sample deviation``, the mean alone for one value, and nothing for none."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -117,10 +113,10 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 
 
 def percent(runs: Sequence[Run], figure: str = "test_accuracy") -> str:
-    """Return mean and deviation of a share's last values, in percent; empty if no run has it."""
+    """Returns mean and deviation of a share's last values, in percent; empty if no run has it."""
     return mean_and_deviation([100 * value for value in last_figures(runs, figure)])
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
+    """Returns the lines of a table in Markdown."""
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]

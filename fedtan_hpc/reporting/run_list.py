@@ -11,8 +11,6 @@ unknown (the queue does not answer), and the queue's words.  In a checkout ``pyt
 does the same.
 """
 
-from __future__ import annotations
-
 import fcntl
 import getpass
 import json
@@ -47,7 +45,7 @@ class Row(NamedTuple):
 
 
 def main(words: Sequence[str] | None = None, program: str = "runs") -> int:
-    """Print the table; return the exit code."""
+    """Prints the table; returns the exit code."""
     words = sys.argv[1:] if words is None else words
     if any(word.startswith("-") for word in words):
         print(__doc__)
@@ -73,7 +71,7 @@ def main(words: Sequence[str] | None = None, program: str = "runs") -> int:
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """Yield the folders of runs in ``folder`` and below it, but not what runs have set aside."""
+    """Yields the folders of runs in ``folder`` and below it, but not what runs have set aside."""
     for name, below, files in os.walk(folder):
         submitted = "submitted.json" in files
         if submitted or ("config.yaml" in files and _RUN_FILES & set(files)):
@@ -82,7 +80,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
 
 def in_queue(program: str = "runs") -> Queue | None:
-    """Ask SLURM for this user's jobs; None if it cannot tell."""
+    """Asks SLURM for this user's jobs; None if it cannot tell."""
     if shutil.which("squeue") is None:
         return None
     words = ["squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r"]
@@ -99,7 +97,7 @@ def in_queue(program: str = "runs") -> Queue | None:
 
 
 def row_of(run: Path, queue: Queue | None) -> Row:
-    """Return what the folder of a run and the ``queue`` say."""
+    """Returns what the folder of a run and the ``queue`` say."""
     note = _json(run / "submitted.json")
     records = list(_records(run / "rounds.jsonl"))
     state, why = _state(run, note, queue)
@@ -115,7 +113,6 @@ def row_of(run: Path, queue: Queue | None) -> Row:
 
 
 def _state(run: Path, note: dict[str, Any], queue: Queue | None) -> tuple[str, str]:
-    """Returns the state of a run and the reason for it."""
     if (run / "summary.json").exists():
         return "finished", ""
     failure = str(_json(run / "failure.json").get("message", ""))
@@ -175,7 +172,6 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The mapping in a file; empty if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -184,7 +180,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print a table, as wide as the terminal; elsewhere as wide as the table needs."""
+    """Prints a table, as wide as the terminal; elsewhere as wide as the table needs."""
     table = Table("run", "job", "state", "round", "accuracy, %", "why", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)

@@ -25,10 +25,10 @@ from .pictures import picture
 
 if TYPE_CHECKING:  # numpy loads after the options are checked
     import numpy as np
+    import numpy.typing as npt
 
-    Counts: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-    """Training samples by client and class, (clients, classes)."""
-
+Counts: TypeAlias = "npt.NDArray[np.int64]"
+"""Training samples by client and class, (clients, classes)."""
 _PRINTED_CLIENTS = 20
 """Rows of the printed table."""
 _MOST_NUMBERS = 16
@@ -38,7 +38,7 @@ _MOST_SIZES = 40
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Draw and print; the exit codes are those of the job."""
+    """Draws and prints; the exit codes are those of the job."""
     words = sys.argv[1:] if words is None else list(words)
     with cli.exit_codes("show_partition"):
         if launcher_env.rank_hint() != 0 or options.shows_help(words, __doc__):
@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def count(config: Config) -> Counts:
-    """Load the labels and share them out as the job does."""
+    """Loads the labels and shares them out as the job does."""
     import numpy as np
 
     from ..data import datasets, partition  # loads torch
@@ -70,7 +70,7 @@ def count(config: Config) -> Counts:
 
 
 def title(config: Config) -> str:
-    """Return the options that make the partition."""
+    """Returns the options that make the partition."""
     chosen = to_dict(config)["partition"]
     words = [f"{name}={value}" for name, value in chosen.items() if name != "name" and value]
     name = ", ".join([str(config.partition.name), *words])
@@ -78,7 +78,7 @@ def title(config: Config) -> str:
 
 
 def table(counts: Counts) -> Iterator[str]:
-    """Yield a line for each of the first clients: its samples and its largest classes."""
+    """Yields a line for each of the first clients: its samples and its largest classes."""
     import numpy as np
 
     sizes = counts.sum(1)
@@ -96,7 +96,7 @@ def table(counts: Counts) -> Iterator[str]:
 
 
 def draw(counts: Counts, title: str, path: Path) -> None:
-    """Draw a field for each client and class, darker for more samples, and the clients' sizes."""
+    """Draws a field for each client and class, darker for more samples, and the clients' sizes."""
     from matplotlib.ticker import MaxNLocator
 
     clients, classes = counts.shape
@@ -134,7 +134,6 @@ def _draw_field(axes: Any, counts: Counts) -> Any:
 
 
 def _draw_sizes(axes: Any, counts: Counts) -> None:
-    """Draws bars beside the rows of the field."""
     sizes = counts.sum(1)
     few = len(sizes) <= _MOST_SIZES
     axes.barh(range(len(sizes)), sizes, color="#7F7F7F", height=0.8 if few else 1.0)

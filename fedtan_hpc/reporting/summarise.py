@@ -7,8 +7,6 @@ options that differ between the lines and have a value in its runs.  A checkout 
 ``python tools/summarise_runs.py``.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys
@@ -24,7 +22,7 @@ _HEADS = "runs|seeds|test accuracy, %|messages, kB a round|ms a round|start-up, 
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Read the folders, print the table, draw the picture."""
+    """Reads the folders, prints the table, draws the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +50,7 @@ def _finished_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def grouped(runs: Sequence[Run]) -> Lines:
-    """Return the runs by the label of their line, best first."""
+    """Returns the runs by the label of their line, best first."""
     names = sorted({name for run in runs for name in run.options} - set(reports.IGNORED))
     differing = [name for name in names if len({run.options.get(name) for run in runs}) > 1]
     lines: Lines = {}
@@ -73,7 +71,7 @@ def _label(run: Run, differing: Sequence[str]) -> str:
 
 
 def table(lines: Lines) -> list[str]:
-    """Return the lines of a table: the final test accuracy, and what the runs cost."""
+    """Returns the lines of a table: the final test accuracy, and what the runs cost."""
     return reports.markdown_table(
         _HEADS.split("|"), (_row(label, runs) for label, runs in lines.items())
     )
@@ -97,7 +95,7 @@ def _median(runs: Sequence[Run], key: str) -> float:
 
 
 def draw(lines: Lines, path: Path) -> None:
-    """Draw accuracy against rounds: the mean of each line, and the band from worst to best seed."""
+    """Draws accuracy against rounds: the mean of a line, and the band from worst to best seed."""
     with pictures.picture(path, figsize=(7, 4)) as (figure, axes):
         for label, runs in lines.items():
             rounds = [record["round"] for record in runs[0].evaluated]

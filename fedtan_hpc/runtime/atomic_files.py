@@ -1,7 +1,5 @@
 """Files that are either complete or absent; for checkpoints, results and reports."""
 
-from __future__ import annotations
-
 import io
 import os
 import uuid

@@ -3,8 +3,6 @@
 A job chooses its ``DevicePlacement`` here, before it starts the process group.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

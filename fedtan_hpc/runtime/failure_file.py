@@ -4,15 +4,13 @@ Another try of the job would fail too, so the script does not queue it again.  `
 file; ``slurm/train.sbatch`` and the scripts of submitted jobs name it and look for it.
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path
 
 
 def write() -> None:
-    """Write the empty file, if a batch script has asked for it."""
+    """Writes the empty file, if a batch script has asked for it."""
     if path := os.environ.get("FEDTAN_HPC_FAILURE_FILE"):
         with suppress(OSError):  # a full disk must not hide why the rank fails
             Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@
 The only module that reads the variables of torchrun, mpirun and srun, for all rooms and tools.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

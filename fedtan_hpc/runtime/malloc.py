@@ -4,8 +4,6 @@ A step frees its activations all at once.  By default glibc returns memory at th
 the system, and each page costs a page fault when the next step allocates it again.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Independent streams of random numbers: one for each purpose, seed, client and round."""
 
-from __future__ import annotations
-
 import numpy as np
 
 # Results depend on the numbers: a purpose keeps its number, and new ones go to the end.

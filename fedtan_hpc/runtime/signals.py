@@ -3,8 +3,6 @@
 A job handles them from its start; the trainer reads the ``StopRequest`` at the end of each round.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """The only import of torchvision, made when a network or a data set needs it."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from types import ModuleType

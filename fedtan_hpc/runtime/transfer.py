@@ -4,8 +4,6 @@ A plain copy to a GPU waits until the GPU has finished all earlier work; the GPU
 the host sends more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 

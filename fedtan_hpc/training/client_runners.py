@@ -4,8 +4,6 @@
 themselves are in ``local_step`` (one client) and ``vmap_clients`` (a stack).
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,12 +15,13 @@ from torch import Tensor, nn
 from ..batchnorm.context import federated_backward
 from ..config.algorithms import Normaliser, RoundPlan
 from ..config.enums import CohortMode, ModelSource
+from ..config.schema import Config
 from ..data.batching import Samples
 from ..data.client_store import Client
 from ..distributed.model_average import ModelSum, model_tensors
 from ..runtime.transfer import copy_all
 from .client_state import PrivateStates
-from .local_step import LocalRun, LocalTraining, RoundContext, set_training_mode
+from .local_step import LocalRun, Loss, RoundContext, set_training_mode
 from .memory_budget import MemoryBudget
 from .pooled_gradients import PooledMomentum, pool_gradients
 from .vmap_clients import Stack, vmap_error
@@ -42,7 +41,8 @@ class ClientModels:
     """
 
     model: nn.Module
-    training: LocalTraining
+    config: Config
+    loss: Loss
     states: PrivateStates
     momentum: PooledMomentum = field(default_factory=PooledMomentum)
     _copies: list[nn.Module] = field(default_factory=list, init=False)
@@ -62,7 +62,7 @@ class ClientModels:
 
     def start(self, replica: nn.Module, client: Client, context: RoundContext) -> LocalRun:
         """Prepares the steps of ``client`` in ``replica``, from the values that it has."""
-        run = self.training.start(replica, client, context)
+        run = LocalRun(replica, client, context, self.config, self.loss)
         self.momentum.give_to(run, context.plan)
         return run
 
@@ -122,8 +122,8 @@ class LockstepRunner(ClientRunner):
         is_dummy = runs[0].client is self.dummy
         if is_dummy:
             replicas[0].zero_grad()
-            loss = self.models.training.loss
-            losses = [partial(loss, replicas[0], self.dummy.samples, eager=True)]
+            loss, sample = self.models.loss, self.dummy.samples
+            losses = [partial(loss, replicas[0], sample, eager=True)]
         values = federated_backward(replicas, losses, weights)
         if pooled:
             pool_gradients(replicas, weights)
@@ -155,7 +155,7 @@ class StackedRunner(ClientRunner):
         for _ in range(plan.synchronised_steps):
             stack.synchronised_step(plan.pooled_gradients)
         if self.all_steps:
-            for _ in range(models.training.config.local_steps - plan.synchronised_steps):
+            for _ in range(models.config.local_steps - plan.synchronised_steps):
                 stack.local_step(self.max_stacked)
         losses = []
         for client_index in range(len(clients)):
@@ -224,7 +224,7 @@ def make_runners(
     ``dummy`` is a single sample.  ``one_client_per_rank``: every rank has one client, with whole
     batches, in every round.  Built-in networks can be stacked; others are tried out, on a GPU only.
     """
-    config = models.training.config
+    config = models.config
     mode, is_builtin = config.cohort.mode, config.model.source is ModelSource.builtin
     if is_on_gpu(models.model):
         all_steps = mode is not CohortMode.sequential

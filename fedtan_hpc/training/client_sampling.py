@@ -3,8 +3,6 @@
 Pure functions: every rank gets the same result without asking others.  Used by ``job.trainer``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -31,12 +29,11 @@ def draw(
     if clients_per_round is None:
         drawn = list(range(len(shares)))
     else:
-        chances = np.asarray(shares) if rule is ParticipationName.weighted else None
-        if chances is not None:
-            chances = chances / chances.sum()
+        is_weighted = rule is ParticipationName.weighted
+        chances = np.asarray(shares) / np.sum(shares) if is_weighted else None
         rng = random_streams.generator(random_streams.PARTICIPATION, seed, round_number)
         drawn = sorted(rng.choice(len(shares), clients_per_round, replace=False, p=chances))
-        if rule is ParticipationName.weighted:
+        if is_weighted:
             return {int(client): 1 / len(drawn) for client in drawn}
     total = sum(shares[client] for client in drawn)
     return {int(client): shares[client] / total for client in drawn}

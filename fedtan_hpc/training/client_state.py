@@ -5,8 +5,6 @@ so every rank knows that without asking.  The round loop moves states to the ran
 the client runners load and save them, and checkpoints hold them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch

@@ -4,8 +4,6 @@ The round loop (``job.trainer``) calls ``begin_round``, runs the clients with ``
 ``end_round``; ``job.checkpoint_writer`` and ``job.resume`` save and load the state.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -29,11 +27,8 @@ class Cohort:
 
         Between rounds its private tensors have the values of a client that was never drawn.
         """
-        self.training = models.training
-        self.states = models.states
-        self.runner = runner
-        self._momentum = models.momentum
-        self._server = server
+        self.loss, self.states, self.runner = models.loss, models.states, runner
+        self._momentum, self._server = models.momentum, server
         self._groups = groups_of(self.model)
         self._unchanged: list[tuple[Tensor, Tensor]] = []
         """Buffers that the client in ``model`` may change but the round must not, and copies."""

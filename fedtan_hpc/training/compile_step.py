@@ -11,8 +11,6 @@ outside of graphs, because the weights and tags that they send change from round
 Used by ``job.setup``.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from ..config.errors import one_line
 from ..data.batching import Samples
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
+from ..runtime.transfer import copy_all
 from .local_step import Loss, local_normalisation, mean_loss, set_training_mode
 
 GRAPHS = "reduce-overhead"
@@ -118,9 +117,7 @@ class Trial:
         finally:
             model.train(was_training)
             model.zero_grad()
-            with torch.no_grad():
-                for value, old in zip(model_tensors(model), before, strict=True):
-                    value.copy_(old)
+            copy_all(model_tensors(model), before)
 
 
 class DryRunStatistics:

@@ -6,11 +6,9 @@ steps of many runs as one, ``compile_step`` compiles the loss, ``memory_budget``
 Shapes: E local steps with batches of B samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from ..batchnorm.layer import batchnorm_layers
 from ..batchnorm.running_norm import fixed_global_statistics
 from ..config.algorithms import Normaliser, RoundPlan
 from ..config.schema import Config
-from ..data.augmentation import AugmentationParams, augmentation_of
+from ..data.augmentation import augmentation_of
 from ..data.batching import BatchSampler, Samples
 from ..data.client_store import Client
 from ..runtime import random_streams
@@ -68,59 +66,32 @@ class Loss:
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class LocalTraining:
-    """Starts the local steps of clients, with the options of ``config``.
+class LocalRun:
+    """The steps of one client in one round, taken one at a time; they train ``model`` in place.
 
-    SGD is new in each round, so that no momentum survives a round.
+    SGD is new in each run, so that no momentum survives a round.
     """
 
-    config: Config
-    loss: Loss = field(default_factory=Loss)
-
-    def start(self, model: nn.Module, client: Client, context: RoundContext) -> LocalRun:
-        """Prepares the round's steps of ``client``, which train ``model`` in place."""
-        config, number = self.config, context.number
+    def __init__(
+        self, model: nn.Module, client: Client, context: RoundContext, config: Config, loss: Loss
+    ) -> None:
+        self.model, self.client, self.loss_function = model, client, loss
+        self.losses: list[Tensor] = []
+        """The losses of the steps taken until now, 0-d each."""
         set_training_mode(model, context.plan)
-        parameters = list(model.parameters())
-        momentum, weight_decay = config.optimizer.momentum, config.optimizer.weight_decay
+        key = config.seed, client.number, context.number
         sampler = BatchSampler(config.batch_size, config.local_steps, config.seed, config.sampling)
-        indices_EB = sampler.draw(len(client.samples), client.number, number)
-        device, params = client.samples.labels.device, None
+        indices_EB = sampler.draw(len(client.samples), client.number, context.number)
+        device = client.samples.labels.device
+        self._batches_EB, self._augmentation = send(indices_EB, device), None
         if augmentation := augmentation_of(config.data):
-            params = augmentation.draw(config.seed, client.number, number, *indices_EB.shape)
-        rng = random_streams.generator(random_streams.LAYERS, config.seed, client.number, number)
-        return LocalRun(
-            model=model,
-            client=client,
-            optimizer=make_sgd(parameters, context.learning_rate, momentum, weight_decay),
-            proximal=ProximalTerm(parameters, config.client.proximal_mu),
-            normalisation=local_normalisation(model, context.plan),
-            batches_EB=send(indices_EB, device),
-            augmentation=params.to(device) if params else None,
-            layer_seeds=rng.integers(2**63, size=config.local_steps).tolist(),
-            loss_function=self.loss,
-        )
-
-
-@dataclass(frozen=True)
-class LocalRun:
-    """The steps of one client in one round, taken one at a time."""
-
-    model: nn.Module
-    client: Client
-    optimizer: torch.optim.Optimizer
-    proximal: ProximalTerm
-    normalisation: AbstractContextManager[None]
-    """The context of the steps that are not synchronised; it is entered once."""
-    batches_EB: Tensor
-    """Indices into the client's samples, on their device."""
-    augmentation: AugmentationParams | None
-    layer_seeds: Sequence[int]
-    """A seed for each step, for layers that draw at random, such as dropout."""
-    loss_function: Loss
-    losses: list[Tensor] = field(default_factory=list)
-    """The losses of the steps taken until now, 0-d each."""
+            self._augmentation = augmentation.draw(*key, *indices_EB.shape).to(device)
+        rng = random_streams.generator(random_streams.LAYERS, *key)
+        self._layer_seeds = rng.integers(2**63, size=config.local_steps).tolist()
+        parameters, sgd = list(model.parameters()), config.optimizer
+        self.optimizer = make_sgd(parameters, context.learning_rate, sgd.momentum, sgd.weight_decay)
+        self.proximal = ProximalTerm(parameters, config.client.proximal_mu)
+        self._normalisation = local_normalisation(model, context.plan)
 
     def loss(self, eager: bool = False) -> Tensor:
         """Clears the gradients and returns the loss F_k of the next step's batch, 0-d."""
@@ -131,7 +102,7 @@ class LocalRun:
 
     def seed_layers(self) -> None:
         """Seeds the layers' random draws in the next step by (seed, client, round, step)."""
-        seed, device = self.layer_seeds[len(self.losses)], self.batches_EB.device
+        seed, device = self._layer_seeds[len(self.losses)], self._batches_EB.device
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -139,10 +110,10 @@ class LocalRun:
     def next_batch(self) -> Samples:
         """Returns the samples of the next step, augmented."""
         step = len(self.losses)
-        batch = self.client.samples[self.batches_EB[step]]
-        if self.augmentation is None:
+        batch = self.client.samples[self._batches_EB[step]]
+        if self._augmentation is None:
             return batch
-        return Samples(self.augmentation.apply(step, batch.inputs), batch.labels)
+        return Samples(self._augmentation.apply(step, batch.inputs), batch.labels)
 
     def step(self, loss: Tensor) -> None:
         """Takes an SGD step along the gradients that the backward pass of ``loss`` has left.
@@ -162,8 +133,8 @@ class LocalRun:
         Returns the mean loss of all steps of the round, 0-d float64.  Frees the momentum, because a
         rank may have many clients.
         """
-        with self.normalisation:
-            while len(self.losses) < len(self.batches_EB):
+        with self._normalisation:
+            while len(self.losses) < len(self._batches_EB):
                 loss = self.loss()
                 loss.backward()
                 self.step(loss)

@@ -3,8 +3,6 @@
 Used by ``client_runners`` around each round, and by ``client_state`` for what stays on a GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ All clients hold the same model after each step.  The momentum is that of one op
 continues from round to round.  Used by ``client_runners`` and ``vmap_clients``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -24,13 +22,11 @@ def pool_gradients(models: Sequence[nn.Module], weights: Sequence[float]) -> Non
     One collective.  A client with weight 0 adds nothing, whatever its gradients are.
     """
     trained = [_trained(model) for model in models]
-    means = []
-    for values in zip(*trained, strict=True):
-        mean = torch.zeros_like(values[0])
-        for value, weight in zip(values, weights, strict=True):
+    means = [torch.zeros_like(value) for value in trained[0]]
+    for parameters, weight in zip(trained, weights, strict=True):
+        for value, mean in zip(parameters, means, strict=True):
             if weight and value.grad is not None:
                 mean.add_(value.grad, alpha=weight)
-        means.append(mean)
     mean_over_ranks(means)
     for parameters in trained:
         for value, mean in zip(parameters, means, strict=True):

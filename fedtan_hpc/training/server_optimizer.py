@@ -11,8 +11,6 @@ Running statistics are not in x: a step beyond an average of variances could end
 ranks take the same step on the same values.  Used by ``cohort``.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

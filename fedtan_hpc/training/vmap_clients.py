@@ -11,7 +11,7 @@ Shapes: K clients, N samples of the largest batch, C channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,7 +62,7 @@ class Stack:
         clients, plain = len(runs), torch.contiguous_format  # vmap is slow with channels last
         self._values = {
             name: value.detach().expand(clients, *value.shape).clone(memory_format=plain)
-            for name, value in _trained(model)
+            for name, value in _trained(model).items()
         }
         self._optimizer = _optimizer_like(runs[0], self._values)
         self._proximal: ProximalTerm | None = None
@@ -72,7 +72,7 @@ class Stack:
     @torch.no_grad()
     def load_client(self, client_index: int, module: nn.Module) -> None:
         """Replaces a client's initial values by those of ``module``."""
-        for name, parameter in _trained(module):
+        for name, parameter in _trained(module).items():
             self._values[name][client_index] = parameter
         layers = batchnorm_layers(module).values()
         for running, layer in zip(self._running, layers, strict=True):
@@ -113,7 +113,7 @@ class Stack:
     def extract_client(self, client_index: int) -> LocalRun:
         """Copies a client's parameters, statistics and momentum into its run; returns the run."""
         run = self._runs[client_index]
-        trained = dict(_trained(run.model))
+        trained = _trained(run.model)
         copy_all(trained.values(), (self._values[name][client_index] for name in trained))
         for name, parameter in trained.items():
             momentum = self._optimizer.state[self._values[name]].get("momentum_buffer")
@@ -182,7 +182,8 @@ def vmap_error(model: nn.Module, sample: Tensor) -> Exception | None:
     """
     copied = copy.deepcopy(model).train()
     running = [RunningStatistics(layer, 2) for layer in batchnorm_layers(copied).values()]
-    values = {name: value.detach().expand(2, *value.shape) for name, value in _trained(copied)}
+    trained = _trained(copied).items()
+    values = {name: value.detach().expand(2, *value.shape) for name, value in trained}
     inputs = sample.expand(2, 2, *sample.shape[1:])
     scores = vmap(partial(functional_call, copied), randomness="different")
     try:
@@ -197,16 +198,16 @@ def vmap_error(model: nn.Module, sample: Tensor) -> Exception | None:
     return None
 
 
-def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the trainable parameters by name; the clients share the others."""
-    return ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
 
 
 def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD:
     """Returns SGD for stacked ``values``, with the settings and the momentum of ``run``."""
     group = run.optimizer.param_groups[0]
     optimizer = make_sgd(values.values(), group["lr"], group["momentum"], group["weight_decay"])
-    for name, parameter in _trained(run.model):
+    for name, parameter in _trained(run.model).items():
         momentum = run.optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             stacked = momentum.expand_as(values[name]).clone()

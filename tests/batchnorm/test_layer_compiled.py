@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from fedtan_hpc import convert_batchnorm, federated_statistics
 from tests.batchnorm.layers import TWO_WEIGHTS, Values, assert_close, client_data, gradients
-from tests.helpers import networks, pooled
-from tests.helpers.ranks import on_ranks
+from tests.helpers import networks, pooled, ranks
 
 COMPILED = ["1d", "shared"]
 
@@ -51,7 +50,7 @@ def compiled_and_eager() -> dict[str, tuple[list[Values], list[Values]]]:
 
 @cache
 def compiled_and_eager_by_rank() -> list[dict[str, tuple[list[Values], list[Values]]]]:
-    return on_ranks(2, compiled_and_eager)
+    return ranks.on_ranks(2, compiled_and_eager)
 
 
 @pytest.mark.parametrize("case", COMPILED)
@@ -86,6 +85,6 @@ def inductor_and_eager() -> tuple[list[Values], list[Values]]:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs g++")
 def test_the_default_backend_compiles_to_the_same_numbers() -> None:
-    for compiled, eager in on_ranks(2, inductor_and_eager):
+    for compiled, eager in ranks.on_ranks(2, inductor_and_eager):
         for measured, expected in zip(compiled, eager, strict=True):
             assert_close(measured, expected, 1e-12)

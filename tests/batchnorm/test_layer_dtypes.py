@@ -22,7 +22,7 @@ from tests.batchnorm.layers import (
     randn,
     run_layer,
 )
-from tests.helpers.ranks import on_ranks
+from tests.helpers import ranks
 
 ELEMENTS = {
     "bfloat16 in a float32 layer": (torch.bfloat16, torch.float32),
@@ -47,7 +47,7 @@ def rounded_steps() -> dict[str, Values]:
 
 @cache
 def rounded_steps_by_rank() -> list[dict[str, Values]]:
-    return on_ranks(2, rounded_steps)
+    return ranks.on_ranks(2, rounded_steps)
 
 
 def dtypes(values: Values) -> dict[str, torch.dtype]:
@@ -97,7 +97,7 @@ def autocast_on_this_rank() -> tuple[Values, Tensor]:
 
 def test_autocast_gives_torchs_types_and_the_pooled_problem_of_the_rounded_values() -> None:
     torchs_own, _ = autocast_step(0, fill(nn.BatchNorm1d(3)))
-    measured = on_ranks(2, autocast_on_this_rank)
+    measured = ranks.on_ranks(2, autocast_on_this_rank)
     xs = [x for _, x in measured]
     assert all(x.dtype == torch.bfloat16 for x in xs)
     gs = [g[:, :3].bfloat16() for _, g in client_data((4,), 2)]

@@ -22,8 +22,7 @@ from tests.batchnorm.layers import (
     randn,
     run_layer,
 )
-from tests.helpers import networks
-from tests.helpers.ranks import on_ranks
+from tests.helpers import networks, ranks
 
 
 def uses_on_this_rank(p: list[float]) -> dict[str, Values]:
@@ -39,7 +38,7 @@ def uses_on_this_rank(p: list[float]) -> dict[str, Values]:
 
 @cache
 def uses_by_rank(clients: int) -> list[dict[str, Values]]:
-    return on_ranks(clients, uses_on_this_rank, networks.weights(clients))
+    return ranks.on_ranks(clients, uses_on_this_rank, networks.weights(clients))
 
 
 @pytest.mark.parametrize("shape", GLOBAL_SHAPES)
@@ -82,7 +81,7 @@ def buffers_on_this_rank() -> dict[str, Values]:
 
 @cache
 def buffers_by_rank() -> list[dict[str, Values]]:
-    return on_ranks(3, buffers_on_this_rank)
+    return ranks.on_ranks(3, buffers_on_this_rank)
 
 
 def the_same_bits_everywhere(case: str) -> Values:
@@ -127,7 +126,7 @@ def step_in_a_group_of_two(data: list[tuple[Tensor, Tensor]]) -> Values:
 
 def test_groups_of_ranks_are_independent() -> None:
     data = client_data((3,), 4)
-    measured = on_ranks(4, step_in_a_group_of_two, data)
+    measured = ranks.on_ranks(4, step_in_a_group_of_two, data)
     for first in (0, 1):
         pair = [first, first + 2]
         expected = layer_of_all_clients([data[k] for k in pair], [0.25, 0.75])

@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fedtan_hpc import convert_batchnorm, federated_statistics
 from tests.batchnorm.layers import Values, gradients, randn
-from tests.helpers import networks, pooled
-from tests.helpers.ranks import on_ranks
+from tests.helpers import networks, pooled, ranks
 
 
 def network_gradients(module: nn.Module, case: str) -> Values:
@@ -134,4 +133,4 @@ def many_calls() -> int:
 
 
 def test_a_context_may_stay_open_for_long() -> None:
-    assert on_ranks(2, many_calls) == [600, 600]
+    assert ranks.on_ranks(2, many_calls) == [600, 600]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fedtan_hpc import convert_batchnorm, federated_statistics
 from tests.batchnorm.layers import Values, assert_close, gradients, randn
-from tests.helpers import networks
-from tests.helpers.ranks import on_ranks
+from tests.helpers import networks, ranks
 
 BAD: dict[str, tuple[list[float], list[int], str]] = {
     "negative": ([-0.5, 1.5], [5, 8], "a weight on 2 ranks is negative or not finite"),
@@ -50,7 +49,7 @@ def message_of_error(weight: float, size: int) -> str | None:
 
 @cache
 def messages_by_rank(clients: int) -> list[dict[str, str | None]]:
-    return on_ranks(clients, messages_of_errors)
+    return ranks.on_ranks(clients, messages_of_errors)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -95,7 +94,9 @@ def steps_beside_a_weightless_rank() -> dict[str, Values]:
 
 @cache
 def steps_by_rank() -> tuple[list[Values], list[dict[str, Values]]]:
-    return on_ranks(2, steps_of_counting_ranks), on_ranks(3, steps_beside_a_weightless_rank)
+    return ranks.on_ranks(2, steps_of_counting_ranks), ranks.on_ranks(
+        3, steps_beside_a_weightless_rank
+    )
 
 
 @pytest.mark.parametrize("batch", WEIGHTLESS)

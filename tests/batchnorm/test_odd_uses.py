@@ -12,7 +12,7 @@ from fedtan_hpc.batchnorm.running_norm import fixed_global_statistics, normalise
 from fedtan_hpc.config.enums import CohortMode, PrecisionName
 from fedtan_hpc.config.schema import CohortConfig
 from fedtan_hpc.job.setup import prepare
-from tests.training.test_compile_step import CPU, config
+from tests.helpers.rounds import CPU, iid_config
 
 
 def network(bias: bool = True) -> nn.Module:
@@ -69,7 +69,7 @@ def test_a_compiled_backward_pass_outside_of_its_context_is_refused() -> None:
 
 
 def test_frozen_layers_of_a_stack_take_bfloat16() -> None:
-    options = config(
+    options = iid_config(
         "fixbn",
         clients=3,
         precision=PrecisionName.bfloat16,

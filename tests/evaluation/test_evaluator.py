@@ -1,4 +1,4 @@
-"""What is reported of global and private models, against plain loops over clients and samples."""
+"""Figures of global and private models, compared with plain loops over clients and samples."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from fedtan_hpc.data.feature_shift import clients_of_test, shift_of
 from fedtan_hpc.evaluation.metrics import in_mix
 from fedtan_hpc.evaluation.records import RoundRecord
 from fedtan_hpc.job.setup import prepare
-from fedtan_hpc.runtime.device import DevicePlacement
 from tests.helpers.ranks import on_ranks
+from tests.helpers.rounds import CPU
 
-CPU = DevicePlacement(torch.device("cpu"), "gloo")
 PARTITIONS = {
     "dirichlet": PartitionConfig(name=PartitionName.dirichlet, alpha=0.3),
     "shift": PartitionConfig(
@@ -44,7 +43,7 @@ def config(method: str, kind: str, **options: object) -> Config:
 
 
 def reported(options: Config) -> tuple[RoundRecord, dict[str, Any], dict[int, Any]]:
-    """The last round, the global model, and what the clients that were drawn keep."""
+    """Returns the last record, the global model, and the private states of drawn clients."""
     trainer = prepare(options, CPU)
     record = trainer.train([])[-1]
     states = trainer.cohort.states
@@ -131,21 +130,21 @@ def test_training_samples_for_the_loss_may_be_fewer_or_none(method: str) -> None
     assert some == pytest.approx(everything, rel=0.3)
 
 
-def judged(options: Config) -> tuple[int | None, float | None]:
+def evaluated(options: Config) -> tuple[int | None, float | None]:
     record = prepare(options, CPU).train([])[-1]
     return record.clients_judged, record.test_accuracy
 
 
-def test_not_more_clients_are_judged_than_asked_for() -> None:
+def test_not_more_clients_are_evaluated_than_asked_for() -> None:
     options = config("silobn", "dirichlet", clients=9, clients_per_round=6, eval_clients=2)
-    assert judged(options)[0] == 2
-    assert len(set(on_ranks(3, judged, options))) == 1
+    assert evaluated(options)[0] == 2
+    assert len(set(on_ranks(3, evaluated, options))) == 1
     options.eval_clients = None
-    assert (judged(options)[0] or 0) > 6
+    assert (evaluated(options)[0] or 0) > 6
 
 
 def test_mixing_alone_makes_no_models_of_their_own() -> None:
-    """HBN's d has no part in evaluation: the global model is judged."""
+    """HBN's d has no part in evaluation: the global model is evaluated."""
     record, _, own = reported(config("hbn", "dirichlet"))
     assert own
     assert record.clients_judged is None

@@ -1,9 +1,11 @@
-"""The job with faults: rank r in round s does what a bad day would do to it.
+"""The job with faults, each in one round of one rank.
 
-``FAULTS="1:7:kill 0:9:TERM" torchrun ... faulty.py overrides``: each fault happens once, whatever
-restarts there are; ``FAULTS_FOLDER`` remembers which have.  Kinds: kill (SIGKILL), stop (SIGSTOP: a
-machine that hangs), sleep (a thread that never comes back), error (an exception), and the names of
-signals, which the rank sends to itself.
+    FAULTS="1:7:kill 0:9:TERM" FAULTS_FOLDER=... torchrun ... faulty.py overrides
+
+A fault is RANK:ROUND:KIND.  It happens once, also if the job restarts: the folder has a file for
+each that has happened.  Kinds: kill (SIGKILL), stop (SIGSTOP, as a machine that hangs), sleep (a
+thread that never returns), error (an exception), and names of signals, which the rank sends to
+itself.
 """
 
 from __future__ import annotations

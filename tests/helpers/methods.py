@@ -15,12 +15,11 @@ from fedtan_hpc.data.batching import BatchSampler
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.job.trainer import Trainer
 from fedtan_hpc.models import factory
-from fedtan_hpc.runtime.device import DevicePlacement
 from fedtan_hpc.training import client_sampling
 from tests.helpers import restated
 from tests.helpers.restated import Method, State
+from tests.helpers.rounds import CPU
 
-CPU = DevicePlacement(torch.device("cpu"), "gloo")
 AFFINE = ("2.weight", "2.bias", "5.weight", "5.bias")
 RESTATED: dict[str, Callable[[int], Method]] = {
     "fedtan": lambda number: Method(synchronised=1),
@@ -92,7 +91,7 @@ def simulated(options: Config) -> tuple[State, dict[int, State], list[float]]:
             mixed = {
                 n: own[k][n] if restated.is_private(n, method) else v for n, v in state.items()
             }
-            states.append(restated.own_copy(mixed))
+            states.append(restated.client_copy(mixed))
         starts = [{n: v.detach().clone() for n, v in s.items()} for s in states]
         velocity: list[State] = [dict(pooled_velocity) for _ in states]
         orders = [

@@ -1,4 +1,4 @@
-"""Small networks that between them hold every kind of BN layer, and batches for their clients."""
+"""Small networks with every kind of BN layer, batches for their clients, and networks for jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shared(nn.Module):
 
 
 class Branches(nn.Module):
-    """Two parallel branches with BN layers of one width, which a mix-up could confuse."""
+    """Two parallel branches with BN layers of equal width, whose messages could be confused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def _without_momentum(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the shape of a sample, and how far the clients' inputs lie from 0."""
+    """A network, the shape of a sample, and the offset of all inputs."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ CASES = {
 
 
 def network(case: str) -> nn.Module:
-    """The case's network in float64, the same one whenever it is built."""
+    """The case's network in float64; every call returns equal values."""
     torch.manual_seed(1)
     module = CASES[case].build().double()
     module(torch.randn(4, *CASES[case].shape, dtype=torch.float64))  # lazy layers take their size
@@ -117,21 +117,21 @@ def network(case: str) -> nn.Module:
 
 
 def batches(case: str, clients: int) -> list[tuple[Tensor, Tensor]]:
-    """Each client's batch: of its own size, mean and spread."""
-    made = []
+    """A batch for each client; sizes, means and spreads differ."""
+    batches = []
     for client in range(clients):
         generator = torch.Generator().manual_seed(100 + client)
         size = (5, 8, 3, 6)[client]
         x = torch.randn(size, *CASES[case].shape, dtype=torch.float64, generator=generator)
         x = x * (1 + 0.3 * client) + 0.5 * client + CASES[case].offset
-        made.append((x, torch.randint(0, 3, (size,), generator=generator)))
-    return made
+        batches.append((x, torch.randint(0, 3, (size,), generator=generator)))
+    return batches
 
 
 def weights(clients: int) -> list[float]:
     """Unequal weights that sum to 1."""
-    parts = [0.3, 1.1, 0.7, 1.9][:clients]
-    return [part / sum(parts) for part in parts]
+    values = [0.3, 1.1, 0.7, 1.9][:clients]
+    return [value / sum(values) for value in values]
 
 
 def with_dropout(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -143,26 +143,26 @@ def with_dropout(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def frozen(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The mlp whose first layer is not trained."""
+    """The mlp with a first layer that is not trained."""
     network = small_networks.mlp(math.prod(shape), classes)
     network.get_submodule("1").requires_grad_(False)
     return network
 
 
 def unused(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The mlp with a layer that takes no part."""
+    """The mlp with a layer that ``forward`` does not use."""
     network = small_networks.mlp(math.prod(shape), classes)
     network.get_submodule("3").register_module("aside", nn.Linear(2, 2))
     return network
 
 
 def cumulative(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The mlp whose running statistics are plain means over all batches."""
+    """The mlp with running statistics that are plain means over all batches."""
     return _without_momentum(small_networks.mlp(math.prod(shape), classes))
 
 
 class Counting(nn.Module):
-    """The mlp with buffers of its own, of an integer and of a floating-point type."""
+    """The mlp with two more buffers, one of an integer and one of a floating-point type."""
 
     def __init__(self, features: int, classes: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def counting(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def spectral(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The mlp with torch's spectral normalization of a layer, which keeps vectors as buffers."""
+    """The mlp with torch's spectral normalization of a layer, which has vectors as buffers."""
     network = small_networks.mlp(math.prod(shape), classes)
     nn.utils.parametrizations.spectral_norm(network.get_submodule("4"))
     return network

@@ -1,6 +1,6 @@
 """The pooled problem in one process: F = sum_k p_k F_k with BN statistics over all clients.
 
-Written out with plain tensor operations and autograd alone, apart from everything in the package.
+Written with plain tensor operations and autograd alone; it uses nothing of the package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 
 class PooledBatchNorm(nn.Module):
-    """Normalise the clients' concatenated batch by sum_k p_k of their moments."""
+    """Normalises the clients' concatenated batch by sum_k p_k of their moments."""
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm, sizes: list[int], p: list[float]):
         super().__init__()
@@ -34,11 +34,11 @@ class PooledBatchNorm(nn.Module):
 
 def pool(module: nn.Module, sizes: list[int], p: list[float]) -> nn.Module:
     """``module`` with its BN layers replaced by pooled ones; parameters stay shared."""
-    made: dict[nn.Module, nn.Module] = {}
+    pooled: dict[nn.Module, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                parent._modules[name] = made.setdefault(child, PooledBatchNorm(child, sizes, p))
+                parent._modules[name] = pooled.setdefault(child, PooledBatchNorm(child, sizes, p))
     return module
 
 
@@ -58,10 +58,10 @@ def pooled_gradient(
 
 
 def worst_relative_error(measured: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest ||measured - expected|| over ||expected|| of any tensor.
+    """The largest ||measured - expected|| / ||expected|| of any tensor.
 
-    Tensors whose expected value is 0 up to rounding (a bias right before BN) count by the size of
-    the largest gradient instead.
+    For tensors that are 0 up to rounding (a bias before BN) the norm of the largest gradient takes
+    the place of ||expected||.
     """
     assert measured.keys() == expected.keys()
     largest = max(float(value.norm()) for value in expected.values())

@@ -1,11 +1,11 @@
-"""Run a function on several ranks: forked from a server that has torch loaded, over gloo.
+"""Runs a function on several ranks that have a process group.
 
-With the variable TEST_BACKEND=mpi mpiexec starts them, over MPI: so everything that is tested under
-the one is tested under the other.
+``on_ranks(2, function, argument)`` calls ``function(argument)`` on 2 ranks and returns the results
+by rank.  The ranks wait for the next call.  A rank that fails fails the test with its traceback;
+then its world ends, and the next call starts a new one.
 
-``on_ranks(2, function, argument)`` calls ``function(argument)`` on 2 ranks that have a process
-group and returns the results by rank.  The ranks live on for the next call.  A rank that fails
-fails the test with its traceback; then its world is ended, and the next call starts a new one.
+The ranks are forked from a server that has loaded torch, and use gloo.  With TEST_BACKEND=mpi in
+the environment mpiexec starts them and they use MPI, so that all tests can run over both.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ CONTEXT.set_forkserver_preload(
 
 
 class RankFailed(AssertionError):
-    """A rank raised; the message holds its traceback."""
+    """A rank has failed; the message has its traceback."""
 
 
 def on_ranks(
     world_size: int, function: Callable[..., Result], *arguments: Any, seconds: float = 60
 ) -> list[Result]:
-    """Results of ``function(*arguments)`` on each rank; ``function`` must be importable."""
+    """The results of ``function(*arguments)`` by rank; ``function`` must be importable."""
     world = _WORLDS.get(world_size) or _world_of(world_size)
     _WORLDS[world_size] = world
     try:
@@ -66,14 +66,14 @@ class World:
     _connections: list[Connection]
 
     def call(self, function: Callable[..., Any], arguments: Any, seconds: float) -> list[Any]:
-        """Send the function to all ranks and wait for all answers."""
+        """Sends the function to all ranks and waits for all answers."""
         task = pickle.dumps((function, arguments))
         for connection in self._connections:
             connection.send_bytes(task)
         return _collect(self._connections, seconds)
 
     def end(self) -> None:
-        """Kill the processes."""
+        """Kills the processes."""
         raise NotImplementedError
 
 
@@ -96,7 +96,7 @@ class GlooWorld(World):
 
 
 class MPIWorld(World):
-    """Processes of mpiexec, which call back and say who they are."""
+    """Processes of mpiexec, which connect to this process and send their rank."""
 
     def __init__(self, size: int) -> None:
         with Listener(family="AF_UNIX") as listener:
@@ -123,7 +123,7 @@ MPI_VARIABLES = {
     "PRTE_MCA_hwloc_default_binding_policy": "none",
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
-"""For Open MPI, which else minds root, and more ranks than cores."""
+"""Open MPI refuses root, and more ranks than cores, without these."""
 
 
 def _world_of(size: int) -> World:
@@ -140,11 +140,11 @@ def _end_all() -> None:
 
 
 def _start(rank: int, size: int, store: Path) -> tuple[ForkServerProcess, Connection]:
-    mine, theirs = CONTEXT.Pipe()
+    ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
     process.start()
     theirs.close()
-    return process, mine
+    return process, ours
 
 
 def _serve(rank: int, size: int, store: Path, caller: Connection) -> None:
@@ -159,10 +159,10 @@ def _serve(rank: int, size: int, store: Path, caller: Connection) -> None:
 
 
 def _serve_over_mpi(address: str) -> None:
-    place = launcher_env.detect()
+    info = launcher_env.detect()
     with Client(address, family="AF_UNIX") as caller:
-        caller.send(place.rank)
-        process_group.start(place.rank, place.world_size, "mpi", 30)
+        caller.send(info.rank)
+        process_group.start(info.rank, info.world_size, "mpi", 30)
         _answer_calls(caller)
     os._exit(0)  # MPI would wait for the others
 
@@ -172,7 +172,7 @@ def _answer_calls(caller: Connection) -> None:
     while True:
         try:
             function, arguments = pickle.loads(caller.recv_bytes())
-            # Plain pickle: torch's own way leaves tensors in memory that dies with this process.
+            # Plain pickle: torch's pickler leaves tensors in memory that ends with this process.
             answer = pickle.dumps((True, function(*arguments)))
         except EOFError:
             return
@@ -200,13 +200,13 @@ def _answer(connection: Connection, rank: int) -> Any:
     try:
         good, value = pickle.loads(connection.recv_bytes())
     except (EOFError, ConnectionError):
-        raise RankFailed(f"rank {rank} died without a word") from None
+        raise RankFailed(f"rank {rank} ended without an answer") from None
     if not good:
         raise RankFailed(f"rank {rank}:\n{value}")
     return value
 
 
 if __name__ == "__main__":
-    from tests.helpers import ranks  # under its own name, for what is pickled
+    from tests.helpers import ranks  # not as __main__, for the names of what is pickled
 
     ranks._serve_over_mpi(sys.argv[1])

@@ -1,7 +1,7 @@
-"""Every method in one process, re-stated: clients of an mlp, plain operations, autograd.
+"""Every method re-stated in one process: clients of an mlp, plain operations and autograd.
 
-Each client has its own copy of every value.  In a synchronised step one loss sum_k p_k F_k is
-differentiated; client k's gradient is the derivative for its copy divided by p_k.
+Each client has a copy of every value.  A synchronised step differentiates one loss sum_k p_k F_k;
+client k's gradient is the derivative with respect to its copy, divided by p_k.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ STATISTICS = ("running_mean", "running_var")
 
 @dataclass
 class Method:
-    """How a method of SPEC 3 treats a round."""
+    """What a method normalises with, what it averages, and what stays with the clients."""
 
     synchronised: int = 0
     pooled_gradients: bool = False
     normaliser: str = "batch"
-    """batch, frozen, fixed (constants, statistics move), mixed (HBN) or groups of channels."""
+    """batch, frozen, fixed (constants; running statistics move), mixed (HBN), groups or none."""
     private: Sequence[str] = ()
-    """Endings of the names that stay with the client; "" is everything."""
+    """Endings of the names of private values; "" stands for all."""
     unaveraged: Sequence[str] = ()
     groups: int = 1
 
@@ -79,7 +79,7 @@ def hidden(
     p: list[float] | None,
     first: State,
 ) -> list[Tensor]:
-    """One normalization layer of all clients; with ``p`` over all of them together."""
+    """One normalization layer of all clients; with ``p``, statistics are over all of them."""
     if p is not None and method.normaliser != "none":
         mean = torch.stack([p_k * x.mean(0) for p_k, x in zip(p, h, strict=True)]).sum(0)
         squares = [p_k * (x - mean).square().mean(0) for p_k, x in zip(p, h, strict=True)]
@@ -94,7 +94,7 @@ def hidden(
 
 
 def alone(x: Tensor, state: State, bn: str, method: Method, first: State) -> Tensor:
-    """One normalization layer of one client by itself; ``first`` are the round's global values."""
+    """One normalization layer of one client; ``first`` has the round's global values."""
     if method.normaliser == "none":
         return x
     if method.normaliser == "groups":
@@ -123,9 +123,9 @@ def affine(y: Tensor, state: State, bn: str) -> Tensor:
 
 
 def move(state: State, bn: str, mean: Tensor, variance: Tensor) -> None:
-    for name, now in zip(STATISTICS, (mean, variance), strict=True):
+    for name, value in zip(STATISTICS, (mean, variance), strict=True):
         key = f"{bn}.{name}"
-        state[key] = (1 - MOMENTUM) * state[key] + MOMENTUM * now.detach()
+        state[key] = (1 - MOMENTUM) * state[key] + MOMENTUM * value.detach()
 
 
 def local_step(
@@ -141,7 +141,7 @@ def local_step(
     mu: float,
     starts: list[State],
 ) -> list[float]:
-    """One SGD step of every client in place; their losses."""
+    """Changes ``states`` by one SGD step of every client; returns the clients' losses."""
     trained = [{n: v for n, v in s.items() if v.requires_grad} for s in states]
     h = [x.flatten(1) for x, _ in batches]
     for linear, bn in HIDDEN:
@@ -167,8 +167,8 @@ def local_step(
         )
         for t in trained
     ]
-    for k, own in enumerate(trained):
-        for name, value in own.items():
+    for k, values in enumerate(trained):
+        for name, value in values.items():
             g = gradients[k][name] / p[k]
             if synchronised and method.pooled_gradients:
                 g = torch.stack([gradient[name] for gradient in gradients]).sum(0)
@@ -178,7 +178,7 @@ def local_step(
     return [float(loss.detach()) for loss in losses]
 
 
-def own_copy(state: State) -> State:
+def client_copy(state: State) -> State:
     return {
         name: value.detach().clone().requires_grad_(not name.endswith(STATISTICS))
         for name, value in state.items()

@@ -1,7 +1,8 @@
-"""The job in one process, re-stated: N clients of an mlp in lock-step, plain operations, autograd.
+"""FedTAN and FedAvg re-stated in one process: clients of an mlp, plain operations and autograd.
 
-Each client has its own copy of every parameter.  In a synchronised step one loss sum_k p_k F_k is
-differentiated; client k's gradient is the derivative for its copy divided by p_k.
+Each client has a copy of every parameter.  A synchronised step differentiates one loss
+sum_k p_k F_k; client k's gradient is the derivative with respect to its copy, divided by p_k.
+``restated`` has all methods, with momentum.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ HIDDEN = (("1", "2"), ("4", "5"))
 
 
 def forward(states: list[State], inputs: list[Tensor], p: list[float] | None) -> list[Tensor]:
-    """Scores of each client; BN over all clients weighted with p, or over each batch if None.
+    """The scores of each client; BN is over all clients weighted with ``p``, or over each batch.
 
-    Running statistics in ``states`` move.
+    It moves the running statistics in ``states``.
     """
     h = [x.flatten(1) for x in inputs]
     for linear, bn in HIDDEN:
@@ -49,7 +50,7 @@ def local_step(
     synchronised: bool,
     learning_rate: float,
 ) -> list[float]:
-    """One SGD step of every client in place; their losses."""
+    """Changes ``states`` by one SGD step of every client; returns the clients' losses."""
     trained = [[v for v in state.values() if v.requires_grad] for state in states]
     scores = forward(states, [x for x, _ in batches], p if synchronised else None)
     losses = [cross_entropy(s, y) for s, (_, y) in zip(scores, batches, strict=True)]
@@ -62,7 +63,7 @@ def local_step(
 
 
 def average(states: list[State], p: list[float]) -> State:
-    """sum_k p_k state_k of everything that is not a counter."""
+    """sum_k p_k state_k of all values that are not counters."""
     return {
         name: torch.stack([p_k * s[name].detach() for p_k, s in zip(p, states, strict=True)]).sum(0)
         for name, value in states[0].items()
@@ -71,12 +72,12 @@ def average(states: list[State], p: list[float]) -> State:
 
 
 def copy(state: State) -> State:
-    """A client's own copy of the global model; parameters require gradients."""
+    """A copy of the global model for a client; parameters require gradients."""
     return {
         name: value.detach().clone().requires_grad_("running" not in name)
         for name, value in state.items()
     }
 
 
-def _move(state: State, name: str, now: Tensor) -> None:
-    state[name] = (1 - MOMENTUM) * state[name] + MOMENTUM * now.detach()
+def _move(state: State, name: str, value: Tensor) -> None:
+    state[name] = (1 - MOMENTUM) * state[name] + MOMENTUM * value.detach()

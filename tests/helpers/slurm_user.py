@@ -1,4 +1,4 @@
-"""A SLURM of the tests' own, by ``tools/dev_slurm.sh``, and a user of it."""
+"""A SLURM for the tests, which ``tools/dev_slurm.sh`` starts, and a user of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 @contextmanager
 def running(*where: str) -> Iterator[dict[str, str]]:
-    """The environment in which sbatch reaches the cluster; one that runs already stays."""
+    """Gives the environment with which sbatch reaches the cluster; a running cluster stays."""
     before = subprocess.run([DEV_SLURM, "status"], capture_output=True, check=False)
     words = [DEV_SLURM, "start", *where]
     started = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -48,7 +48,7 @@ def running(*where: str) -> Iterator[dict[str, str]]:
 
 
 class Slurm:
-    """SLURM's commands in a folder, after the words ``where`` that take them to their host."""
+    """Calls SLURM's commands in a folder; the words ``where`` before them choose the host."""
 
     def __init__(
         self, environment: dict[str, str], folder: Path, where: tuple[str, ...] = ()
@@ -69,15 +69,15 @@ class Slurm:
         return done.stdout
 
     def sbatch(self, *words: str) -> str:
-        """``sbatch`` of train.sbatch; options of sbatch begin with dashes."""
-        own = [word for word in words if word.startswith("-")]
+        """Submits train.sbatch; words with dashes are options of sbatch, the others of the job."""
+        options = [word for word in words if word.startswith("-")]
         job = [word for word in words if not word.startswith("-")]
-        number = self.call("sbatch", "--parsable", *own, TRAIN, *job).strip()
+        number = self.call("sbatch", "--parsable", *options, TRAIN, *job).strip()
         self.jobs.append(number)
         return number
 
     def submit(self, *words: str) -> list[str]:
-        """``slurm/submit.py``."""
+        """Calls ``slurm/submit.py``."""
         lines = self.call(sys.executable, SUBMIT, *words).splitlines()
         numbers = [line.split()[1] for line in lines]
         self.jobs += numbers
@@ -88,7 +88,7 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def ended(self, job: str, seconds: float = 120) -> dict[str, str]:
-        """What SLURM says of the job, once it has ended; a requeued one waits ten seconds."""
+        """Returns what SLURM says of the job once it has ended; a requeue takes ten seconds."""
         deadline = time.monotonic() + seconds
         while (facts := self.facts(job))["JobState"] not in ENDED:
             assert time.monotonic() < deadline, f"{facts}\n{self.said()}"
@@ -96,7 +96,7 @@ class Slurm:
         return facts
 
     def said(self) -> str:
-        """What the jobs have written."""
+        """Returns all that the jobs have written into their logs."""
         logs = [*self.folder.glob("*.log"), *self.folder.glob("runs/submitted/*log.*")]
         return "\n".join(path.read_text(errors="replace") for path in sorted(logs))
 

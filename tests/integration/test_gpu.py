@@ -1,4 +1,4 @@
-"""On one GPU: the results of a CPU, and no waiting for the device inside of a round.
+"""One GPU gives the results of a CPU, and a round does not wait for the device.
 
 pytest -n 1 -m gpu
 """
@@ -24,16 +24,12 @@ from fedtan_hpc.runtime.device import DevicePlacement, tensor_float
 from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers import commands, networks
 from tests.helpers.ranks import on_ranks
-from tests.helpers.rounds import train_round
-from tests.training.test_compile_step import config, distance
+from tests.helpers.rounds import CPU, distance, iid_config, train_round
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU here, or none asked for (-m gpu)"
-    ),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not selected by -m gpu"),
 ]
-ON_CPU = DevicePlacement(torch.device("cpu"), "gloo")
 ON_GPU = DevicePlacement(torch.device("cuda", 0), "gloo")
 
 
@@ -48,15 +44,15 @@ def trained(options: Config, place: DevicePlacement) -> dict[str, Tensor]:
     "algorithm", ["fedtan", "fedavg", "fixbn", "silobn", "fbn", "hbn", "centralised"]
 )
 def test_a_gpu_trains_the_model_that_a_cpu_trains(algorithm: str, clients: int) -> None:
-    """One client, and three that are stacked."""
-    options = config(algorithm, clients=clients)
-    assert distance(trained(options, ON_GPU), trained(options, ON_CPU)) < 1e-10
+    """With one client, and with three stacked clients."""
+    options = iid_config(algorithm, clients=clients)
+    assert distance(trained(options, ON_GPU), trained(options, CPU)) < 1e-10
 
 
 @pytest.mark.parametrize("clients", [2, 5])
 def test_ranks_that_share_a_gpu_train_the_same_model(clients: int) -> None:
-    options = config(clients=clients)
-    alone = trained(options, ON_CPU)
+    options = iid_config(clients=clients)
+    alone = trained(options, CPU)
     for state in on_ranks(2, trained, options, ON_GPU):
         assert distance(state, alone) < 1e-10
 
@@ -75,7 +71,7 @@ def gradients_in_lockstep(device: str) -> list[Tensor]:
 
 
 def test_clients_in_lockstep_have_the_gradients_of_a_cpu() -> None:
-    """Each backward pass in its client's thread: one for all could not wait for itself."""
+    """Each client's thread runs its backward pass: a common thread would wait for itself."""
     for found, expected in zip(*map(gradients_in_lockstep, ("cuda", "cpu")), strict=True):
         assert float((found - expected).norm()) <= 1e-10 * float(expected.norm())
 
@@ -84,14 +80,16 @@ def test_clients_in_lockstep_have_the_gradients_of_a_cpu() -> None:
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fixbn"])
 def test_compiled_steps_are_replayed_as_graphs(algorithm: str) -> None:
     torch._dynamo.utils.counters.clear()
-    options = config(algorithm, clients=1, compile=True)
-    assert distance(trained(options, ON_GPU), trained(config(algorithm, clients=1), ON_CPU)) < 1e-10
+    options = iid_config(algorithm, clients=1, compile=True)
+    assert (
+        distance(trained(options, ON_GPU), trained(iid_config(algorithm, clients=1), CPU)) < 1e-10
+    )
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_bfloat16_trains_close_to_float32() -> None:
     states = [
-        trained(config(precision=precision, rounds=1), ON_GPU)
+        trained(iid_config(precision=precision, rounds=1), ON_GPU)
         for precision in (PrecisionName.bfloat16, PrecisionName.float32)
     ]
     assert 1e-6 < distance(*states) < 0.3
@@ -120,8 +118,8 @@ def test_a_job_over_nccl_and_a_compiled_one_end_where_a_cpu_does(
 def test_a_step_is_timed_against_torchs_own_data_parallelism(
     ranks: str, backend: str, tmp_path: Path
 ) -> None:
-    """Over NCCL, and with SyncBatchNorm's collectives over gloo, where ranks share the GPU."""
-    tool = str(commands.ROOT / "tools" / "bench_round.py")
+    """Over NCCL, and over gloo where ranks share the GPU, with SyncBatchNorm's collectives."""
+    tool = commands.tool("bench_round.py")
     words = ("device=cuda", "model=cnn", "local_steps=1", "repeats=2", f"backends=[{backend}]")
     done = commands.run("torchrun", "--nproc-per-node", ranks, tool, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -136,22 +134,22 @@ def test_a_step_is_timed_against_torchs_own_data_parallelism(
 def test_a_round_waits_for_the_device_at_its_checks_alone(
     algorithm: str, reads: int, mode: CohortMode
 ) -> None:
-    """Of the statistics' headers, all in one, and of the average's."""
+    """FedTAN reads all headers of the statistics at once; each method reads the average's."""
     clients = 3 if mode is CohortMode.stacked else 1
-    options = config(algorithm, clients=clients, local_steps=5, cohort=CohortConfig(mode=mode))
+    options = iid_config(algorithm, clients=clients, local_steps=5, cohort=CohortConfig(mode=mode))
     trainer = prepare(options, ON_GPU)
     hosted = trainer._hosted(trainer._participants(1))
     for number in (1, 2, 3):
-        now = RoundContext(number, 0.05, plan(options, number))
+        context = RoundContext(number, 0.05, plan(options, number))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                train_round(trainer.cohort, hosted, now)
+                train_round(trainer.cohort, hosted, context)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(each.message) for each in said if "synchronizing" in str(each.message)]
+    waits = [str(each.message) for each in caught if "synchronizing" in str(each.message)]
     assert len(waits) <= reads, waits
 
 
@@ -159,7 +157,7 @@ def test_a_round_waits_for_the_device_at_its_checks_alone(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
     reason="this GPU has no TensorFloat-32",
 )
-def test_convolutions_are_of_24_bits_unless_tf32_is_asked_for() -> None:
+def test_convolutions_have_24_bits_without_tf32() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
     exact = conv2d(x.double(), weight.double())

@@ -30,14 +30,13 @@ from fedtan_hpc.evaluation.metrics import Evaluation, evaluate
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.models import factory, small_networks
 from fedtan_hpc.runtime import launcher_env
-from fedtan_hpc.runtime.device import DevicePlacement
 from tests.helpers import simulation
 from tests.helpers.jobs import run_here, small
 from tests.helpers.ranks import RankFailed, on_ranks
+from tests.helpers.rounds import CPU
 
 FEDTAN = AlgorithmConfig(name=AlgorithmName.fedtan)
 FEDAVG = AlgorithmConfig(name=AlgorithmName.fedavg)
-CPU = DevicePlacement(torch.device("cpu"), "gloo")
 
 
 def float64(samples: Samples) -> Samples:

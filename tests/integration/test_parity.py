@@ -1,4 +1,4 @@
-"""One round of the FedTAN authors' own code, reproduced tensor by tensor on ResNet-20."""
+"""One round of the FedTAN authors' code, reproduced tensor by tensor on ResNet-20."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def recorded(name: str) -> dict[str, Any]:
 
 
 def layers(module: nn.Module) -> dict[str, Layer]:
-    """Convolutions, BN layers and the linear one by kind and number, in network order."""
+    """Convolutions, BN layers and the linear layer by kind and number, in the network's order."""
     kinds: dict[str, type[Layer]] = {
         "conv": nn.Conv2d,
         "bn": nn.modules.batchnorm._BatchNorm,
@@ -48,7 +48,7 @@ def layers(module: nn.Module) -> dict[str, Layer]:
 
 
 def draw(layer: Layer, random: np.random.RandomState) -> tuple[npt.NDArray[np.float64], ...]:
-    """A layer's initial parameters."""
+    """The initial parameters of a layer."""
     shape = tuple(layer.weight.shape)
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return random.uniform(0.5, 1.5, shape), random.uniform(-0.5, 0.5, shape)
@@ -60,7 +60,7 @@ def draw(layer: Layer, random: np.random.RandomState) -> tuple[npt.NDArray[np.fl
 
 
 def recipe(name: str) -> tuple[Tensor, Tensor, nn.Module]:
-    """Every client's inputs and labels (K, E, B, ...), and the initial network."""
+    """The inputs and labels of all clients (K, E, B, ...), and the initial network."""
     job = recorded(name)
     K, E, B = job["clients"], job["local_steps"], job["batch_size"]
     random = np.random.RandomState(job["seed"])
@@ -75,7 +75,7 @@ def recipe(name: str) -> tuple[Tensor, Tensor, nn.Module]:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics by the record's names."""
+    """Parameters and running statistics by their names in the record."""
     return {
         f"{name}.{key}": value.clone()
         for name, layer in layers(module).items()
@@ -85,7 +85,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def use_the_authors_factor(module: nn.Module, clients: int, batch_size: int) -> None:
-    """Make the first step's running variances 0.9 + 0.1 variance B / (B - 1)."""
+    """Changes the first step's running variances to 0.9 + 0.1 variance B / (B - 1)."""
     for layer in layers(module).values():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             side = 512 // layer.num_features  # 16, 32 and 64 channels on 32, 16 and 8 pixels
@@ -96,7 +96,7 @@ def use_the_authors_factor(module: nn.Module, clients: int, batch_size: int) -> 
 
 
 def play_round(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors before and after one round with one client on each rank."""
+    """Returns the tensors before and after one round with one client on each rank."""
     job, rank = recorded(name), dist.get_rank()
     xs, ys, module = recipe(name)
     before = tensors(module)
@@ -112,7 +112,7 @@ def play_round(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def new_optimizer(module: nn.Module, job: dict[str, Any]) -> torch.optim.SGD:
-    """Weight decay counts from the first step on, momentum from an optimizer's second."""
+    """A new optimizer has no momentum in its first step; weight decay is in every step."""
     options = {key: job[key] for key in ("lr", "momentum", "weight_decay")}
     return torch.optim.SGD(module.parameters(), **options)
 

@@ -1,7 +1,7 @@
-"""Jobs under a real SLURM: two nodes on this machine, by ``tools/dev_slurm.sh``.
+"""Jobs under a real SLURM with two nodes on this machine, which ``tools/dev_slurm.sh`` starts.
 
-Submission by sbatch and submitit, arrays, preemption, time limits, cancelling, lost ranks.  A test
-takes some ten seconds; ``pytest -n 0 -m slurm`` runs them.
+The tests submit with sbatch and with submitit: arrays, preemption, time limits, cancelled jobs, and
+lost ranks.  Most tests take about ten seconds; ``pytest -n 0 -m slurm`` runs them.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 SHORT = ("clients=4", "local_steps=1", "rounds=20", "checkpoint.every=5")
 LONG = ("clients=4", "local_steps=1", "rounds=400", "checkpoint.every=10")
-"""Some twenty seconds of rounds: enough to be disturbed."""
+"""About twenty seconds of rounds, so that a test can disturb the run."""
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 SUBMIT_TWO_BY_TWO = ("launch.nodes=2", "launch.tasks_per_node=2", "launch.timeout_min=5")
 Undisturbed = dict[tuple[str, ...], Path]
-"""Runs that nothing happened to, by their options."""
+"""Folders of runs that nothing disturbed, by their options."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """The environment in which sbatch reaches it."""
+    """The environment variables with which sbatch reaches the cluster."""
     with slurm_user.running() as environment:
         yield environment
 
 
 @pytest.fixture
 def slurm(cluster: dict[str, str], tmp_path: Path) -> Iterator[Slurm]:
-    """The cluster, for jobs in a folder of the test's own; those left over are cancelled."""
+    """A user of the cluster in the folder of the test; the end cancels the jobs that are left."""
     user = Slurm(cluster, tmp_path)
     yield user
     for job in user.jobs:
@@ -57,7 +57,7 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """By torchrun, four ranks."""
+    """Runs of torchrun on four ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
     found: Undisturbed = {}
     for name, options in (("short", SHORT), ("long", LONG)):
@@ -68,7 +68,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 
 def test_sbatch_over_two_nodes_equals_torchrun(slurm: Slurm, undisturbed: Undisturbed) -> None:
-    """To the bit; without any address in the environment, nodes' names that do not resolve."""
+    """The models are equal to the bit.
+
+    The environment has no address, and the names of the nodes do not resolve.
+    """
     job = slurm.sbatch(*TWO_BY_TWO, *SHORT, "run_dir=run")
     assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.said()
     assert "launcher srun, nodes 2, ranks 4, backend gloo" in slurm.said()
@@ -117,7 +120,7 @@ def test_what_the_cluster_refuses_is_told_in_its_words(slurm: Slurm) -> None:
         check=False,
     )
     assert done.returncode == 2
-    line = done.stderr.splitlines()[-1]  # sbatch's own stand before it
+    line = done.stderr.splitlines()[-1]  # the lines of sbatch stand before it
     assert line.startswith("submit: launch.cluster=slurm refuses the job: ")
     assert "partition" in line
 
@@ -131,7 +134,7 @@ def requeue(slurm: Slurm, job: str) -> None:
 
 
 def usr2(slurm: Slurm, job: str) -> None:
-    """As submitit has SLURM send before the time limit."""
+    """SLURM sends this signal to a job of submitit before the time limit."""
     slurm.call("scancel", "--signal=USR2", job)
 
 
@@ -154,7 +157,7 @@ def test_submitit_goes_on_after(
 def check_it_goes_on(
     slurm: Slurm, job: str, disturb: Callable[[Slurm, str], None], undisturbed: Undisturbed
 ) -> None:
-    """Every round once, and the model of a run that nobody disturbed, to the bit."""
+    """The run has every round once, and its model equals that of an undisturbed run to the bit."""
     slurm.wait_for_round(30)
     disturb(slurm, job)
     facts = slurm.ended(job)
@@ -203,7 +206,7 @@ def test_a_preempted_job_goes_on(way: str, slurm: Slurm, undisturbed: Undisturbe
 
 @pytest.mark.parametrize("way", ["sbatch", "submitit"])
 def test_a_time_limit_does_not_end_a_run(way: str, slurm: Slurm) -> None:
-    """SLURM's least limit is a minute, and its signal comes half a minute before that."""
+    """The shortest limit of SLURM is a minute; its signal comes half a minute before the end."""
     endless = ("clients=4", "local_steps=1", "rounds=100000", "eval_every=100000", "run_dir=run")
     if way == "sbatch":
         job = slurm.sbatch(*TWO_BY_TWO, "--time=1", "--signal=B:USR1@5", *endless)
@@ -242,7 +245,7 @@ def test_a_rank_that_is_killed_costs_the_rounds_since_the_last_checkpoint(
 def test_a_rank_that_is_killed_in_start_up_costs_the_start(
     way: str, slurm: Slurm, undisturbed: Undisturbed
 ) -> None:
-    """The others, which have not met it, are ended a minute later."""
+    """srun ends the other ranks, which wait for the lost one, a minute later."""
     job = begun(way, slurm, SHORT)
     kill(job, rank=2)
     assert slurm.ended(job, 200)["JobState"] == "COMPLETED", slurm.said()
@@ -251,7 +254,7 @@ def test_a_rank_that_is_killed_in_start_up_costs_the_start(
 
 @pytest.mark.timeout(900)
 def test_the_readmes_recipes_run(slurm: Slurm) -> None:
-    """Each ``bash`` block line by line, as it stands, but for three rounds; jobs come to an end."""
+    """Each line of the ``bash`` blocks runs as it stands, with three rounds; all jobs complete."""
     readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.split("\n## On a cluster\n")[1].split("\n## ")[0]
     lines = [
@@ -276,7 +279,7 @@ def test_the_readmes_recipes_run(slurm: Slurm) -> None:
 
 
 def kill(job: str, rank: int) -> None:
-    """End a rank of the job by SIGKILL, as soon as it has a process."""
+    """Kills a rank of the job as soon as it has a process."""
     wait_until(lambda: task_of(job, rank) is not None, 30)
     process = task_of(job, rank)
     assert process is not None
@@ -284,7 +287,7 @@ def kill(job: str, rank: int) -> None:
 
 
 def task_of(job: str, rank: int) -> int | None:
-    """The process of a rank, by the variables that srun gave it."""
+    """Finds the process of a rank by the variables that srun gave it."""
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

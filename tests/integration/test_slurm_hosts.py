@@ -1,6 +1,7 @@
 """Jobs under a real SLURM whose two nodes are hosts with addresses of their own; needs root.
 
-By ``tools/two_hosts.sh`` and ``tools/dev_slurm.sh``; ``pytest -n 0 -m slurm`` runs them.
+``tools/two_hosts.sh`` makes the hosts and ``tools/dev_slurm.sh`` starts the cluster;
+``pytest -n 0 -m slurm`` runs the tests.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def link(state: str) -> None:
 
 
 def test_a_cut_link_ends_a_job_over_two_hosts_and_it_goes_on(slurm: Slurm, tmp_path: Path) -> None:
-    """To the model of one host that nobody disturbed, to the bit."""
+    """The model equals that of an undisturbed run on one host to the bit."""
     first = slurm.sbatch(*A_NODE_EACH, *JOB, "comm.timeout_seconds=8")
     slurm.wait_for_round(30)
     link("down")

@@ -1,4 +1,4 @@
-"""The trial before data load: what fits passes without a trace, what does not is one line."""
+"""The dry run before data load: a network that does not fit gives an error of one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE = (3, 32, 32)
 
 
 def tells(config: Config) -> str:
-    """The one line that is wrong with the network of ``config``."""
+    """Returns the error of the dry run, which is one line."""
     with pytest.raises(ConfigError) as caught:
         dry_run(config)
     [line] = caught.value.mistakes
@@ -59,7 +59,7 @@ def own_network(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 class OwnClass(nn.Module):
-    """Takes the number of classes alone."""
+    """Takes the number of classes only."""
 
     def __init__(self, *, classes: int, width: int = 8) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ FITTING = [
 
 
 @pytest.mark.parametrize("config", FITTING, ids=lambda c: f"{c.model.name}-{c.algorithm.name}")
-def test_a_network_that_fits_passes_its_trial_and_leaves_no_trace(config: Config) -> None:
+def test_a_network_that_fits_passes_and_leaves_no_trace(config: Config) -> None:
     before = torch.get_rng_state()
     dry_run(config)
     assert torch.equal(torch.get_rng_state(), before)
@@ -216,7 +216,7 @@ def test_groups_are_tried_too() -> None:
 
 
 def test_a_group_needs_two_values() -> None:
-    """64 groups of 64 channels without pixels leave one each, which normalises to 0."""
+    """64 groups of 64 channels without pixels have one value each, which normalises to 0."""
     config = job(ModelConfig(), "fedavg_gn")
     config.algorithm.groups = 64
     assert tells(config).startswith("algorithm.groups=64: allowed is fewer groups")
@@ -225,7 +225,7 @@ def test_a_group_needs_two_values() -> None:
 
 
 class Counting(nn.Module):
-    """Changes a buffer of its own in forward, which a stack of clients has but once."""
+    """Changes a buffer in forward; a stack of clients has only one such buffer."""
 
     moved: Tensor
 
@@ -242,7 +242,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["auto", "sequential", "stacked"])
-def test_clients_that_cannot_be_stacked_are_told_only_if_they_are_to_be(mode: str) -> None:
+def test_a_network_that_cannot_be_stacked_is_an_error_only_in_mode_stacked(mode: str) -> None:
     config = replace(
         job(here("Counting"), "fedtan", shape=(3, 4, 4)),
         cohort=CohortConfig(mode=CohortMode(mode)),
@@ -254,7 +254,7 @@ def test_clients_that_cannot_be_stacked_are_told_only_if_they_are_to_be(mode: st
     assert line.startswith("cohort.mode=stacked: allowed is auto or sequential, for clients of")
 
 
-def test_what_can_be_stacked_is_not_told() -> None:
+def test_a_network_that_can_be_stacked_is_no_error() -> None:
     config = job(here("own_network"), "fedavg", shape=(3, 4, 4))
     dry_run(replace(config, cohort=CohortConfig(mode=CohortMode.stacked)))
     model = convert_batchnorm(factory.build(ModelConfig(), (3, 4, 4), 5, seed=0))

@@ -63,7 +63,7 @@ srun --unbuffered --output FOLDER/%A_%a_%t_log.out --error FOLDER/%A_%a_%t_log.e
 
 @pytest.fixture
 def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An sbatch that takes whatever comes."""
+    """An sbatch that accepts every script."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in (("sbatch", "echo Submitted batch job 77"), ("srun", "exit 1")):
@@ -142,12 +142,12 @@ def test_several_nodes_are_not_on_this_machine() -> None:
         check_launch(LaunchConfig(cluster=ClusterName.debug, tasks_per_node=2))
 
 
-def test_options_left_out_are_the_clusters_own() -> None:
+def test_the_cluster_has_defaults_for_options_that_are_left_out() -> None:
     told = slurm_parameters(LaunchConfig())
     assert not {"slurm_partition", "slurm_account", "mem_gb", "slurm_gpus_per_task"} & set(told)
 
 
-def test_the_job_is_what_is_left_without_its_launch() -> None:
+def test_the_job_has_all_options_but_those_of_its_launch() -> None:
     assert SubmitConfig(rounds=7).job().rounds == 7
 
 

@@ -1,4 +1,4 @@
-"""Networks: their sizes and seeds, and torchvision's fitted to the data."""
+"""Networks: sizes, seeds, and torchvision's networks adapted to the data."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def build(name: str, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> nn.Module
 def zoo(
     name: str, shape: tuple[int, ...] = SHAPE, small_input: bool = False, device: str = "meta"
 ) -> nn.Module:
-    """torchvision's network, on meta: made without memory or time for its weights."""
+    """Returns torchvision's network; on meta it needs no memory and no time for weights."""
     options = ModelConfig(source=ModelSource.torchvision, name=name, small_input=small_input)
     with torch.device(device):
         return factory.build(options, shape, 10, seed=0)
 
 
 def layers(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
-    """Paths of the layers of a kind."""
+    """Returns the paths of the layers of a type."""
     return [path for path, layer in module.named_modules() if isinstance(layer, kind)]
 
 
@@ -148,7 +148,7 @@ def test_small_input_keeps_the_size_of_the_image(
 
 
 def pixels(module: nn.Module, path: str) -> int:
-    """Height of what a layer makes of samples of ``SHAPE``."""
+    """Returns the height of a layer's output for samples of ``SHAPE``."""
     seen: list[int] = []
     layer = module.get_submodule(path)
     layer.register_forward_hook(lambda _module, _x, y: seen.append(y.shape[2]))

@@ -1,4 +1,4 @@
-"""Other norms in place of BN: everywhere, by the formula, with the same parameters."""
+"""Conversion of BN to other norms: all layers, the formula, equal parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def zoo(name: str) -> nn.Module:
 
 
 def layers(module: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """Paths of the layers of a kind."""
+    """Returns the paths of the layers of a type."""
     return [path for path, layer in module.named_modules() if isinstance(layer, kind)]
 
 
@@ -54,14 +54,14 @@ def test_all_batchnorm_is_converted(
         kind = nn.Identity if norm is NormName.none else nn.GroupNorm
         assert set(paths) <= set(layers(module, kind))
         if norm is not NormName.none:
-            now = dict(module.named_parameters())
-            assert list(now) == list(features)
-            assert all(now[name] is value for name, value in features.items())
+            parameters = dict(module.named_parameters())
+            assert list(parameters) == list(features)
+            assert all(parameters[name] is value for name, value in features.items())
         module(torch.zeros(2, *SHAPE))
 
 
 def filled(layer: _BatchNorm) -> _BatchNorm:
-    """Scales and offsets that are neither 0 nor 1."""
+    """Draws scales and offsets that are neither 0 nor 1."""
     if layer.affine:
         nn.init.uniform_(layer.weight, 0.5, 1.5)
         nn.init.uniform_(layer.bias, -0.5, 0.5)
@@ -126,7 +126,7 @@ def test_groups_that_do_not_divide_the_channels_name_the_layer() -> None:
     assert str(module) == str(before)
 
 
-def test_a_kind_of_batchnorm_of_ones_own_is_not_converted() -> None:
+def test_a_subclass_of_batchnorm_is_not_converted() -> None:
     class WithMore(nn.BatchNorm1d):
         pass
 

@@ -26,8 +26,7 @@ from fedtan_hpc.runtime import transfer
 from fedtan_hpc.runtime.device import DevicePlacement
 from fedtan_hpc.training import client_runners, local_step, memory_budget, vmap_clients
 from fedtan_hpc.training.local_step import RoundContext
-from tests.helpers.rounds import train_round
-from tests.training.test_compile_step import config
+from tests.helpers.rounds import iid_config, train_round
 
 FAR = torch.device("meta")
 
@@ -107,7 +106,7 @@ def test_a_round_reads_values_only_in_its_checks(
     algorithm: str, clients: int, batch_size: int, watch: Watch
 ) -> None:
     """Cases: one client, three stacked clients, and three with padded batches; all augment."""
-    options = config(
+    options = iid_config(
         algorithm,
         clients=clients,
         local_steps=3,

@@ -13,9 +13,10 @@ from fedtan_hpc.config.schema import Config
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.models.parameter_groups import groups_of
 from fedtan_hpc.training.client_state import PrivateStates
-from tests.helpers.methods import CPU, all_states, config
+from tests.helpers.methods import all_states, config
 from tests.helpers.ranks import on_ranks
 from tests.helpers.restated import State
+from tests.helpers.rounds import CPU
 
 
 def states_by_round(

@@ -35,14 +35,12 @@ from fedtan_hpc.data.client_store import Client
 from fedtan_hpc.distributed import process_group
 from fedtan_hpc.evaluation.records import RoundRecord
 from fedtan_hpc.job.setup import host, prepare
-from fedtan_hpc.runtime.device import DevicePlacement
 from fedtan_hpc.training.client_runners import LockstepRunner, StackedRunner
 from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers import networks, pooled
 from tests.helpers.ranks import on_ranks
-from tests.helpers.rounds import train_round
+from tests.helpers.rounds import CPU, distance, train_round
 
-CPU = DevicePlacement(torch.device("cpu"), "gloo")
 RANKS = (1, 2, 3, 4)
 
 
@@ -81,12 +79,6 @@ def on_one_rank(
     algorithm: str, case: str
 ) -> tuple[dict[str, Tensor], list[RoundRecord], list[int]]:
     return trained(config(algorithm, case))
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max(
-        float((a[n] - b[n]).double().norm() / b[n].double().norm().clamp_min(1e-6)) for n in b
-    )
 
 
 @pytest.mark.parametrize("case", ["all", "some", "fewer than ranks"])

@@ -14,45 +14,21 @@ from torch import Tensor, nn
 
 from fedtan_hpc import convert_batchnorm, federated_backward, federated_statistics
 from fedtan_hpc.config.algorithms import plan
-from fedtan_hpc.config.enums import AlgorithmName, ModelName, PartitionName, PrecisionName
+from fedtan_hpc.config.enums import ModelName, PrecisionName
 from fedtan_hpc.config.schema import (
-    AlgorithmConfig,
     Config,
-    DataConfig,
     ModelConfig,
-    OptimizerConfig,
-    PartitionConfig,
 )
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.distributed import process_group
 from fedtan_hpc.job.setup import network, prepare
 from fedtan_hpc.models import factory
-from fedtan_hpc.runtime.device import DevicePlacement
 from fedtan_hpc.training import compile_step
 from fedtan_hpc.training.compile_step import Trial
 from fedtan_hpc.training.local_step import Loss, make_sgd, mean_loss, sgd_step
 from tests.helpers import commands
 from tests.helpers.ranks import on_ranks
-
-CPU = DevicePlacement(torch.device("cpu"), "gloo")
-
-
-def config(algorithm: str = "fedtan", **options: object) -> Config:
-    """Returns a job of two clients with whole batches: on two ranks every rank has one."""
-    defaults: dict[str, object] = {
-        "algorithm": AlgorithmConfig(name=AlgorithmName(algorithm)),
-        "data": DataConfig(train_samples=200, test_samples=50),
-        "model": ModelConfig(name=ModelName.cnn),
-        "partition": PartitionConfig(name=PartitionName.iid),
-        "optimizer": OptimizerConfig(lr=0.05, momentum=0.9, weight_decay=1e-4),
-        "precision": PrecisionName.float64,
-        "clients": 2,
-        "rounds": 3,
-        "local_steps": 3,
-        "batch_size": 16,
-        "eval_every": 3,
-    }
-    return Config(**{**defaults, **options})  # type: ignore[arg-type]
+from tests.helpers.rounds import CPU, distance, iid_config
 
 
 def trained(options: Config, backend: str = "aot_eager") -> tuple[dict[str, Tensor], bool]:
@@ -64,26 +40,20 @@ def trained(options: Config, backend: str = "aot_eager") -> tuple[dict[str, Tens
         trainer.train([])
     finally:
         torch.compile = plain
-    compiled = trainer.cohort.training.loss.compiled is not None
+    compiled = trainer.cohort.loss.compiled is not None
     return dict(trainer.model.state_dict()), compiled
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return max(
-        float((a[n] - b[n]).double().norm() / b[n].double().norm().clamp_min(1e-6)) for n in b
-    )
 
 
 @cache
 def eager(algorithm: str, clients: int) -> dict[str, Tensor]:
-    return trained(config(algorithm, clients=clients))[0]
+    return trained(iid_config(algorithm, clients=clients))[0]
 
 
 @pytest.mark.parametrize("clients", [2, 3])
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fixbn", "silobn", "centralised"])
 def test_compiled_steps_train_the_same_model(algorithm: str, clients: int) -> None:
     """With one client on each rank, and with two clients on one of them."""
-    options = config(algorithm, clients=clients, compile=True)
+    options = iid_config(algorithm, clients=clients, compile=True)
     for state, compiled in on_ranks(2, trained, options):
         assert compiled
         assert distance(state, eager(algorithm, clients)) < 1e-10
@@ -95,11 +65,11 @@ def failing(options: Config) -> bool:
 
 
 def test_all_go_on_eagerly_if_one_rank_cannot_compile() -> None:
-    assert on_ranks(2, failing, config(compile=True)) == [False, False]
+    assert on_ranks(2, failing, iid_config(compile=True)) == [False, False]
 
 
 def test_it_is_said_why_steps_are_not_compiled(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not trained(config(compile=True), "no_such_backend")[1]
+    assert not trained(iid_config(compile=True), "no_such_backend")[1]
     line = capsys.readouterr().err
     assert line.startswith("compile=true: rank 0 cannot compile (")
     assert "no_such_backend" in line
@@ -119,7 +89,7 @@ def test_graphs_that_cannot_be_recorded_are_done_without(
 
     monkeypatch.setattr(compile_step.Trial, "run_steps", run_or_fail)
     monkeypatch.setattr(compile_step, "_modes", lambda device: [compile_step.GRAPHS, "default"])
-    options = config(clients=1, compile=True)
+    options = iid_config(clients=1, compile=True)
     state, compiled = trained(options)
     assert compiled
     assert len(steps) == 4
@@ -136,13 +106,13 @@ def test_graphs_are_cut_where_statistics_are_exchanged() -> None:
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
-    options = config()
+    options = iid_config()
     model = network(options, (1, 8, 8), 10)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = Samples(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
     state = torch.random.get_rng_state()
     loss = Loss(compiled=mean_loss)
-    plans = plan(config("fixbn"), 1), plan(config("fixbn"), 3)
+    plans = plan(iid_config("fixbn"), 1), plan(iid_config("fixbn"), 3)
     Trial(model, batch, plans, synchronised=True).run_steps(loss)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -173,7 +143,7 @@ def graphs_before_and_after(options: Config) -> tuple[int, int]:
 )
 def test_all_is_compiled_before_the_first_round(algorithm: str, graphs: int) -> None:
     """One graph for synchronised and one for local steps, or for batch and frozen statistics."""
-    found = on_ranks(2, graphs_before_and_after, config(algorithm, compile=True))
+    found = on_ranks(2, graphs_before_and_after, iid_config(algorithm, compile=True))
     assert found == [(graphs, graphs)] * 2
 
 
@@ -202,7 +172,7 @@ def test_a_synchronised_step_is_one_graph_for_all_rounds() -> None:
 
 
 def of_format(channels_last: bool) -> tuple[dict[str, Tensor], bool]:
-    options = config(precision=PrecisionName.float32, channels_last=channels_last)
+    options = iid_config(precision=PrecisionName.float32, channels_last=channels_last)
     trainer = prepare(options, CPU)
     weight = trainer.model[3].weight  # type: ignore[index]
     assert isinstance(weight, Tensor)
@@ -238,7 +208,7 @@ def test_gradients_and_momentum_that_lie_otherwise_are_taken_for_what_they_are()
 def test_bfloat16_trains_close_to_float32_with_statistics_in_full(clients: int) -> None:
     states = {}
     for precision in (PrecisionName.bfloat16, PrecisionName.float32):
-        options = config(precision=precision, clients=clients, rounds=1)
+        options = iid_config(precision=precision, clients=clients, rounds=1)
         states[precision], _ = trained(options)
     assert all(
         value.dtype is torch.float32

@@ -29,8 +29,9 @@ from fedtan_hpc.data import datasets, partition
 from fedtan_hpc.data.batching import BatchSampler
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.models import factory
-from tests.helpers.methods import CPU, RESTATED, close, config, simulated, times_drawn, trained
+from tests.helpers.methods import RESTATED, close, config, simulated, times_drawn, trained
 from tests.helpers.ranks import on_ranks
+from tests.helpers.rounds import CPU
 
 
 def compare(options: Config, ranks: int) -> None:

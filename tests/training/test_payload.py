@@ -5,8 +5,9 @@ from __future__ import annotations
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.distributed import process_group
 from fedtan_hpc.job.setup import prepare
-from tests.helpers.methods import CPU, config
+from tests.helpers.methods import config
 from tests.helpers.ranks import on_ranks
+from tests.helpers.rounds import CPU
 
 
 def messages(options: Config) -> list[tuple[int, int]]:

@@ -1,7 +1,5 @@
 """The convolutions of a network's local steps alone: a lower bound for every way to train it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Rounds to time: one client on each rank, random samples of the data set's shape."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

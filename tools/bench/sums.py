@@ -1,7 +1,5 @@
 """Sums over ranks, timed by size and backend: for bench_allreduce and for fits of a network."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any

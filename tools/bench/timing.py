@@ -1,7 +1,5 @@
 """Clocks: seconds of a call on this rank, of the slowest rank, and means over ranks."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 

@@ -3,8 +3,6 @@
 Used by fits of a network: ranks arrive at different times, and the backend has to wake up.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The messages and the computing of a job's round, found with the job's own code; loads torch."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Used by fit_network, which writes the fit, and by validate_prediction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,8 +65,11 @@ def fit(backend: str, sizes: Sequence[int], seconds: Sequence[float], ranks: int
     candidates = []
     for change in range(len(n) + 1) if len(algorithms) > 1 else [0]:
         used = [algorithms[0]] * change + [algorithms[-1]] * (len(n) - change)
-        rows = np.array([_factors(name, size, ranks) for name, size in zip(used, n, strict=True)])
-        alpha, beta = _least_squares(rows / t[:, None])
+        factors = []  # of alpha and beta, for each size
+        for name, size in zip(used, n, strict=True):
+            latencies, _, copies = steps(algorithm_for(name, size), ranks)
+            factors.append((latencies, copies * size))
+        alpha, beta = _least_squares(np.array(factors) / t[:, None])
         network = Network(name=backend, alpha_s=alpha, beta_s_per_byte=beta, algorithms=algorithms)
         model = np.array([network.all_reduce_seconds(size, ranks) for size in n])
         candidates.append((network, np.abs(model / t - 1)))
@@ -79,12 +80,6 @@ def fit(backend: str, sizes: Sequence[int], seconds: Sequence[float], ranks: int
         median_error=float(np.median(errors)),
         worst_error=float(errors.max()),
     )
-
-
-def _factors(algorithm: str, size: float, ranks: int) -> tuple[float, float]:
-    """Returns the factors of alpha and of beta in the model."""
-    outer, _, factor = steps(algorithm_for(algorithm, size), ranks)
-    return outer, factor * size
 
 
 def _least_squares(relative: Any) -> tuple[float, float]:

@@ -18,8 +18,6 @@ grows like the expected largest of p normal deviates (Blom 1958, Statistical Est
 Transformed Beta-Variables).  The model leaves out additions, and sums that run at the same time.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence

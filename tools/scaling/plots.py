@@ -1,7 +1,5 @@
 """Lines against the number of ranks, for the pictures of studies and predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

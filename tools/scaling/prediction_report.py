@@ -1,7 +1,5 @@
 """The files of a prediction: all figures, tables, and a picture of efficiency against ranks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +63,6 @@ def _target(setting: Mapping[str, Any]) -> str:
 
 
 def _markdown(setting: Mapping[str, Any], rows: Rows, command: str) -> Iterator[str]:
-    """Yields the assumptions, and a table for each network."""
     measured = setting["step_measured_here"]
     origin = f"measured here: {setting['machine']}, threads {setting['threads']}"
     kinds = {
@@ -128,7 +125,6 @@ def _fit(network: Mapping[str, Any]) -> str:
 
 
 def _time(seconds: float) -> str:
-    """Returns three digits, and a unit that fits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"

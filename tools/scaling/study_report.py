@@ -1,7 +1,5 @@
 """The files of a scaling study: a table in CSV and Markdown, and a picture."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -53,9 +51,7 @@ def _row(point: Point, runs: Rows) -> dict[str, Any]:
     """Returns a row in the order of the CSV file's columns; ``rows`` sets the efficiency."""
     times = [float(run["median_round_seconds"]) for run in runs]
     seconds, first = statistics.median(times), runs[0]
-    phases = {
-        name: statistics.median(float(run["phases"][name]) for run in runs) for name in _PHASES
-    }
+    phases = {name: statistics.median(run["phases"][name] for run in runs) for name in _PHASES}
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     return {
         "method": point.method,

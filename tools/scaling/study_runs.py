@@ -1,7 +1,5 @@
 """The runs of a scaling study: processes started by torchrun, mpirun or SLURM."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
@@ -96,7 +94,6 @@ def _path_of(program: str) -> str | None:
 
 
 def _submit(point: Point, launch_words: Sequence[str]) -> None:
-    """Submits the job to SLURM and wait for its end."""
     from fedtan_hpc.launch import submitit_jobs
 
     [config] = cli.compose_as(SubmitConfig, "submit", point.options)

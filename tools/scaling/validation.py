@@ -1,7 +1,5 @@
 """Predicted rounds against measured ones, for validate_prediction; loads torch."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace

@@ -5,8 +5,6 @@ a millisecond.  Contiguous tensors are sent without a copy, others as copies; te
 precision are summed in float32.  ``distributed.process_group`` uses this module.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -3,8 +3,6 @@
 ``mpi.process_group`` passes every tensor through these functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -3,8 +3,6 @@
 All modules of ``mpi`` import ``MPI`` from here.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping

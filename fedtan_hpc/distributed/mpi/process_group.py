@@ -1,7 +1,5 @@
 """torch.distributed's collectives as those of MPI; each one is complete when its call returns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -29,7 +27,6 @@ def create_group(options: Any, _: Any = None) -> Any:
 
 
 def _done(result: Any) -> Any:
-    """Returns ``result`` as a finished work item of torch."""
     future: Future[Any] = Future()
     future.set_result(result)
     return _c10d._create_work_from_future(future)
