@@ -87,7 +87,9 @@ def measure(
         benchmark.show_progress(repeat, repeats)
     writer.run_failed(None)
     counted = {kind: times[1:] for kind, times in seconds.items()}
-    size = sum(path.stat().st_size for path in checkpoint_format.existing(folder)[:1])
+    newest = checkpoint_format.existing(folder)[:1]
+    files = [file for path in newest for file in path.parent.glob(f"{path.stem}.*")]
+    size = sum(file.stat().st_size for file in files)  # with all ranks' shards
     process_group.barrier()
     return {
         "seconds_a_round": {kind: statistics.median(times) for kind, times in counted.items()},
