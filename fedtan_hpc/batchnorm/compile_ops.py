@@ -24,7 +24,7 @@ from .statistics_call import LayerCall
 
 
 class CompiledLayer(Protocol):
-    """What the operators need of a layer."""
+    """The interface of a layer that the operators use."""
 
     compiled_calls: list[int]
     """Numbers of the calls that the backward pass may still ask for."""

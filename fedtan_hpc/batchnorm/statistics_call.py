@@ -76,7 +76,7 @@ class LayerCall(Protocol):
 
 
 class BatchNormContext(Protocol):
-    """What gives a layer its statistics while it is not ordinary local BN."""
+    """The source of a layer's statistics while it is not ordinary local BN."""
 
     @property
     def is_stacked(self) -> bool:
@@ -87,7 +87,7 @@ class BatchNormContext(Protocol):
 
 
 class ClientWeights:
-    """What the clients of one message contribute, with weights p_k and n_k values per channel."""
+    """The contributions of a message's clients, with weights p_k and n_k values per channel."""
 
     def __init__(self, weights: Sequence[float], counts: Sequence[int]) -> None:
         are_valid = all(math.isfinite(p) and p >= 0 for p in weights)

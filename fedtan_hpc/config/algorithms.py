@@ -90,7 +90,7 @@ ALGORITHMS = {
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What the algorithm does in one round; the fields mean the same as in ``Algorithm``."""
+    """The algorithm's behaviour in one round; the fields mean the same as in ``Algorithm``."""
 
     synchronised_steps: int
     pooled_gradients: bool

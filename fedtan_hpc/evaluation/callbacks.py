@@ -13,7 +13,7 @@ from .records import RoundRecord, Summary
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a callback learns when a run begins."""
+    """The facts that a callback learns when a run begins."""
 
     config: Config
     run_dir: Path

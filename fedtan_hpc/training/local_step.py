@@ -27,7 +27,7 @@ from ..runtime.transfer import send
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What every rank knows of a round before the round starts."""
+    """The facts of a round that every rank knows before the round starts."""
 
     number: int
     learning_rate: float
