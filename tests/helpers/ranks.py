@@ -101,8 +101,11 @@ class MPIWorld(World):
     def __init__(self, size: int) -> None:
         with Listener(family="AF_UNIX") as listener:
             words = [sys.executable, "-m", "tests.helpers.ranks", str(listener.address)]
+            paths = os.pathsep.join(map(str, [ROOT, ROOT / "tools"]))  # as pytest's pythonpath
             self._launcher = subprocess.Popen(
-                [MPIEXEC, "-n", str(size), *words], cwd=ROOT, env={**os.environ, **MPI_VARIABLES}
+                [MPIEXEC, "-n", str(size), *words],
+                cwd=ROOT,
+                env={**os.environ, **MPI_VARIABLES, "PYTHONPATH": paths},
             )
             callers = [listener.accept() for _ in range(size)]
         by_rank = sorted(((caller.recv(), caller) for caller in callers), key=lambda pair: pair[0])
