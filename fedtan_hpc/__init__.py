@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batchnorm.context import federated_backward, federated_statistics
-    from .batchnorm.layer import FedTANBatchNorm, convert_batchnorm
+    from .batchnorm.conversion import convert_batchnorm, revert_batchnorm
+    from .batchnorm.layer import FedTANBatchNorm
     from .config.schema import Config
     from .distributed.model_average import average_model, average_models
     from .evaluation.callbacks import RoundCallback
@@ -31,6 +32,7 @@ __all__ = [
     "convert_batchnorm",
     "federated_backward",
     "federated_statistics",
+    "revert_batchnorm",
     "run",
 ]
 
@@ -42,9 +44,10 @@ _MODULE_OF = {
     "Summary": "evaluation.records",
     "average_model": "distributed.model_average",
     "average_models": "distributed.model_average",
-    "convert_batchnorm": "batchnorm.layer",
+    "convert_batchnorm": "batchnorm.conversion",
     "federated_backward": "batchnorm.context",
     "federated_statistics": "batchnorm.context",
+    "revert_batchnorm": "batchnorm.conversion",
     "run": "job.run",
 }
 

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .moments import statistics_dtype
+from .local_kernels import statistics_dtype
 from .statistics_call import LayerCall
 
 

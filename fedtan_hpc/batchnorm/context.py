@@ -1,14 +1,16 @@
 """The contexts in which BN statistics are global."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from ..distributed import collectives, process_group
+from ..distributed import collectives, process_group, structure
 from . import compile_ops
-from .layer import batchnorm_layers
+from .conversion import batchnorm_layers, number_of_conversions
+from .layer import FedTANBatchNorm
 from .lockstep import Lockstep
 from .statistics_call import BatchNormContext, GlobalStatistics, merge
 
@@ -25,10 +27,12 @@ def federated_statistics(
     the only client.  With activation checkpointing the backward pass belongs inside the context
     too, because it runs layers again.
 
-    Raises ``ValueError`` if the module has unconverted BN layers.  The forward pass of a layer
-    raises ``ValueError`` on every rank if the weights are not valid, a batch with a weight above 0
-    is empty or all ranks together have one value per channel, and ``RuntimeError`` if the ranks run
-    different layers; on a GPU these errors are raised when the context ends.
+    Raises ``ValueError`` if the module has unconverted BN layers, or if the BN layers of the ranks
+    differ (compared at the first use of such a model), and ``RuntimeError`` if the ranks are at
+    different models.  The forward pass of a layer raises ``ValueError`` on every rank if the
+    weights are not valid, a batch with a weight above 0 is empty or all ranks together have one
+    value per channel, and ``RuntimeError`` if the ranks are at different layers or calls; on a GPU
+    these errors are raised when the context ends.
     """
     return _global_statistics(module, weight, group, lockstep=None)
 
@@ -76,13 +80,59 @@ def _forward_and_backward(loss: Callable[[], Tensor]) -> Tensor:
 def _global_statistics(
     module: nn.Module, weight: float, group: process_group.Group, lockstep: Lockstep[Tensor] | None
 ) -> Iterator[None]:
-    statistics = GlobalStatistics([float(weight)], group, list(batchnorm_layers(module)), lockstep)
+    layers = batchnorm_layers(module)
+    statistics = GlobalStatistics([float(weight)], group, list(layers), lockstep)
+    statistics.model_tag = model_tag(layers, group)
     with normalised_by(module, statistics):
         try:
             yield
             statistics.close()
         finally:
             statistics.is_open = False
+
+
+def model_tag(layers: Mapping[str, FedTANBatchNorm], group: process_group.Group = None) -> int:
+    """Returns the number that messages carry to tell the model of ``layers`` from others.
+
+    At the first use of such a model the ranks compare its layers.  Models with equal layers differ
+    in the place at which ``convert_batchnorm`` took them.  These places tell models apart if all
+    ranks have converted equally many models until the first use, and only models of that time.
+
+    Raises ``ValueError`` if the ranks' layers differ, and ``RuntimeError`` if their models do.
+    """
+    if not layers:
+        return 0
+    first = next(iter(layers.values()))
+    described = {
+        name: f"{layer.num_features} channels, {_dtype(layer)}" for name, layer in layers.items()
+    }
+    numbers = first._model_number, number_of_conversions()
+    device = _device(first)
+    agreement = structure.agree("BN layers", _CALL, described, group, device, numbers)
+    models, conversions = zip(*agreement.numbers, strict=True)
+    told_apart = len(set(conversions)) == 1
+    if told_apart and len(set(models)) > 1:
+        raise RuntimeError(
+            "the ranks are at different models: those that convert_batchnorm took as number "
+            + ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(models))
+        )
+    place = first._model_number if told_apart and first._model_number <= conversions[0] else 0
+    return agreement.digest + _BETWEEN_MODELS * place
+
+
+_CALL = "the start of federated_statistics"
+_BETWEEN_MODELS = 7919
+"""Distance of the tags of models with equal layers: a prime."""
+
+
+def _dtype(layer: FedTANBatchNorm) -> str:
+    value = layer.weight if layer.weight is not None else layer.running_mean
+    return "any dtype" if value is None else str(value.dtype).removeprefix("torch.")
+
+
+def _device(layer: FedTANBatchNorm) -> torch.device:
+    value = layer.weight if layer.weight is not None else layer.running_mean
+    return torch.device("cpu") if value is None else value.device
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..runtime.transfer import constant
-from .moments import local_moments, local_sums, statistics_dtype
+from .local_kernels import local_moments, local_sums, statistics_dtype
 from .statistics_call import LayerCall
 
 
@@ -36,9 +36,13 @@ class Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, call: LayerCall
     ) -> Tensor:
-        """Returns y; keeps the input and the moments, nothing else of the input's size."""
-        y, *moments = normalise(x, gamma, beta, eps, call)
-        ctx.save_for_backward(x, gamma, *moments)
+        """Returns y; keeps the input and the moments, nothing else of the input's size.
+
+        The moments are kept as (1, C).  Local BN keeps (C,), so that activation checkpointing,
+        which compares shapes, refuses to take one for the other in a backward pass.
+        """
+        y, mean, r = normalise(x, gamma, beta, eps, call)
+        ctx.save_for_backward(x, gamma, mean.view(1, -1), r.view(1, -1))
         ctx.call = call
         return y
 

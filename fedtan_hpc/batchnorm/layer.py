@@ -1,37 +1,46 @@
-"""The BN layer whose statistics can be global, and the conversion of a network's BN layers.
+"""The BN layer whose statistics can be global; ``conversion`` makes it from torch's layers.
 
-``context`` binds layers to a ``BatchNormContext``; ``models`` and ``training`` use the two
-functions at the end.
+``context`` binds layers to a ``BatchNormContext``; ``running_norm`` derives FBN and HBN from it.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import compile_ops
 from .global_kernels import Normalise
-from .moments import statistics_dtype
+from .local_kernels import AlignedGradient, needs_aligned_gradient, statistics_dtype
 from .statistics_call import BatchNormContext, LayerCall
 from .vmap_autograd import StackedNormalise
 
-CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""BN layers that can be converted without losing any of their behaviour."""
+_BACKWARD_OUTSIDE = (
+    "activation checkpointing runs a BN layer again outside of federated_statistics, where it had "
+    "global statistics: the backward pass belongs inside the context too"
+)
 
 
 class FedTANBatchNorm(_BatchNorm):
     """Batch normalization of (N, C) or (N, C, ...) that is local, or global inside a context.
 
     Inside ``federated_statistics``, in training mode, mean and variance are those of all clients,
-    forward and backward (FedTAN, arXiv 2301.02982).  Otherwise it is ``torch.nn.BatchNorm``.
+    forward and backward (FedTAN, arXiv 2301.02982).  Otherwise it is ``torch.nn.BatchNorm``.  A
+    converted layer also is an instance of its former class, such as ``torch.nn.BatchNorm2d``.
     """
 
-    _original_class: type[_BatchNorm] = nn.SyncBatchNorm
-    """The class before conversion, which says what inputs the layer takes."""
+    former_class: ClassVar[type[_BatchNorm] | None] = None
+    """The class before conversion; None for a layer that was not converted."""
+    _then: Callable[[Tensor], Tensor] | None = None
+    """What the former class does to the normalised values, such as an activation."""
+    _model_number = 0
+    """The place of the layer's model among all models that this process has converted, from 1."""
     _context: BatchNormContext | None = None
     _has_context = False
     """Whether there is a context: torch.compile would compile anew for each type of context."""
+    _ran_without_grad = False
+    """Whether the last use in a context recorded nothing, as reentrant checkpointing does."""
     _index = 0
     """Number of the layer in its context."""
     _layer_id: Tensor | None = None
@@ -41,26 +50,41 @@ class FedTANBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises per channel; returns the shape, dtype and memory format of ``x``."""
+        y = self.normalise(x)
+        return y if self._then is None else self._then(y)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Returns ``forward`` without what the former class adds to BN."""
         if not self._has_context:
-            return super().forward(x)
-        if not self.training:
-            return self._evaluate_in_context(x)
-        return self._train_in_context(x)
+            return self._normalise_locally(x)
+        return self._train_in_context(x) if self.training else self._evaluate_in_context(x)
+
+    def _normalise_locally(self, x: Tensor) -> Tensor:
+        if self._ran_without_grad and self.training:
+            if torch._C._current_graph_task_id() != -1:  # a backward pass runs the layer again
+                raise RuntimeError(_BACKWARD_OUTSIDE)
+            self._ran_without_grad = False
+        y = _BatchNorm.forward(self, x)
+        if self.training and needs_aligned_gradient(x):
+            y = AlignedGradient.apply(y)  # type: ignore[no-untyped-call]
+        return y
 
     def _evaluate_in_context(self, x: Tensor) -> Tensor:
         assert self._context is not None
         if not self._context.is_stacked:
-            return super().forward(x)
+            return self._normalise_locally(x)
         wide = x.to(statistics_dtype(x))  # torch's rule for vmap takes one dtype only
-        return super().forward(wide).to(x.dtype)
+        return self._normalise_locally(wide).to(x.dtype)
 
     def _train_in_context(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
+        self._check_tensors(x)
         if torch.compiler.is_compiling():
             assert self._layer_id is not None
             y: Tensor = compile_ops.normalise(x, self.weight, self.bias, self.eps, self._layer_id)
             return y
         assert self._context is not None
+        self._ran_without_grad = not torch.is_grad_enabled()
         arguments = x, self.weight, self.bias, self.eps, self.next_call()
         if self._context.is_stacked:
             y, *_ = StackedNormalise.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -82,60 +106,37 @@ class FedTANBatchNorm(_BatchNorm):
     def _update_running_statistics(self, mean_C: Tensor, variance_C: Tensor) -> None:
         """Moves the buffers towards a mean and an unbiased variance; same bits on every rank.
 
+        It follows torch: each buffer may be absent, and nothing moves if the layer does not track.
         The callers are custom autograd functions and operators, which record no gradient.
         """
-        if self.running_mean is None or self.running_var is None:
+        if not self.track_running_stats:
             return
         factor = self.momentum
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if factor is None:  # torch's cumulative average
                 factor = 1.0 / float(self.num_batches_tracked)
-        if factor is None:
-            raise ValueError("momentum=None needs num_batches_tracked")
         for buffer, target in ((self.running_mean, mean_C), (self.running_var, variance_C)):
-            buffer.lerp_(target.to(buffer.dtype), factor)
+            if buffer is not None and factor:
+                buffer.lerp_(target.to(buffer.dtype), factor)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        self._original_class._check_input_dim(self, input)
-        if input.size(1) != self.num_features:
+        if self.former_class is not None:
+            self.former_class._check_input_dim(self, input)
+        elif input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        has_width = self.weight is not None or self.running_mean is not None
+        if has_width and input.size(1) != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got {tuple(input.shape)}")
 
-
-def convert_batchnorm(module: nn.Module) -> nn.Module:
-    """Turns every BatchNorm1d/2d/3d and SyncBatchNorm in ``module`` into a ``FedTANBatchNorm``.
-
-    Returns ``module``.  Its layers stay the same objects, with their parameters, buffers, hooks and
-    settings, so that state_dict keys, optimizers and every reference to a layer stay valid.
-
-    Raises ``ValueError``, and changes nothing, if ``module`` has another kind of BN layer (lazy,
-    quantised, a user's subclass, TorchScript), whose behaviour the conversion would lose.
-    """
-    layers = []
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.jit.ScriptModule):
-            raise ValueError(f"{name or 'the module'} is TorchScript: convert it before scripting")
-        if isinstance(layer, _BatchNorm) and not isinstance(layer, FedTANBatchNorm):
-            if type(layer) not in CONVERTIBLE:
-                kinds = ", ".join(kind.__name__ for kind in CONVERTIBLE)
-                raise ValueError(
-                    f"layer {name or '(root)'} is a {type(layer).__name__}, and only {kinds} can "
-                    "be converted; run one batch through lazy layers first"
+    def _check_tensors(self, x: Tensor) -> None:
+        """Raises ``RuntimeError`` and ``ValueError`` where torch's BN does."""
+        if (self.running_mean is None) != (self.running_var is None):
+            raise ValueError("running_mean and running_var must both be None or neither be None")
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            value = getattr(self, name)
+            if value is not None and value.dtype not in (x.dtype, statistics_dtype(x)):
+                raise RuntimeError(
+                    f"the input of a BN layer is {x.dtype} and its {name} is {value.dtype}: use "
+                    "one dtype, or half precision inputs with float32 layers"
                 )
-            layers.append(layer)
-    for layer in layers:
-        layer.__dict__["_original_class"] = type(layer)
-        layer.__dict__["_has_context"] = False
-        layer.__class__ = FedTANBatchNorm
-    return module
-
-
-def batchnorm_layers(module: nn.Module) -> dict[str, FedTANBatchNorm]:
-    """Returns the FedTAN layers by name; raises ``ValueError`` for an unconverted BN layer."""
-    layers = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, FedTANBatchNorm):
-            layers[name or "(root)"] = layer
-        elif isinstance(layer, _BatchNorm):
-            raise ValueError(f"layer {name or '(root)'} is local BN: call convert_batchnorm first")
-    return layers

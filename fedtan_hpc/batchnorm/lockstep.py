@@ -22,9 +22,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-Result = TypeVar("Result")
+from ..distributed.different_calls import ON_ONE_RANK
 
-_DIFFERENT_LAYERS = "the clients of one rank did not run the same layers"
+Result = TypeVar("Result")
 
 
 class Lockstep(Generic[Result]):
@@ -62,7 +62,7 @@ class Lockstep(Generic[Result]):
         """Returns the answer to all functions' messages; each function calls it equally often."""
         client_index: int = self._of_thread.client_index
         if client_index != len(self._messages) or self._results:
-            raise RuntimeError(_DIFFERENT_LAYERS)
+            raise RuntimeError(ON_ONE_RANK)
         self._messages.append(message)
         if client_index == len(self._functions) - 1:
             self._answer = self._send(self._messages)
@@ -99,7 +99,7 @@ class Lockstep(Generic[Result]):
             self._turns[client_index + 1].release()
             return
         if self._error is None and len(self._results) < len(self._functions):
-            self._error = RuntimeError(_DIFFERENT_LAYERS)
+            self._error = RuntimeError(ON_ONE_RANK)
         for turn in self._turns:  # after an error some clients may still wait
             turn.release()
         self._done.release()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import FedTANBatchNorm, batchnorm_layers
-from .moments import statistics_dtype
+from .conversion import batchnorm_layers, fedtan_class
+from .layer import FedTANBatchNorm
+from .local_kernels import statistics_dtype
 
 
 class RunningBatchNorm(FedTANBatchNorm):
@@ -25,19 +26,19 @@ class RunningBatchNorm(FedTANBatchNorm):
     _fixed: tuple[Tensor, Tensor] | None = None
     """Mean and variance to normalise by, (C,) each."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         """Normalises per channel; returns the shape and dtype of ``x``."""
         if self._fixed is None or not self.training:
-            return super().forward(x)
+            return super().normalise(x)
         self._check_input_dim(x)
         wide = x.to(statistics_dtype(x))
         others = [dim for dim in range(x.dim()) if dim != 1]
         variance_C, mean_C = torch.var_mean(wide, others, correction=0)
         second_C = variance_C.detach() + (mean_C.detach() - self._fixed[0]).square()
         self._update_running_statistics(mean_C.detach(), second_C)
-        return self._normalise(wide, mean_C, variance_C).to(x.dtype)
+        return self._normalise_by(wide, mean_C, variance_C).to(x.dtype)
 
-    def _normalise(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
+    def _normalise_by(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
         mean, variance = self._fixed_moments(x)
         return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
 
@@ -54,7 +55,7 @@ class HybridBatchNorm(RunningBatchNorm):
 
     mix: nn.Parameter
 
-    def _normalise(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
+    def _normalise_by(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
         fixed_mean, fixed_variance = self._fixed_moments(x)
         a_C = torch.sigmoid(self.mix).to(x.dtype)
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -75,7 +76,9 @@ def normalise_by_running(module: nn.Module, mixes: bool) -> nn.Module:
     for name, layer in batchnorm_layers(module).items():
         if layer.running_mean is None:
             raise ValueError(f"layer {name} keeps no running statistics to normalise by")
-        layer.__class__ = HybridBatchNorm if mixes else RunningBatchNorm
+        base: type[RunningBatchNorm] = HybridBatchNorm if mixes else RunningBatchNorm
+        former, then = layer.former_class, vars(type(layer)).get("_then")
+        layer.__class__ = base if former is None else fedtan_class(base, former, then)
         if mixes:
             cast(HybridBatchNorm, layer).mix = nn.Parameter(torch.zeros(layer.num_features))
     return module

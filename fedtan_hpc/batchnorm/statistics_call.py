@@ -6,8 +6,8 @@ the sum.  ``context`` and ``training.vmap_clients`` open it; ``global_kernels`` 
 use its calls.
 
 A message is float64: a header [t, t^2, n, P], then the values of the channels.
-- The tag t stands for the layer, its use and the exchange.  The sum over R ranks of t^2 is
-  (sum of t)^2 / R only if all ranks send one t.
+- The tag t stands for the model, the layer, its use and the exchange.  The sum over R ranks of t^2
+  is (sum of t)^2 / R only if all ranks send one t.
 - n is the number of values per channel, and P the sum of p_k, of the clients that take part: those
   with a weight above 0.  A weight that is negative or not finite makes P NaN; an empty batch of a
   client with a weight above 0 makes n infinite.
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..distributed import collectives, process_group
+from ..distributed import collectives, different_calls, process_group
 from ..runtime.transfer import constant
 from .local_kernels import RunningBuffers
 from .lockstep import Lockstep
@@ -38,11 +38,10 @@ HEADER = 4
 """Numbers of a message before the values of the channels."""
 
 _MAX_CALLS = 256
-"""Uses of a layer after which tags repeat: the sum of their squares stays exact in float64."""
-_MIXED = (
-    "another rank sent the statistics of another layer: all ranks must run the same layers in the "
-    "same order, all eagerly or all compiled"
-)
+"""Uses of a layer after which tags repeat, and GPU headers that wait for their check."""
+_TAGS = 1_048_573
+"""Number of tags, a prime; the sum of their squares is exact in float64 on up to 8192 ranks."""
+_STEPS = ("forward", "forward, for the variance", "backward")
 
 Update = Callable[[Tensor, Tensor], None]
 """Moves a layer's running statistics towards a mean and an unbiased variance, (C,) or (K, C)."""
@@ -120,20 +119,18 @@ def pack(tag: int, weights: ClientWeights, values_KD: Tensor) -> Tensor:
 def merge(messages: Sequence[Tensor]) -> Tensor:
     """Returns the message of a rank from those of its clients; the tag is their mean."""
     if any(message.shape != messages[0].shape for message in messages):
-        raise RuntimeError(_MIXED)
+        raise RuntimeError(different_calls.ON_ONE_RANK)
     total = torch.stack(list(messages)).sum(0)
     total[:2] /= len(messages)
     return total
 
 
-def check_header(header: Tensor, tag: int, ranks: int) -> None:
-    """Raises what the header of a summed message shows, the same error on every rank.
+def check_weights(header: Tensor, ranks: int) -> None:
+    """Raises ``ValueError`` for weights and batches that the header of a summed message shows.
 
-    ``RuntimeError`` is for ranks at different layers, ``ValueError`` for weights and batches.
+    All ranks raise the same error.
     """
-    tags, squares, count, total = header.tolist()
-    if tags != ranks * tag or squares != ranks * tag * tag:
-        raise RuntimeError(_MIXED)
+    count, total = header[2:].tolist()
     if math.isnan(total):
         raise ValueError(f"a weight on {ranks} ranks is negative or not finite")
     if math.isinf(count):
@@ -208,16 +205,19 @@ class GlobalStatisticsCall:
 
     def _exchange(self, step: int, weights: ClientWeights, values_KD: Tensor) -> Tensor:
         """Returns the sum of all messages of one collective; ``step`` counts those of this use."""
-        tag = 3 * self.number + step
-        message = self.context.sum(pack(tag, weights, values_KD))
-        self.context.verify_soon(message[:HEADER], partial(self._verify, tag))
+        place = f"BN layer {self.layer} ({_STEPS[step]})"
+        tag = (self.context.model_tag + 3 * self.number + step) % _TAGS
+        message = self.context.sum(pack(tag, weights, values_KD), place)
+        self.context.verify_soon(message[:HEADER], partial(self._verify, tag, place))
         return message
 
-    def _verify(self, tag: int, header: Tensor) -> None:
+    def _verify(self, tag: int, place: str, header: Tensor) -> None:
+        ranks = process_group.world_size(self.context.group)
+        different_calls.check_tag(header, tag, place, self.context.group)
         try:
-            check_header(header, tag, process_group.world_size(self.context.group))
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"layer {self.layer}: {error}") from None
+            check_weights(header, ranks)
+        except ValueError as error:
+            raise ValueError(f"layer {self.layer}: {error}") from None
 
 
 def _count_and_weight(message: Tensor) -> Sequence[Any]:
@@ -237,7 +237,7 @@ class GlobalStatistics:
     weights: Sequence[float]
     group: process_group.Group
     layers: Sequence[str]
-    """Names of the module's BN layers, in the module's order."""
+    """Names of the module's BN layers, in the order of ``batchnorm_layers``."""
     lockstep: Lockstep[Any] | None = None
     """Where this client meets the other clients of its rank, if they run in lock-step."""
     mask_KN: Tensor | None = None
@@ -247,6 +247,8 @@ class GlobalStatistics:
     updates: Sequence[Update] | None = None
     """By layer, in place of the layers' updates: a stack has running statistics for each client."""
     is_stacked: bool = False
+    model_tag: int = 0
+    """Tells the model from others; the tags of its exchanges follow it."""
     is_open: bool = True
     _calls: list[int] = field(default_factory=list)
     _unverified: list[tuple[Tensor, Callable[[Tensor], None]]] = field(default_factory=list)
@@ -259,8 +261,7 @@ class GlobalStatistics:
         """Begins the next use of layer ``index``."""
         self._calls[index] = (self._calls[index] + 1) % _MAX_CALLS
         number = self._calls[index] * len(self.layers) + index
-        if self.updates is not None:
-            update = self.updates[index]
+        update = update if self.updates is None else self.updates[index]
         name = self.layers[index]
         return GlobalStatisticsCall(self, name, number, update, self.mask_KN, self.sizes)
 
@@ -271,10 +272,10 @@ class GlobalStatistics:
             self._weights_by_counts[key] = ClientWeights(self.weights, key)
         return self._weights_by_counts[key]
 
-    def sum(self, message: Tensor) -> Tensor:
+    def sum(self, message: Tensor, place: str) -> Tensor:
         """Returns the sum over the clients of this rank and of all ranks; one collective."""
         if self.lockstep is None:
-            return collectives.sum_for_training(message, self.group)
+            return collectives.sum_for_training(message, self.group, call=place)
         return self.lockstep.exchange(message)
 
     def verify_soon(self, header: Tensor, verify: Callable[[Tensor], None]) -> None:

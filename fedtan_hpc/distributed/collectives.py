@@ -12,19 +12,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import collective_timer
+from . import collective_timer, different_calls
 from .counters import MAX_EXCHANGE_BYTES, collective, training_traffic, waiting
 from .process_group import Group, is_started, world_size
 
 
 def sum_for_training(
-    message: Tensor, group: Group = None, *, of_models: bool = False, is_payload: bool = True
+    message: Tensor,
+    group: Group = None,
+    *,
+    of_models: bool = False,
+    is_payload: bool = True,
+    call: str = "another call",
 ) -> Tensor:
     """Sums ``message`` over the ranks in place, as one counted collective; same bits everywhere.
 
     By default ``message`` holds BN statistics.  With ``of_models`` it holds models, gradients or
     private states, and its time counts as that of averaging.  ``is_payload=False`` is for tensors
     that only move between ranks: they do not count as payload.
+
+    Raises ``RuntimeError`` with ``call``, this place of the program, and those of the other ranks,
+    if the ranks' messages have different lengths.
     """
     traffic = training_traffic
     if is_payload:
@@ -34,7 +42,18 @@ def sum_for_training(
         traffic.messages += 1
         traffic.bytes += message.nbytes
         with collective_timer.timed(message.device, partial(traffic.add_seconds, of_models)):
-            _join(_sum, message, group)
+            sum_at(call, message, group)
+    return message
+
+
+def sum_at(call: str, message: Tensor, group: Group) -> Tensor:
+    """Sums ``message`` over the ranks in place, uncounted; errors name the place ``call``."""
+    try:
+        _join(_sum, message, group)
+    except RuntimeError as error:
+        if different_calls.are_meant(error) or different_calls.left_by_another(group):
+            raise different_calls.different_calls(call, group) from error
+        raise
     return message
 
 
@@ -43,18 +62,24 @@ def _sum(message: Tensor, group: Group = None) -> None:
 
     gloo's all-reduce passes a message round a ring, and wakes a thread of each rank at each of its
     2 (W - 1) steps.  A small message goes to all other ranks at once instead, and every rank adds
-    what it receives in the same order: one step, and the same bits everywhere.
+    what it receives in the same order: one step, and the same bits everywhere.  gloo ends a process
+    that receives more than it has room for.  So there is room for any small message: ranks at
+    different calls can then see what went wrong, and say so.
     """
     ranks = dist.get_world_size(group)
     is_small = message.nbytes <= MAX_EXCHANGE_BYTES and message.device.type == "cpu"
     if not is_small or ranks == 1 or dist.get_backend(group) != "gloo":
         dist.all_reduce(message, group=group)
         return
-    result = message.detach()
-    copies = result.reshape(-1).repeat(ranks)
-    received = torch.empty_like(copies)
-    dist.all_to_all_single(received, copies, group=group)
-    torch.sum(received.view(ranks, *result.shape), 0, dtype=result.dtype, out=result)
+    rank, flat = dist.get_rank(group), message.detach().reshape(1, -1)
+    size, room = flat.size(1), MAX_EXCHANGE_BYTES // flat.element_size()
+    sent, received = [size] * ranks, [room] * ranks
+    sent[rank] = received[rank] = 0
+    others = flat.new_empty(ranks - 1, room)
+    copies = flat.repeat(ranks - 1, 1).view(-1)
+    dist.all_to_all_single(others.view(-1), copies, received, sent, group=group)
+    rows = torch.cat([others[:rank, :size], flat, others[rank:, :size]])
+    message.detach().copy_(rows.sum(0, dtype=message.dtype).view(message.shape))
 
 
 def _join(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -90,17 +115,17 @@ def max_over_ranks(message: Tensor) -> Tensor:
     return message
 
 
-def all_gather(message: Tensor) -> list[Tensor]:
-    """Returns the ``message`` of every rank, by rank; all messages have one shape."""
-    gathered = [message.clone() for _ in range(world_size())]
-    _join(dist.all_gather, gathered, message)
+def all_gather(message: Tensor, group: Group = None) -> list[Tensor]:
+    """Returns the ``message`` of every rank of ``group``; all messages have one shape."""
+    gathered = [message.clone() for _ in range(world_size(group))]
+    _join(dist.all_gather, gathered, message, group=group)
     return gathered
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Returns the ``value`` of every rank, by rank."""
-    gathered = [value] * world_size()
-    _join(dist.all_gather_object, gathered, value)
+def all_gather_object(value: Any, group: Group = None) -> list[Any]:
+    """Returns the ``value`` of every rank of ``group``."""
+    gathered = [value] * world_size(group)
+    _join(dist.all_gather_object, gathered, value, group=group)
     return gathered
 
 

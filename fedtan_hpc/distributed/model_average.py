@@ -6,24 +6,43 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime.transfer import copy_all, send
-from . import collectives, process_group
+from . import collectives, different_calls, process_group, structure
 
-_HEADER = 2
-"""Values at the front of each message: the sum of the weights, and the number of bad ones."""
+_HEADER = 4
+"""Values at the front of each message: ``_TAG`` and its square, the sum of the weights, and the
+number of bad ones."""
+_TAG = -1.0
+"""Stands for messages with models; those with BN statistics have tags of 0 and more."""
+_CALL = "the average of the models"
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and buffers by name, each once, in the module's order."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """Returns parameters and buffers by name, each once, in the order of their names.
+
+    Ranks that have built the model in another order get the same order.  A tensor with several
+    names has the first of them.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    everything = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in sorted(everything.items()):
+        if id(tensor) not in seen:
+            tensors[name] = tensor
+            seen.add(id(tensor))
+    return tensors
 
 
 def model_tensors(module: nn.Module) -> list[Tensor]:
-    """Returns parameters and buffers, each once, in the module's order."""
+    """Returns parameters and buffers, each once, in the order of their names."""
     return list(named_tensors(module).values())
 
 
@@ -38,8 +57,11 @@ def average_model(module: nn.Module, weight: float, group: process_group.Group =
     of weight 0 contributes nothing, whatever its values.  Each dtype takes one all-reduce; half
     precision is summed in float32.  Integer buffers stay as they are.
 
-    Raises ``ValueError`` on every rank if a weight is negative or not finite, or the weights do
-    not sum to 1; the model is then unchanged.
+    A DTensor, as FSDP2 makes them, is averaged shard by shard.
+
+    Raises ``ValueError`` on every rank if a weight is negative or not finite, the weights do not
+    sum to 1, or the ranks' tensors differ in names, shapes or dtypes (compared at the first use of
+    such a model), and ``RuntimeError`` if a rank is at another call; the model is then unchanged.
     """
     average_models([module], [weight], group)
 
@@ -55,6 +77,11 @@ def average_models(
     """
     if not len(modules) == len(weights) >= 1:
         raise ValueError("modules and weights must be equally many, and at least one")
+    tensors = averaged_tensors(modules[0])
+    _check_shards(tensors, group)
+    if tensors:
+        device = next(iter(tensors.values())).device
+        structure.agree("models", _CALL, structure.described(tensors), group, device)
     total = ModelSum(modules[0])
     for module, weight in zip(modules, weights, strict=True):
         total.add(module, weight)
@@ -102,16 +129,18 @@ class ModelSum:
     def all_reduce(self, group: process_group.Group = None) -> None:
         """Adds up the sums of all ranks, in one collective per dtype.
 
+            A DTensor, as FSDP2 makes them, is averaged shard by shard.
+
         Raises ``ValueError`` on every rank if a weight is negative or not finite, or the weights
-        of all ranks do not sum to 1.
+            of all ranks do not sum to 1.
         """
         for message in self._messages:
-            numbers = self._weight, self._bad_weights
+            numbers = _TAG, _TAG**2, self._weight, self._bad_weights
             header = torch.tensor(numbers, dtype=message.dtype, device="cpu")
             message[:_HEADER] = send(header, message.device)
-            collectives.sum_for_training(message, group, of_models=True)
+            collectives.sum_for_training(message, group, of_models=True, call=_CALL)
         for message in self._messages:
-            _check_weights(collectives.to_cpu(message[:_HEADER]), process_group.world_size(group))
+            _check_header(collectives.to_cpu(message[:_HEADER]), group)
 
     def copy_to(self, module: nn.Module) -> None:
         """Overwrites the tensors of ``module`` with the summed values."""
@@ -128,7 +157,8 @@ class ModelSum:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         counters: list[Tensor] = []
         for name, tensor in self._select(module).items():
-            value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            value = _local_shard(tensor)
+            value = torch.view_as_real(value) if value.is_complex() else value
             if value.is_floating_point():
                 by_dtype.setdefault(value.dtype, []).append(value.detach())
             elif self._counters and name.endswith("num_batches_tracked"):
@@ -139,8 +169,44 @@ class ModelSum:
         return groups
 
 
-def _check_weights(header: Tensor, ranks: int) -> None:
-    total, bad = header.tolist()
+def averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors that an average changes, by name."""
+    return {
+        name: tensor
+        for name, tensor in named_tensors(module).items()
+        if tensor.is_floating_point() or tensor.is_complex()
+    }
+
+
+def _local_shard(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a DTensor; the tensor itself if it is not one."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _check_shards(tensors: Mapping[str, Tensor], group: process_group.Group) -> None:
+    """Raises ``ValueError`` for shards of one client's tensor on several ranks of the group."""
+    averaged, rank = set(process_group.ranks(group)), process_group.rank()
+    for name, tensor in tensors.items():
+        is_sharded = any(place.is_shard() for place in getattr(tensor, "placements", ()))
+        others = set(_ranks_of(tensor)) - {rank} if is_sharded else set()
+        if others & averaged:
+            raise ValueError(
+                f"{name} is sharded over ranks {sorted(others | {rank})}, which belong to one "
+                "client: average over a group of ranks that have the same shard of other clients"
+            )
+
+
+def _ranks_of(tensor: Any) -> list[int]:
+    """Returns the ranks of a DTensor's mesh."""
+    ranks: list[int] = tensor.device_mesh.mesh.flatten().tolist()
+    return ranks
+
+
+def _check_header(header: Tensor, group: process_group.Group) -> None:
+    ranks = process_group.world_size(group)
+    different_calls.check_tag(header, _TAG, _CALL, group)
+    total, bad = header[2:].tolist()
     tolerance = 1e-6 + ranks * torch.finfo(header.dtype).eps
     if bad:
         raise ValueError(f"{bad:.0f} weights on {ranks} ranks are negative or not finite")

@@ -121,6 +121,11 @@ def world_size(group: Group = None) -> int:
     return dist.get_world_size(group) if is_started() else 1
 
 
+def ranks(group: Group = None) -> list[int]:
+    """Returns the global ranks in ``group``; only 0 without a process group."""
+    return dist.get_process_group_ranks(group or dist.group.WORLD) if is_started() else [0]
+
+
 def barrier() -> None:
     """Waits until all ranks have come here."""
     if is_started():

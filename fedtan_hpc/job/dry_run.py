@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ..batchnorm.layer import convert_batchnorm
+from ..batchnorm.conversion import convert_batchnorm
 from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup
 from ..config.enums import CohortMode, ModelSource, NormName
 from ..config.errors import ConfigError, format_option_error, one_line

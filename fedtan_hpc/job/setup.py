@@ -6,7 +6,7 @@
 import torch
 from torch import nn
 
-from ..batchnorm.layer import convert_batchnorm
+from ..batchnorm.conversion import convert_batchnorm
 from ..batchnorm.running_norm import normalise_by_running
 from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, plan
 from ..config.enums import PrecisionName
@@ -15,8 +15,8 @@ from ..data import datasets, partition
 from ..data.batching import Samples
 from ..data.client_store import ClientStore
 from ..data.feature_shift import shift_of
-from ..distributed import collectives, process_group
-from ..distributed.model_average import model_tensors
+from ..distributed import collectives, process_group, structure
+from ..distributed.model_average import model_tensors, named_tensors
 from ..evaluation.evaluator import Evaluator
 from ..models import factory
 from ..models.norms import with_norm_of
@@ -45,6 +45,8 @@ def prepare(config: Config, placement: DevicePlacement) -> Trainer:
     shift = shift_of(config.partition, config.clients)
     store = ClientStore(dataset, indices, device, dtype, shift, config.seed)
     model = network(config, dataset.shape, dataset.classes).to(device, dtype)
+    described = structure.described(named_tensors(model))
+    structure.agree("models", "the start of training", described, None, device)
     collectives.broadcast_tensors(model_tensors(model))
     one_each, batch = _one_client_per_rank(config, store), store.example(config.batch_size)
     cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)

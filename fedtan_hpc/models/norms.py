@@ -5,7 +5,7 @@ from math import gcd
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batchnorm.layer import CONVERTIBLE
+from ..batchnorm.conversion import CONVERTIBLE
 from ..config.algorithms import ALGORITHMS
 from ..config.enums import NormName
 from ..config.errors import ConfigError, format_option_error

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..batchnorm.layer import batchnorm_layers
+from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.running_norm import fixed_global_statistics
 from ..config.algorithms import Normaliser, RoundPlan
 from ..config.schema import Config

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config.algorithms import RoundPlan
 from ..distributed import collectives
+from ..distributed.model_average import named_tensors
 from ..models.parameter_groups import pack, unpack
 from .local_step import LocalRun
 
@@ -66,5 +67,5 @@ class PooledMomentum:
             self._buffers = [buffer.clone() for buffer in buffers if buffer is not None]
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [value for value in model.parameters() if value.requires_grad]
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [value for value in named_tensors(model).values() if value.requires_grad]

@@ -21,10 +21,11 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from ..batchnorm.context import normalised_by
-from ..batchnorm.layer import batchnorm_layers
+from ..batchnorm.context import model_tag, normalised_by
+from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.local_statistics import LocalStatistics, RunningStatistics
 from ..batchnorm.statistics_call import GlobalStatistics
+from ..distributed.model_average import named_tensors
 from ..runtime.transfer import constant, copy_all
 from .local_step import LocalRun, ProximalTerm, make_sgd, sgd_step
 from .pooled_gradients import mean_over_ranks
@@ -80,11 +81,12 @@ class Stack:
 
     def synchronised_step(self, pooled: bool = False) -> None:
         """Takes a step with global statistics; with ``pooled`` along the mean of all gradients."""
-        batch = self._next_batch()
+        batch, layers = self._next_batch(), batchnorm_layers(self._model)
         statistics = GlobalStatistics(
             weights=[run.client.weight for run in self._runs],
             group=None,
-            layers=list(batchnorm_layers(self._model)),
+            layers=list(layers),
+            model_tag=model_tag(layers),
             mask_KN=batch.mask,
             sizes=batch.sizes,
             updates=[running.move for running in self._running],
@@ -198,9 +200,9 @@ def vmap_error(model: nn.Module, sample: Tensor) -> Exception | None:
     return None
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def _trained(module: nn.Module) -> dict[str, Tensor]:
     """Returns the trainable parameters by name; the clients share the others."""
-    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+    return {name: value for name, value in named_tensors(module).items() if value.requires_grad}
 
 
 def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD:

@@ -43,7 +43,8 @@ def test_conversion_keeps_parameters_buffers_and_settings(
     expected = dict(layer.named_parameters()) | dict(layer.named_buffers())
     keys = list(layer.state_dict())
     converted = convert_batchnorm(nn.Sequential(layer))[0]  # type: ignore[index]
-    assert type(converted) is FedTANBatchNorm
+    assert isinstance(converted, FedTANBatchNorm)
+    assert isinstance(converted, kind)
     found = dict(converted.named_parameters()) | dict(converted.named_buffers())
     assert found.keys() == expected.keys()
     assert all(found[name] is value for name, value in expected.items())
@@ -76,7 +77,7 @@ def test_a_layer_in_two_places_stays_one_layer() -> None:
 def test_a_root_that_is_a_layer_comes_back_converted() -> None:
     layer = nn.BatchNorm2d(3)
     converted = convert_batchnorm(layer)
-    assert type(converted) is FedTANBatchNorm
+    assert isinstance(converted, FedTANBatchNorm)
     assert converted.weight is layer.weight
 
 

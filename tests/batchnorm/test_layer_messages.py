@@ -128,8 +128,10 @@ def errors_of_mix_ups_by_rank(clients: int) -> list[dict[str, str]]:
 def test_branches_of_one_width_in_different_orders_raise_on_every_rank(
     mix_up: str, clients: int
 ) -> None:
-    for rank, messages in enumerate(errors_of_mix_ups_by_rank(clients)):
-        assert messages[mix_up].startswith(f"layer {order_of(rank)[0]}: another rank sent")
+    for messages in errors_of_mix_ups_by_rank(clients):
+        places = [f"rank {k} at BN layer {order_of(k)[0]} ({mix_up})" for k in range(clients)]
+        assert messages[mix_up].startswith("the ranks are at different calls: ")
+        assert sorted(messages[mix_up].split(": ")[1].split(", ")) == places
 
 
 def forward_mix_up_of_widths(left: int, right: int, folder: Path) -> None:

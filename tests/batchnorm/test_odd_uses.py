@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from fedtan_hpc import average_model, convert_batchnorm, federated_statistics
 from fedtan_hpc.batchnorm.running_norm import fixed_global_statistics, normalise_by_running
@@ -66,6 +67,32 @@ def test_a_compiled_backward_pass_outside_of_its_context_is_refused() -> None:
         loss = cross_entropy(scores(x), y)
     with pytest.raises(RuntimeError, match="belongs inside federated_statistics"):
         loss.backward()
+
+
+def checkpointed_loss(model: nn.Module, reentrant: bool) -> torch.Tensor:
+    """The checkpointed part ends in BN, so that BN is what runs again."""
+    x, y = batch()
+    scores = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+    return cross_entropy(scores.tanh(), y)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_checkpointed_backward_pass_outside_of_its_context_is_refused(
+    affine: bool, reentrant: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(3, affine=affine)
+    model = convert_batchnorm(nn.Sequential(nn.Linear(4, 3), layer)).double()
+    with federated_statistics(model, 1.0):
+        loss = checkpointed_loss(model, reentrant)
+    error = "belongs inside the context" if reentrant else "different metadata"
+    with pytest.raises(RuntimeError, match=error):
+        loss.backward()
+    model.zero_grad()
+    checkpointed_loss(model, reentrant).backward()  # local steps are as usual
+    with federated_statistics(model, 1.0):
+        checkpointed_loss(model, reentrant).backward()
 
 
 def test_frozen_layers_of_a_stack_take_bfloat16() -> None:

@@ -18,10 +18,11 @@ from fedtan_hpc.batchnorm.statistics_call import (
     HEADER,
     ClientWeights,
     GlobalStatistics,
-    check_header,
+    check_weights,
     merge,
     pack,
 )
+from fedtan_hpc.distributed.different_calls import check_tag, have_tag
 
 Exact: TypeAlias = tuple[Fraction, Fraction]
 """Mean and variance of one channel."""
@@ -229,7 +230,7 @@ def test_message_sizes(channels: int, dtype: torch.dtype) -> None:
     sent: list[tuple[int, torch.dtype]] = []
 
     class Recording(GlobalStatistics):
-        def sum(self, message: Tensor) -> Tensor:
+        def sum(self, message: Tensor, place: str) -> Tensor:
             sent.append((message.numel(), message.dtype))
             return message
 
@@ -248,10 +249,7 @@ def ranks_that_notice(tags: list[int], clients: int) -> int:
     packed = [merge([pack(tag, weights, ones)] * clients) for tag in tags]
     noticed = 0
     for tag in tags:
-        try:
-            check_header(merge_ranks(packed)[:HEADER], tag, len(tags))
-        except RuntimeError:
-            noticed += 1
+        noticed += not have_tag(merge_ranks(packed)[:HEADER], tag, len(tags))
     return noticed
 
 
@@ -276,17 +274,17 @@ def test_clients_of_a_rank_at_different_layers_are_noticed(mix: tuple[int, ...])
     total = merge([pack(tag, weights, ones) for tag in mix])
     for tag in mix:
         if len(set(mix)) == 1:
-            check_header(total[:HEADER], tag, 1)
+            check_tag(total[:HEADER], tag, "", None)
         else:
-            with pytest.raises(RuntimeError, match="another layer"):
-                check_header(total[:HEADER], tag, 1)
+            with pytest.raises(RuntimeError, match="clients of one rank are at different layers"):
+                check_tag(total[:HEADER], tag, "", None)
 
 
 def checked(p: list[float], counts: list[int]) -> None:
     """Check the message of clients with these weights and batch sizes."""
     ones = torch.ones(1, 2)
     packed = [pack(2, ClientWeights([w], [n]), ones) for w, n in zip(p, counts, strict=True)]
-    check_header(merge_ranks(packed)[:HEADER], 2, len(p))
+    check_weights(merge_ranks(packed)[:HEADER], len(p))
 
 
 @pytest.mark.parametrize("excess", [0.0, 5e-7, -5e-7])

@@ -114,7 +114,7 @@ def test_there_is_one_message_for_each_element_type_and_memory_stays_in_place() 
     single += 2 * module.wave.numel() + 2 * 4
     double = sum(v.numel() for v in module.double_.parameters()) + 2 * module.long_wave.numel()
     half = sum(v.numel() for v in module.half_.parameters())
-    payload = 4 * (2 + single) + 8 * (2 + double) + 4 * (2 + half)
+    payload = 4 * (4 + single) + 8 * (4 + double) + 4 * (4 + half)
     assert on_ranks(2, traffic_and_strides) == [(3, payload, True, True)] * 2
 
 

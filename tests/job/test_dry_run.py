@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedtan_hpc.batchnorm.layer import convert_batchnorm
+from fedtan_hpc.batchnorm.conversion import convert_batchnorm
 from fedtan_hpc.config.enums import (
     AlgorithmName,
     CohortMode,

@@ -23,7 +23,7 @@ def test_messages_of_the_methods() -> None:
 
     The mlp has 17,610 trainable values and 384 running statistics.
     """
-    trainable, running, header = 17_610, 384 + 2, 2
+    trainable, running, header = 17_610, 384 + 2, 4
     sizes = {
         "fedavg": (1, trainable + running + header),
         "fedavg_gn": (1, trainable + header),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bench import benchmark, rounds, timing
-from fedtan_hpc.batchnorm.layer import batchnorm_layers
+from fedtan_hpc.batchnorm.conversion import batchnorm_layers
 from fedtan_hpc.batchnorm.statistics_call import ClientWeights, pack
 from fedtan_hpc.config.enums import AlgorithmName, PrecisionName
 from fedtan_hpc.config.schema import AlgorithmConfig, Config

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtan_hpc.batchnorm import moments
+from fedtan_hpc.batchnorm import local_kernels
 
 EPS = 1e-5
 
@@ -32,7 +32,7 @@ def gpu_kernel() -> Iterator[None]:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert weight is not None or not (weight_g or bias_g)
         assert g.dtype is x.dtype
-        assert mean.dtype is invstd.dtype is moments.statistics_dtype(x)
+        assert mean.dtype is invstd.dtype is local_kernels.statistics_dtype(x)
         others = [dim for dim in range(x.dim()) if dim != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide, none = g.to(mean.dtype), g.new_empty(0)
@@ -57,10 +57,10 @@ def test_a_gpus_kernel_gives_the_same_sums(
     torch.manual_seed(0)
     x, g = (torch.randn(shape).to(dtype) for _ in range(2))
     counts = [x.numel() // x.size(1)] * clients
-    mean, variance = (each.flatten() for each in moments.local_moments(x, None, counts))
+    mean, variance = (each.flatten() for each in local_kernels.local_moments(x, None, counts))
     r = (variance + EPS).rsqrt()
-    on_cpu = moments.local_sums(g, x, mean, r, clients)
-    on_gpu = moments._sums_on_gpu(g, x, mean, r)
+    on_cpu = local_kernels.local_sums(g, x, mean, r, clients)
+    on_gpu = local_kernels._sums_on_gpu(g, x, mean, r)
     others = [dim for dim in range(x.dim()) if dim != 1]
     as_written = g.double().sum(others).view(clients, -1)
     torch.testing.assert_close(on_cpu[0].double(), as_written, rtol=1e-4, atol=1e-4)

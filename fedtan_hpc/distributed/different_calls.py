@@ -1,0 +1,80 @@
+"""The error of ranks that meet in a collective from different places of the program.
+
+``collectives``, ``model_average`` and ``batchnorm.statistics_call`` raise it.  Their messages show
+that something is wrong, but not what the other ranks do.  So each rank writes its place into the
+store of the process group, without collectives, and reads those of the others.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from . import process_group
+
+_PATIENCE = timedelta(seconds=2)
+"""How long a rank waits for the places of the others; those that wait elsewhere never write."""
+_SIGNS = ("preamble.length", "MPI_ERR_TRUNCATE")
+"""Parts of gloo's and MPI's errors about messages of different lengths."""
+ON_ONE_RANK = (
+    "the clients of one rank are at different layers: all must run the same layers in the same "
+    "order, all eagerly or all compiled"
+)
+_errors = [0]
+"""Number of such errors in this process; a process may go on after one."""
+_c10d: Any = dist
+
+
+def are_meant(error: BaseException) -> bool:
+    """Returns whether a collective failed because the ranks' messages have different lengths."""
+    return any(sign in str(error) for sign in _SIGNS)
+
+
+def check_tag(header: Tensor, tag: float, call: str, group: process_group.Group) -> None:
+    """Raises ``RuntimeError`` unless all ranks have sent the numbers ``tag`` and its square.
+
+    ``header`` is the sum of the messages of all ranks, which are at ``call``.
+    """
+    ranks = process_group.world_size(group)
+    if not have_tag(header, tag, ranks):
+        one_rank = RuntimeError(f"{call}: {ON_ONE_RANK}")
+        raise one_rank if ranks == 1 else different_calls(call, group)
+
+
+def have_tag(header: Tensor, tag: float, ranks: int) -> bool:
+    """Returns whether all messages in a sum have ``tag``: then its squares sum to R tag^2."""
+    return bool(header[:2].tolist() == [ranks * tag, ranks * tag**2])
+
+
+def different_calls(call: str, group: process_group.Group = None) -> RuntimeError:
+    """Returns the error, with this rank's ``call`` and those of the group's other ranks."""
+    rank = dist.get_rank()
+    store = _c10d.distributed_c10d._get_default_store()
+    store.set(_key(rank), call)
+    places = [f"rank {rank} at {call}"]
+    for other in process_group.ranks(group):
+        if other != rank:
+            places.append(f"rank {other} at {_place(store, other)}")
+    _errors[0] += 1
+    return RuntimeError(f"the ranks are at different calls: {', '.join(places)}")
+
+
+def left_by_another(group: process_group.Group = None) -> bool:
+    """Returns whether another rank of the group has found that the ranks are at different calls."""
+    store = _c10d.distributed_c10d._get_default_store()
+    others = [_key(rank) for rank in process_group.ranks(group) if rank != dist.get_rank()]
+    return any(store.check([key]) for key in others)
+
+
+def _place(store: Any, rank: int) -> str:
+    try:
+        store.wait([_key(rank)], _PATIENCE)
+        text: str = store.get(_key(rank)).decode()
+    except RuntimeError:
+        return "an unknown call"
+    return text
+
+
+def _key(rank: int) -> str:
+    return f"fedtan_hpc/different_calls/{_errors[0]}/{rank}"
