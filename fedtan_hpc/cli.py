@@ -28,7 +28,14 @@ from yaml import YAMLError
 
 from . import __version__
 from .config import help
-from .config.errors import ConfigError, RunError, Stopped, format_option_error
+from .config.errors import (
+    ConfigError,
+    LostRankError,
+    OutputClosedError,
+    RunError,
+    Stopped,
+    format_option_error,
+)
 from .config.hydra_errors import explain, unknown, unreadable
 from .config.schema import Config
 from .config.validate import check
@@ -76,13 +83,11 @@ def exit_codes(program: str) -> Iterator[None]:
         if launcher_env.rank_hint() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
         _exit(130)
-    except BrokenPipeError:
+    except (BrokenPipeError, OutputClosedError):
         _exit(_NOBODY_READS)
     except Stopped as error:
         _leave(128 + error.signal, [f"{program}: {error}"], on_all_ranks=True)
     except RunError as error:
-        if isinstance(error.__cause__, BrokenPipeError):
-            _exit(_NOBODY_READS)
         if error.on_all_ranks:
             _leave(1, [f"{program}: {error}"], on_all_ranks=True)
         _fail(error.__cause__, f"{program}: {error}")
@@ -99,8 +104,10 @@ def _failure_file() -> Iterator[None]:
     except Stopped:
         raise
     except Exception as error:
-        group = _process_group()
-        if group is None or not group.is_lost_rank_error(error.__cause__ or error):
+        is_lost_rank = isinstance(error, LostRankError)
+        if not isinstance(error, RunError) and (group := _process_group()) is not None:
+            is_lost_rank = group.is_lost_rank_error(error)
+        if not is_lost_rank:
             failure_file.write()
         raise
 

@@ -9,7 +9,7 @@ class ConfigError(ValueError):
     ``on_all_ranks`` is true where every rank raises an equal error; then one rank reports it.
     """
 
-    on_all_ranks = False
+    on_all_ranks: bool = False
 
     def __init__(self, *mistakes: str) -> None:
         super().__init__("\n".join(mistakes))
@@ -22,10 +22,8 @@ class LauncherError(ConfigError):
     on_all_ranks = True
 
 
-class AgreedError(ConfigError):
-    """Mistakes that one rank found and sent to all ranks."""
-
-    on_all_ranks = True
+class FolderInUseError(ConfigError):
+    """Another process writes the folder of the run."""
 
 
 class RunError(RuntimeError):
@@ -37,6 +35,14 @@ class RunError(RuntimeError):
     def __init__(self, message: str, on_all_ranks: bool) -> None:
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
+
+
+class LostRankError(RunError):
+    """Another rank has ended, so this one cannot go on."""
+
+
+class OutputClosedError(RunError):
+    """Nobody reads standard output any more."""
 
 
 class Stopped(RunError):

@@ -4,7 +4,8 @@ The display is a progress bar on a terminal, plain lines elsewhere, and a table 
 """
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from ..config.errors import OutputClosedError
 from .callbacks import RoundCallback, RunInfo
 from .records import RoundRecord, Summary
 
@@ -56,8 +58,19 @@ class TensorBoardLog(RoundCallback):
     run_ended = run_failed
 
 
+@contextmanager
+def _output_closed_error() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise OutputClosedError("nobody reads the output", on_all_ranks=False) from error
+
+
 class Display(RoundCallback):
-    """Shows the progress and the result of a run on standard output."""
+    """Shows the progress and the result of a run on standard output.
+
+    Raises ``OutputClosedError`` if nobody reads it.
+    """
 
     def __init__(self) -> None:
         self._console = Console()
@@ -74,6 +87,7 @@ class Display(RoundCallback):
             self._task = self._bar.add_task("", total=self._rounds, completed=run.rounds_done)
             self._bar.start()
 
+    @_output_closed_error()
     def round_ended(self, record: RoundRecord) -> None:
         """Advances the bar; without a terminal, prints a line for each evaluated round."""
         if record.test_accuracy is not None:
@@ -86,6 +100,7 @@ class Display(RoundCallback):
             seconds = f"{record.round_seconds:.3f} s/round"
             print(f"round {number}/{self._rounds}  {text}  {seconds}", flush=True)
 
+    @_output_closed_error()
     def run_ended(self, summary: Summary) -> None:
         """Stops the bar and shows the result."""
         self.run_failed(summary)
@@ -116,7 +131,9 @@ def show_result(summary: Summary) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 100 + len(summary.run_dir)  # so that no line breaks inside the path
-    console.print(table)
+    with console.capture() as text:  # console.print would end the process if nobody reads it
+        console.print(table)
+    print(text.get(), end="", flush=True)
 
 
 def _rows_over_clients(summary: Summary) -> list[tuple[str, str]]:
@@ -124,8 +141,11 @@ def _rows_over_clients(summary: Summary) -> list[tuple[str, str]]:
     mean, spread = summary.clients_own_mix_accuracy_mean, summary.clients_own_mix_accuracy_spread
     if mean is None:
         return []
-    test_spread = summary.clients_test_accuracy_spread or 0.0
+    number, test_spread = summary.clients_judged, summary.clients_test_accuracy_spread or 0.0
     return [
-        ("is the", f"{summary.judged} ({summary.clients_judged}), ± {100 * test_spread:.2f}"),
-        ("in own mix of labels", f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %"),
+        ("which is the", f"{summary.judged} ({number}), ± {100 * test_spread:.2f} %"),
+        (
+            "in each client's label mix",
+            f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %",
+        ),
     ]

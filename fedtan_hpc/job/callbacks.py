@@ -5,11 +5,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from ..config.errors import ConfigError, RunError, format_option_error, one_line
+from ..config.errors import (
+    ConfigError,
+    LostRankError,
+    OutputClosedError,
+    RunError,
+    format_option_error,
+    one_line,
+)
 from ..distributed import counters, process_group
 from ..evaluation.callbacks import RoundCallback
 from ..models import import_target
 from ..runtime.signals import StopRequest
+from .checkpoint_writer import CheckpointWriter
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _EVENTS = ("run_began", "round_ended", "run_ended", "run_failed")
@@ -39,13 +47,15 @@ def tell(
 ) -> None:
     """Calls the method ``event`` of all ``callbacks``; names the one that fails in a ``RunError``.
 
-    A closed standard output (``BrokenPipeError``) does not count once ``stop`` is agreed on: Ctrl-C
-    ends the program that reads it too, and the round is still to be saved.
+    ``OutputClosedError`` does not count once ``stop`` is agreed on: Ctrl-C ends the program that
+    reads the display too, and the round is still to be saved.
     """
-    ignored = [BrokenPipeError] if stop.agreed_signal else []
+    ignored = [OutputClosedError] if stop.agreed_signal else []
     for callback in callbacks:
         kind = type(callback)
         source = f"callback {kind.__module__}.{kind.__qualname__}.{event}: "
+        if isinstance(callback, CheckpointWriter):  # no other callback communicates with ranks
+            source = ""
         with as_run_error(source), suppress(*ignored):
             getattr(callback, event)(argument)
 
@@ -63,21 +73,21 @@ def tell_failure(
 
 @contextmanager
 def as_run_error(source: str = "") -> Iterator[None]:
-    """Raises ``RunError`` for any exception inside, except for a ``RunError``.
+    """Raises ``RunError`` for any exception inside.
 
-    ``source`` names what runs inside.  The cause stays attached, for its traceback, unless the disk
-    or another rank is to blame.
+    ``source`` names the callback that runs inside.  Without it, the code inside is the job's: then
+    a ``RunError`` passes, and an error of the network means that another rank is lost.  The cause
+    stays attached, for its traceback, unless the disk or another rank is to blame.
     """
     try:
         yield
-    except RunError:
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, OutputClosedError) or (isinstance(error, RunError) and not source):
+            raise
         where = f"rank {process_group.rank()}, round {counters.progress.round}"
-        is_lost_rank = process_group.is_lost_rank_error(error)
-        what = f"{source}{type(error).__name__}: {error}"
-        if is_lost_rank:
+        if not source and process_group.is_lost_rank_error(error):
             what = f"another rank has ended ({str(error).splitlines()[0]})"
-        is_external = is_lost_rank or (isinstance(error, OSError) and error.errno in _DISK_ERRORS)
-        failure = RunError(f"{where}: {what}", on_all_ranks=False)
-        raise failure from (None if is_external else error)
+            raise LostRankError(f"{where}: {what}", on_all_ranks=False) from None
+        is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        failure = RunError(f"{where}: {source}{type(error).__name__}: {error}", on_all_ranks=False)
+        raise failure from (None if is_disk else error)

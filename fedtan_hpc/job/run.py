@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch.random import fork_rng
 
-from ..config.errors import AgreedError, ConfigError, RunError, Stopped
+from ..config.errors import ConfigError, RunError, Stopped
 from ..config.hydra_errors import typed
 from ..config.schema import Config
 from ..config.validate import check
@@ -174,17 +174,19 @@ def _train(
 def _agreed(calls: bool, function: Callable[[], Result]) -> Result | None:
     """Calls ``function`` on the ranks that ``calls``, and returns its result there.
 
-    A ``ConfigError`` of any rank becomes an ``AgreedError`` on every rank.
+    A ``ConfigError`` of any rank is raised on every rank.
     """
     result: Result | None = None
-    mistakes: tuple[str, ...] = ()
+    found: tuple[type[ConfigError], tuple[str, ...]] | None = None
     if calls:
         try:
             result = function()
         except ConfigError as error:
-            mistakes = error.mistakes
-    if first := [each for each in collectives.all_gather_object(mistakes) if each]:
-        raise AgreedError(*first[0])
+            found = type(error), error.mistakes
+    for kind, mistakes in filter(None, collectives.all_gather_object(found)):
+        agreed = kind(*mistakes)
+        agreed.on_all_ranks = True
+        raise agreed
     return result
 
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -29,7 +30,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ..config.enums import ModelSource
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, FolderInUseError, format_option_error
 from ..config.schema import Config, to_dict
 from ..evaluation.records import Summary
 from ..runtime import atomic_files
@@ -37,6 +38,8 @@ from ..runtime import atomic_files
 _NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks")
 _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
+_LOCK_SECONDS = 2.0
+"""The longest wait for a lock."""
 
 
 def name(config: Config) -> Path:
@@ -100,15 +103,23 @@ def failure(folder: Path) -> str:
 
 
 def _lock(lock: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        allowed = "a folder that no other run is writing"
-        remedy = "wait for that run to end, or choose another run_dir"
-        raise ConfigError(format_option_error("run_dir", folder, allowed, remedy)) from None
-    except OSError as error:
-        why = f"its file system has no locks ({error.strerror}), so see to it that no other run"
-        print(f"fedtan_hpc: run_dir={folder}: {why} writes there", file=sys.stderr, flush=True)
+    """Tries for two seconds, because a look at the folder locks it too (``reporting.run_list``)."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            allowed = "a folder that no other run is writing"
+            remedy = "wait for that run to end, or choose another run_dir"
+            message = format_option_error("run_dir", folder, allowed, remedy)
+            raise FolderInUseError(message) from None
+        except OSError as error:
+            why = f"its file system has no locks ({error.strerror}), so see to it that no other run"
+            print(f"fedtan_hpc: run_dir={folder}: {why} writes there", file=sys.stderr, flush=True)
+        return
 
 
 @contextmanager

@@ -21,15 +21,12 @@ import sys
 from collections.abc import Sequence
 
 from .. import cli
-from ..config.errors import ConfigError, RunError
+from ..config.errors import ConfigError, FolderInUseError, RunError
 from ..config.schema import Config
 from ..runtime import launcher_env
 from . import comparison_plots, comparison_runs, comparison_tables, options
 from .comparison_runs import Comparison
 from .progress import Following, Progress
-
-_LOCKED = "that no other run is writing"
-"""Words of ``job.run_dir`` about a folder that another process has locked."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -111,8 +108,8 @@ def _run(config: Config, following: Following) -> str:
             raise
         if process_group.is_started() and not was_started:
             process_group.stop()  # the next run starts it again
-        if isinstance(error, RunError) or _LOCKED not in str(error):
+        if not isinstance(error, FolderInUseError):
             raise
-        return "another process is at it, left to that"
+        return "skipped: another process is running it"
     how = f"{summary.total_seconds:.1f} s" if following.rounds_ended else "was finished"
     return f"test accuracy {100 * summary.test_accuracy:.2f} %, {how}"

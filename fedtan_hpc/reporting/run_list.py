@@ -134,7 +134,8 @@ def _state(run: Path, note: dict[str, Any], queue: Queue | None) -> tuple[str, s
 def _is_locked(path: Path) -> bool:
     """Whether a process holds the lock of a run.
 
-    A shared lock that is asked for without waiting, and released at once, does not disturb the run.
+    This takes a shared lock without waiting, and releases it at once.  A run that begins in this
+    moment asks for its lock again (``job.run_dir``).
     """
     try:
         with open(path, "rb") as lock:

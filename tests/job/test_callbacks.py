@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import pytest
 
 import fedtan_hpc
+from fedtan_hpc import cli
 from fedtan_hpc.config.errors import ConfigError, RunError, Stopped
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.config.validate import check
@@ -162,6 +164,49 @@ def test_a_callback_that_fails_is_named_and_the_others_are_told(
     assert recorder.told[1:] == told
     assert json.loads((tmp_path / "failure.json").read_text())["message"] == where
     assert (tmp_path / "summary.json").exists() is (event == "run_ended")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError("the pipe of a helper"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        RuntimeError("upload: Connection reset by peer"),  # the words of gloo about a lost rank
+        RunError("a run inside", on_all_ranks=True),
+        Stopped("a run inside", 15),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("stops", [False, True])
+def test_any_error_of_a_callback_is_reported(
+    error: Exception,
+    stops: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Also while a signal stops the run; neither a lost rank nor a closed output is to blame."""
+
+    def leave(code: int) -> NoReturn:
+        raise SystemError(code)
+
+    def fail(record: RoundRecord) -> None:
+        if record.round == 4:
+            raise error
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setenv("FEDTAN_HPC_FAILURE_FILE", str(tmp_path / "failed"))
+    failing = Recorder()
+    monkeypatch.setattr(failing, "round_ended", fail)
+    callbacks = [StopAfter(4), failing] if stops else [failing]
+    with pytest.raises(SystemError, match="1"), cli.exit_codes("fedtan_hpc"):
+        fedtan_hpc.run(config_of("fedtan", tmp_path / "run"), callbacks=callbacks)
+    told = capfd.readouterr().err
+    line = f"fedtan_hpc: rank 0, round 4: callback {HERE}.Recorder.round_ended: "
+    assert told.splitlines()[-1] == f"{line}{type(error).__name__}: {error}"
+    assert "in fail\n" in told  # the traceback
+    assert (tmp_path / "failed").exists()
+    assert checkpoint_format.path_of(tmp_path / "run", 4).exists()
 
 
 def test_checkpoints_stay_when_a_callback_fails(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import errno
 import fcntl
 import os
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 
-from fedtan_hpc.config.errors import ConfigError
+from fedtan_hpc.config.errors import ConfigError, FolderInUseError
 from fedtan_hpc.config.schema import Config, OptimizerConfig, PartitionConfig
 from fedtan_hpc.job import run_dir
 from fedtan_hpc.job.run_dir import claimed
@@ -57,6 +58,25 @@ def test_a_folder_in_which_a_run_is_going_on_is_refused(tmp_path: Path) -> None:
     with claimed(tmp_path, small(1)), pytest.raises(ConfigError, match="no other run"):
         run_here(small(1), str(tmp_path))
     run_here(small(1), str(tmp_path))
+
+
+def test_a_look_at_the_lock_does_not_keep_a_run_from_its_folder(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as the list of runs does for a moment
+        Timer(0.5, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        with claimed(tmp_path, small(1)):
+            pass
+
+
+def test_that_another_run_writes_the_folder_reaches_every_rank(tmp_path: Path) -> None:
+    with claimed(tmp_path, small(2)):
+        assert on_ranks(2, in_use, small(2), str(tmp_path)) == [True, True]
+
+
+def in_use(config: Config, folder: str) -> bool:
+    with pytest.raises(FolderInUseError) as caught:
+        run_here(config, folder)
+    return caught.value.on_all_ranks
 
 
 def test_choices_may_be_given_as_text(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(
     with open(held / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         compare.main(["methods=[fedavg]", "seeds=[0,1]", *SHORT, f"out={tmp_path}"])
-    assert "fedavg seed 0: another process is at it" in capsys.readouterr().out
+    assert "fedavg seed 0: skipped: another process is running it" in capsys.readouterr().out
     text = (tmp_path / "compare.md").read_text()
     assert "| fedavg | 1 |" in text
     assert "Not finished: fedavg seed 0." in text
