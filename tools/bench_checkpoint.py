@@ -16,7 +16,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,8 @@ def run(words: Sequence[str]) -> None:
     repeats = benchmark.repeats(tool_options, 15)
     check(config)
     [placement] = benchmark.placements(config, [str(config.comm.backend)])
-    with benchmark.process_group(config, placement), tempfile.TemporaryDirectory() as folder:
-        results = measure(config, placement, Path(folder), repeats)
+    with benchmark.process_group(config, placement), shared_folder() as folder:
+        results = measure(config, placement, folder, repeats)
     if launcher_env.rank_hint() == 0:
         setting = benchmark.setting(
             config,
@@ -50,6 +51,19 @@ def run(words: Sequence[str]) -> None:
             repeats=repeats,
         )
         print(json.dumps({"setting": setting, **results}))
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """Makes a temporary folder on rank 0, and gives it to all ranks, which are on one machine."""
+    from fedtan_hpc.distributed import collectives, process_group
+
+    with ExitStack() as stack:
+        folder = ""
+        if process_group.rank() == 0:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        yield Path(collectives.broadcast_object(folder))
+        process_group.barrier()
 
 
 def measure(
@@ -90,7 +104,6 @@ def measure(
     newest = checkpoint_format.existing(folder)[:1]
     files = [file for path in newest for file in path.parent.glob(f"{path.stem}.*")]
     size = sum(file.stat().st_size for file in files)  # with all ranks' shards
-    process_group.barrier()
     return {
         "seconds_a_round": {kind: statistics.median(times) for kind, times in counted.items()},
         "seconds_to_write": statistics.median(writing[1:]),

@@ -23,6 +23,8 @@ from ..training.cohort import Cohort
 from . import checkpoint_format
 
 _SHARD_BYTES = 256 * 2**20
+_VISIBLE_SECONDS = 5.0
+"""The longest time until a shared file system shows rank 0 the file of another rank."""
 
 
 @dataclass
@@ -68,12 +70,13 @@ class CheckpointWriter(RoundCallback):
         """Saves the state after round ``number``; every rank calls it.
 
         Returns as soon as the values are copied.  Raises ``RunError`` if the states, or what an
-        earlier call copied, cannot be written.
+        earlier call copied, cannot be written, and on rank 0 if it does not see all states.
         """
         self.wait()
         states = self.cohort.states
         shards = self._write_shards(number) if states.exist else []
         if process_group.rank() == 0:  # all that is not in shards is equal on every rank
+            self._check_visible(number, shards)
             content = {
                 "round": number,
                 "seconds": time.perf_counter() - self.began,
@@ -126,8 +129,21 @@ class CheckpointWriter(RoundCallback):
             raise RunError(failures[0], on_all_ranks=True)
         return [rank_digests for rank_digests, _ in gathered]
 
+    def _check_visible(self, number: int, shards: list[dict[str, str]]) -> None:
+        """Raises ``RunError`` unless this rank sees the shards that all ranks have written."""
+        folder = checkpoint_format.path_of(self._run.run_dir, number).parent
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        for rank, digests in enumerate(shards):
+            for path in (folder / name for name in digests):
+                while not path.exists():
+                    if time.monotonic() > deadline:
+                        why = "run_dir must be on a file system that all ranks share"
+                        message = f"rank {rank}'s {path} is not visible to rank 0: {why}"
+                        raise RunError(message, on_all_ranks=False)
+                    time.sleep(0.1)
+
     def _write_error(self, path: Path, error: OSError) -> RunError:
         whole = checkpoint_format.existing(self._run.run_dir)
-        last = f"the last whole checkpoint is {whole[0]}" if whole else "there is none before it"
+        last = f"the last whole checkpoint is {whole[0]}" if whole else "there is no earlier one"
         message = f"rank {process_group.rank()}: cannot write {path}: {error.strerror or error}"
         return RunError(f"{message}; {last}", on_all_ranks=False)

@@ -98,17 +98,15 @@ def _read_shards(resumption: Resumption) -> dict[int, Tensor]:
 
 
 def _choose(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """Follows ``resume``, but a launcher that starts a run again always continues it."""
-    is_restarted = launcher_env.restart_count() > 0
-    continues = is_restarted and bool(checkpoint_format.existing(folder))
-    if config.resume not in ("auto", "never") and not continues:
-        return _choose_named(Path(config.resume), config)
-    if config.resume == "never" and not is_restarted:
+    """Follows ``resume``, but a run that its launcher has restarted continues if it can."""
+    if config.resume == "auto" or launcher_env.restart_count() > 0:
+        chosen = _newest_whole(folder, renames=True)
+        if chosen is not None:
+            _check_same(chosen[1], config, f"{chosen[0]} is")
+            return chosen
+    if config.resume in ("auto", "never"):
         return None
-    chosen = _newest_whole(folder, renames=True)
-    if chosen is not None:
-        _check_same(chosen[1], config, f"{chosen[0]} is")
-    return chosen
+    return _choose_named(Path(config.resume), config)
 
 
 def _choose_named(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:
@@ -140,8 +138,12 @@ def _newest_whole(folder: Path, renames: bool = False) -> tuple[Path, dict[str, 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = checkpoint_format.read(path)
+        if "shards" not in content:
+            why = f"has the states of some clients only; name {path.name.partition('.')[0]}.pt"
+            raise CorruptCheckpointError(f"{path}: {why}")
         for digests in content["shards"]:
-            list(checkpoint_format.read_shards(path, digests))
+            for shard in checkpoint_format.read_shards(path, digests):
+                del shard  # reading it has checked it
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"{error.filename}: is missing") from error
     except OSError as error:
@@ -153,8 +155,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_same(content: dict[str, Any], config: Config, which: str) -> None:
     if differing := run_dir.differences(content["config"], config):
         allowed = "a checkpoint of the same configuration"
-        remedy = f"{which} of a run with another {', '.join(differing)}: set those options as there"
-        remedy += ", or resume=never, or another run_dir"
+        remedy = f"{which} of a run with another {', '.join(differing)}: give these options the "
+        remedy += "values of that run, or resume=never, or another run_dir"
         raise ConfigError(format_option_error("resume", config.resume, allowed, remedy))
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -17,12 +19,15 @@ from torch import Tensor
 
 from fedtan_hpc.config.errors import ConfigError, RunError
 from fedtan_hpc.config.schema import CheckpointConfig, Config
+from fedtan_hpc.distributed import process_group
+from fedtan_hpc.evaluation.callbacks import RunInfo
 from fedtan_hpc.job import checkpoint_format, checkpoint_writer, resume
 from fedtan_hpc.job import run as run_module
 from tests.helpers import commands
 from tests.helpers.jobs import config_of, rounds_of, run, run_until, state_of
 from tests.helpers.ranks import on_ranks
 
+ONE = torch.ones(2)
 TENSORS: dict[str, Any] = {
     "a": torch.arange(6.0).view(2, 3),
     "b": [torch.zeros(0), torch.tensor(3)],
@@ -97,6 +102,45 @@ def run_until_with_shards(config: Config, number: int) -> None:
         run_until(config, number)
 
 
+def save_elsewhere(folder: Path) -> str:
+    """Saves the state of a client on each rank, in a folder that only this rank sees."""
+    rank = process_group.rank()
+    states = SimpleNamespace(exist=True, owners={0: 0, 1: 1}, state_dict=lambda: {rank: ONE})
+    cohort: Any = SimpleNamespace(states=states, state_dict=dict)
+    writer = checkpoint_writer.CheckpointWriter(cohort)
+    writer.run_began(RunInfo(Config(), folder / str(rank), 0))
+    try:
+        writer.save(3)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def test_states_that_rank_0_does_not_see_end_the_run(tmp_path: Path) -> None:
+    """They would make a checkpoint from which the run could not continue."""
+    first, second = on_ranks(2, save_elsewhere, tmp_path)
+    shard = tmp_path / "0" / "checkpoints" / "round-000003.states-1-0.pt"
+    assert first.startswith(f"rank 1's {shard} is not visible to rank 0: run_dir must be on a file")
+    assert second == ""
+    assert not checkpoint_format.path_of(tmp_path / "0", 3).exists()
+
+
+def test_one_file_of_states_is_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_until_with_shards(config_of("fedbn", tmp_path), 3)
+    read, alive = checkpoint_format.read, WeakSet[Tensor]()
+
+    def noted(path: Path) -> dict[str, Any]:
+        assert not alive
+        content = read(path)
+        alive.update([content["states"]] if "states" in content else [])
+        return content
+
+    monkeypatch.setattr(checkpoint_format, "read", noted)
+    assert len(resume._read(checkpoint_format.path_of(tmp_path, 3))["shards"][0]) > 1
+
+
 def test_the_last_are_kept(tmp_path: Path) -> None:
     run_until(config_of("fedtan", tmp_path, checkpoint=CheckpointConfig(every=1, keep=3)), 5)
     names = [path.name for path in checkpoint_format.existing(tmp_path)]
@@ -147,7 +191,7 @@ def test_the_format_before_shards_were_the_rule_is_refused(interrupted: Path) ->
     path = checkpoint_format.path_of(interrupted, 5)
     content = torch.load(path, weights_only=True)
     torch.save({**content, "format": 1}, path)
-    with pytest.raises(ConfigError, match="a checkpoint of format 2; go on with the version that"):
+    with pytest.raises(ConfigError, match=r"format 2; this file has format 1: continue"):
         run(config_of("fedtan", interrupted))
 
 

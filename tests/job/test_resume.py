@@ -106,6 +106,27 @@ def test_never_begins_anew_but_for_a_launchers_restart(
     assert (interrupted / "interrupted-1" / "checkpoints").is_dir()
 
 
+def test_a_named_checkpoint_serves_a_restart_without_a_whole_one(
+    interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = config_of("fedtan", tmp_path / "new", resume=str(interrupted))
+    damaged = checkpoint_format.path_of(tmp_path / "new", 6)
+    damaged.parent.mkdir(parents=True)
+    damaged.touch()
+    assert resume.load_checkpoint(tmp_path / "new", config).content["round"] == 5
+
+
+def test_the_states_of_some_clients_are_no_checkpoint(tmp_path: Path) -> None:
+    run_until(config_of("fedbn", tmp_path / "old"), 3)
+    shard = checkpoint_format.shard_of(checkpoint_format.path_of(tmp_path / "old", 3), 0, 0)
+    with pytest.raises(ConfigError) as caught:
+        run(config_of("fedbn", tmp_path / "new", resume=str(shard)))
+    [line] = caught.value.mistakes
+    assert line.startswith(f"resume={shard}: allowed is auto, never, or a whole checkpoint: ")
+    assert "the states of some clients only; name round-000003.pt" in line
+
+
 def test_an_older_checkpoint_may_be_asked_for(interrupted: Path) -> None:
     older = checkpoint_format.path_of(interrupted, 2)
     summary = run(config_of("fedtan", interrupted, resume=str(older)))

@@ -31,6 +31,18 @@ def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
     assert "| fedtan | gloo | false |" in done.stderr
 
 
+def test_the_files_of_all_ranks_count_for_a_checkpoint(tmp_path: Path) -> None:
+    """The clients' whole models, which lie on the disk in files of each rank."""
+    words = ("clients=8", "local_steps=1", "repeats=1", "algorithm=singleset")
+    tool = commands.tool("bench_checkpoint.py")
+    sizes = []
+    for start in (["python"], ["torchrun", "--nproc-per-node", "2"]):
+        done = commands.forked(*start, tool, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        sizes.append(json.loads(done.stdout.splitlines()[-1])["bytes"])
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+
+
 @pytest.mark.slow
 def test_the_peak_of_every_variant_is_printed(tmp_path: Path) -> None:
     tool = commands.tool("bench_memory.py")
