@@ -28,14 +28,7 @@ from yaml import YAMLError
 
 from . import __version__
 from .config import help
-from .config.errors import (
-    ConfigError,
-    LostRankError,
-    OutputClosedError,
-    RunError,
-    Stopped,
-    format_option_error,
-)
+from .config.errors import ConfigError, OutputClosedError, RunError, Stopped, format_option_error
 from .config.hydra_errors import explain, unknown, unreadable
 from .config.schema import Config
 from .config.validate import check
@@ -104,10 +97,8 @@ def _failure_file() -> Iterator[None]:
     except Stopped:
         raise
     except Exception as error:
-        is_lost_rank = isinstance(error, LostRankError)
-        if not isinstance(error, RunError) and (group := _process_group()) is not None:
-            is_lost_rank = group.is_lost_rank_error(error)
-        if not is_lost_rank:
+        group = _process_group()
+        if group is None or not group.is_lost_rank_error(error):
             failure_file.write()
         raise
 

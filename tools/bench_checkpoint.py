@@ -16,8 +16,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,14 @@ def run(words: Sequence[str]) -> None:
     config = options.composed(job_words)
     repeats = benchmark.repeats(tool_options, 15)
     check(config)
+    from fedtan_hpc.distributed.collectives import broadcast_object  # loads torch
+
     [placement] = benchmark.placements(config, [str(config.comm.backend)])
-    with benchmark.process_group(config, placement), shared_folder() as folder:
-        results = measure(config, placement, folder, repeats)
-    if launcher_env.rank_hint() == 0:
+    is_first = launcher_env.rank_hint() == 0
+    with benchmark.process_group(config, placement), ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if is_first else ""
+        results = measure(config, placement, Path(broadcast_object(folder)), repeats)
+    if is_first:
         setting = benchmark.setting(
             config,
             clients=config.clients,
@@ -51,19 +55,6 @@ def run(words: Sequence[str]) -> None:
             repeats=repeats,
         )
         print(json.dumps({"setting": setting, **results}))
-
-
-@contextmanager
-def shared_folder() -> Iterator[Path]:
-    """Makes a temporary folder on rank 0, and gives it to all ranks, which are on one machine."""
-    from fedtan_hpc.distributed import collectives, process_group
-
-    with ExitStack() as stack:
-        folder = ""
-        if process_group.rank() == 0:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-        yield Path(collectives.broadcast_object(folder))
-        process_group.barrier()
 
 
 def measure(
@@ -104,6 +95,7 @@ def measure(
     newest = checkpoint_format.existing(folder)[:1]
     files = [file for path in newest for file in path.parent.glob(f"{path.stem}.*")]
     size = sum(file.stat().st_size for file in files)  # with all ranks' shards
+    process_group.barrier()
     return {
         "seconds_a_round": {kind: statistics.median(times) for kind, times in counted.items()},
         "seconds_to_write": statistics.median(writing[1:]),

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
+from ..config.errors import LostRankError, RunError
 from ..runtime import launcher_env
 from . import rendezvous
 from .channel import Channel
@@ -96,13 +97,18 @@ def end_job(code: int) -> None:
 
 
 def is_lost_rank_error(error: BaseException) -> bool:
-    """Returns whether a collective failed because another rank's process has ended."""
+    """Returns whether a collective failed because another rank's process has ended.
+
+    A ``RunError`` whose message merely cites such an error does not count.
+    """
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Broken pipe",
         "remote process exited or there was a network error",  # NCCL
     )
+    if isinstance(error, RunError):
+        return isinstance(error, LostRankError)
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -67,10 +67,7 @@ def _output_closed_error() -> Iterator[None]:
 
 
 class Display(RoundCallback):
-    """Shows the progress and the result of a run on standard output.
-
-    Raises ``OutputClosedError`` if nobody reads it.
-    """
+    """Shows the progress and the result of a run on standard output."""
 
     def __init__(self) -> None:
         self._console = Console()

@@ -80,8 +80,8 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds of errors for a damaged file
         raise CorruptCheckpointError(f"{path}: {one_line(error)}") from error
     if version != FORMAT:
-        writer = "the version of fedtan_hpc that wrote it"
-        remedy = f"this file has format {version}: continue with {writer}, or choose another run_dir"
+        remedy = f"this file has format {version}: continue with the version that wrote it, "
+        remedy += "or choose another run_dir"
         allowed = f"a checkpoint of format {FORMAT}"
         raise ConfigError(format_option_error("resume", path, allowed, remedy))
     if digest != _digest(content):
@@ -90,16 +90,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_shards(path: Path, digests: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Reads shards of the checkpoint ``path``; ``digests`` by file name.  Raises as ``read``.
-
-    Keeps no shard in memory once the next one is asked for.
-    """
+    """Reads shards of the checkpoint ``path``; ``digests`` by file name.  Raises as ``read``."""
     for name, digest in digests.items():
         shard = read(path.parent / name)
         if _digest(shard) != digest:
             raise CorruptCheckpointError(f"{path.parent / name}: belongs to another checkpoint")
         yield shard
-        del shard
+        del shard  # before the next one is read
 
 
 def remove_all_but(folder: Path, keep: int) -> None:

@@ -67,10 +67,10 @@ def _check_batchnorm(config: Config, module: nn.Module) -> None:
     algorithm = ALGORITHMS[name]
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     if not layers and (_needs_batchnorm(algorithm) or algorithm.norm is not NormName.bn):
-        allowed = "one that does without BN layers, for the network has none"
+        allowed = "one that does without BN layers, because the network has none"
         raise ConfigError(format_option_error("algorithm.name", name, allowed, _FEDAVG))
     if not layers and norm in (NormName.gn, NormName.ln):
-        allowed = "null, for the network has no BN layers to convert"
+        allowed = "null, because the network has no BN layers to convert"
         remedy = "leave it out, or use a network with BN layers"
         raise ConfigError(format_option_error("model.norm", norm, allowed, remedy))
     keeps_bn = (norm or algorithm.norm) is NormName.bn
@@ -115,7 +115,7 @@ def _check_run(config: Config, module: nn.Module) -> None:
         output = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         allowed = f"a network whose output for {_SAMPLES} samples is {expected}"
         raise _network_error(
-            config, allowed, f"use another, for the output of this one is {output}"
+            config, allowed, f"use another, because the output of this one is {output}"
         )
 
 
@@ -125,7 +125,7 @@ def _check_stack(config: Config, module: nn.Module) -> None:
     if not stacked or config.model.source is not ModelSource.target:
         return
     if error := vmap_error(module, torch.zeros(1, *config.data.info().shape)):
-        allowed = "auto or sequential, for clients of the network cannot be stacked"
+        allowed = "auto or sequential, because clients of the network cannot be stacked"
         remedy = f"leave it out: {one_line(error)}"
         raise ConfigError(format_option_error("cohort.mode", "stacked", allowed, remedy))
 
@@ -135,7 +135,7 @@ def _check_group(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     assert isinstance(layer, nn.GroupNorm)
     groups = layer.num_groups
     if inputs[0][0].numel() // groups < 2:
-        allowed = f"fewer groups, for one of {layer.num_channels} channels would have one value"
+        allowed = f"fewer groups, because one of {layer.num_channels} channels would have one value"
         remedy = f"try algorithm.groups={max(1, groups // 2)}"
         raise ConfigError(format_option_error("algorithm.groups", groups, allowed, remedy))
 

@@ -35,7 +35,8 @@ from ..config.schema import Config, to_dict
 from ..evaluation.records import Summary
 from ..runtime import atomic_files
 
-_NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks")
+NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks")
+"""Options and groups that do not change what a run computes."""
 _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
 _LOCK_SECONDS = 2.0
@@ -46,7 +47,7 @@ def name(config: Config) -> Path:
     """Returns the option ``run_dir``, or runs/ and a name made from the other options."""
     if config.run_dir is not None:
         return Path(config.run_dir)
-    options = {key: v for key, v in to_dict(config).items() if key not in _NOT_IDENTIFYING}
+    options = {key: v for key, v in to_dict(config).items() if key not in NOT_IDENTIFYING}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
     is_target = config.model.source is ModelSource.target
     network = str(config.model.target).rpartition(":")[2] if is_target else config.model.name
@@ -160,12 +161,16 @@ def _finished(folder: Path, config: Config) -> Summary | None:
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """Returns the options by which ``config`` asks for another result than the ``saved`` ones."""
-    # Options that an older version did not have get their defaults.
-    merged = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
-    completed: Any = OmegaConf.to_container(merged)
-    ignored = (*_NOT_IDENTIFYING, *_WHERE_COMPUTED)
-    differing = _differences(completed, to_dict(config))
+    ignored = (*NOT_IDENTIFYING, *_WHERE_COMPUTED)
+    differing = _differences(completed(saved), to_dict(config))
     return sorted(option for option in differing if option.partition(".")[0] not in ignored)
+
+
+def completed(saved: Any) -> dict[str, Any]:
+    """Returns ``saved`` options with the defaults of those that an older version did not have."""
+    merged = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
+    options: Any = OmegaConf.to_container(merged)
+    return options  # type: ignore[no-any-return]
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[str]:

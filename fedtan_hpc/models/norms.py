@@ -55,7 +55,7 @@ def _replacement(layer: _BatchNorm, norm: NormName, groups: int) -> nn.Module:
 def _check_kinds(layers: dict[str, _BatchNorm], norm: NormName) -> None:
     for path, layer in layers.items():
         if type(layer) not in CONVERTIBLE:
-            allowed = f"bn, for layer {path or '(root)'} is a {type(layer).__name__}"
+            allowed = f"bn, because layer {path or '(root)'} is a {type(layer).__name__}"
             remedy = "use plain BatchNorm1d/2d/3d layers or another algorithm"
             raise ConfigError(format_option_error("model.norm", norm, allowed, remedy))
 

@@ -11,10 +11,12 @@ from typing import Any, TypeAlias
 import yaml
 from omegaconf import OmegaConf
 
+from ..job.run_dir import NOT_IDENTIFYING, completed
+
 READ_ERRORS = (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError)
 """Errors that reading a damaged run raises."""
-IGNORED = ("seed", "run_dir")
-"""Options in which runs of one line may differ."""
+IGNORED = ("seed", *NOT_IDENTIFYING)
+"""Options and groups in which runs of one line may differ."""
 OWN_MIX = "clients_own_mix_accuracy_mean"
 """Figure of a record: mean accuracy of the clients' models, each on its client's label mix."""
 
@@ -71,13 +73,17 @@ def read_whole(folders: Iterable[Path]) -> Iterator[Run]:
                 yield run
         except READ_ERRORS as error:
             reason = " ".join(str(error).split())
-            print(f"left out, for it cannot be read: {folder} ({reason})", file=sys.stderr)
+            print(f"left out, because it cannot be read: {folder} ({reason})", file=sys.stderr)
 
 
 def read_options(path: Path) -> dict[str, str]:
-    """Returns the options in a YAML file by dotted name."""
-    options: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return dict(flat(options))
+    """Returns the options in a YAML file by dotted name, with defaults for those that it lacks."""
+    return dict(flat(completed(OmegaConf.to_container(OmegaConf.load(path)))))
+
+
+def is_ignored(name: str) -> bool:
+    """Returns whether runs of one line may differ in the option of this dotted name."""
+    return name.partition(".")[0] in IGNORED
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _finished_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not reports.finished(folder):
-            print(f"left out, for it is no finished run: {folder}", file=sys.stderr)
+            print(f"left out, because it is no finished run: {folder}", file=sys.stderr)
     runs = list(reports.read_whole(filter(reports.finished, folders)))
     if not runs:
         raise ConfigError("none of the folders holds a finished run")
@@ -51,7 +51,7 @@ def _finished_runs(folders: Sequence[Path]) -> list[Run]:
 
 def grouped(runs: Sequence[Run]) -> Lines:
     """Returns the runs by the label of their line, best first."""
-    names = sorted({name for run in runs for name in run.options} - set(reports.IGNORED))
+    names = sorted({name for run in runs for name in run.options if not reports.is_ignored(name)})
     differing = [name for name in names if len({run.options.get(name) for run in runs}) > 1]
     lines: Lines = {}
     for run in runs:

@@ -41,7 +41,7 @@ def choose(config: Config, info: RankInfo) -> DevicePlacement:
     threads = launcher_env.threads(config.threads)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device is DeviceName.cuda and gpus == 0:
-        allowed = "auto or cpu, for no GPU is visible"
+        allowed = "auto or cpu, because no GPU is visible"
         remedy = "set device=auto or start on a machine with a GPU"
         raise ConfigError(format_option_error("device", "cuda", allowed, remedy))
     if config.device is DeviceName.cpu or gpus == 0:
@@ -54,7 +54,7 @@ def choose(config: Config, info: RankInfo) -> DevicePlacement:
 
 def _cpu_backend(backend: BackendName, info: RankInfo) -> str:
     if backend is BackendName.nccl:
-        allowed = "auto or gloo, for the ranks have no GPU"
+        allowed = "auto or gloo, because the ranks have no GPU"
         raise _backend_error("nccl", allowed, "set comm.backend=gloo or auto")
     # Small sums are many times faster over MPI than over gloo.
     return "mpi" if _has_mpi(backend, info) and backend is not BackendName.gloo else "gloo"
@@ -62,11 +62,11 @@ def _cpu_backend(backend: BackendName, info: RankInfo) -> str:
 
 def _gpu_backend(backend: BackendName, info: RankInfo, gpus: int, ranks_per_gpu: int) -> str:
     if backend is BackendName.nccl and ranks_per_gpu > 1:
-        allowed = f"auto or gloo, for {info.local_world_size} ranks share {gpus} GPUs"
+        allowed = f"auto or gloo, because {info.local_world_size} ranks share {gpus} GPUs"
         raise _backend_error("nccl", allowed, "set comm.backend=gloo or start one rank per GPU")
     if backend is BackendName.mpi and not launcher_env.mpi_is_cuda_aware():
         allowed = (
-            "auto, gloo or nccl with device=cuda, for this MPI is not known to take GPU memory"
+            "auto, gloo or nccl with device=cuda, because this MPI is not known to take GPU memory"
         )
         remedy = f"leave it out, or set one of {', '.join(CUDA_AWARE)} to 1 if it does"
         raise _backend_error("mpi", allowed, remedy)
@@ -92,10 +92,10 @@ def _check_mpi(backend: BackendName, info: RankInfo) -> None:
     """
     if not _has_mpi(backend, info):
         if backend is BackendName.mpi and info.world_size > 1:
-            allowed = f"auto or gloo, or nccl with GPUs, for {info.launcher} started the ranks"
+            allowed = f"auto or gloo, or nccl with GPUs, because {info.launcher} started the ranks"
             raise _backend_error("mpi", allowed, "start with mpirun -n N python -m fedtan_hpc")
     elif find_spec("mpi4py") is None:
-        allowed = "a start without MPI, for mpi4py is not installed"
+        allowed = "a start without MPI, because mpi4py is not installed"
         remedy = "pip install 'fedtan_hpc[mpi]', or start with torchrun"
         raise ConfigError(format_option_error("launcher", info.launcher, allowed, remedy))
 

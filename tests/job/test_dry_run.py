@@ -251,7 +251,7 @@ def test_a_network_that_cannot_be_stacked_is_an_error_only_in_mode_stacked(mode:
         dry_run(config)
         return
     line = tells(config)
-    assert line.startswith("cohort.mode=stacked: allowed is auto or sequential, for clients of")
+    assert line.startswith("cohort.mode=stacked: allowed is auto or sequential, because ")
 
 
 def test_a_network_that_can_be_stacked_is_no_error() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedtan_hpc.reporting import compare, overview, progress
 from tests.helpers.ranks import on_ranks
@@ -268,6 +269,20 @@ def test_a_folder_is_for_one_comparison(whole: Path, capsys: pytest.CaptureFixtu
     [line] = capsys.readouterr().err.splitlines()
     assert "another clients, rounds: choose another" in line
     assert times(whole) == before
+
+
+def test_options_that_change_no_result_may_differ(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also options that did not exist when the folder was filled."""
+    out = copied(whole, tmp_path)
+    settings = yaml.safe_load((whole / "settings.yaml").read_text())
+    del settings["callbacks"], settings["server"]["tau"], settings["checkpoint"]["keep"]
+    (out / "settings.yaml").write_text(yaml.safe_dump(settings))
+    compare.main([*TWO, "checkpoint.every=1", "callbacks=[my.module:Plot]", f"out={out}"])
+    told = capsys.readouterr().out
+    assert told.count("was finished") == 4
+    assert "| fedavg | 2 |" in told
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h", "rounds=0"]], ids=str)

@@ -97,5 +97,5 @@ def test_folders_that_hold_no_finished_run_are_named(tmp_path: Path) -> None:
     done = commands.forked("python", tool, str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
     first, last = done.stderr.splitlines()
-    assert first == f"left out, for it is no finished run: {tmp_path}"
+    assert first == f"left out, because it is no finished run: {tmp_path}"
     assert last == "summarise_runs: none of the folders holds a finished run"
