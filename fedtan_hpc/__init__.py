@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .batchnorm.layer import FedTANBatchNorm
     from .config.schema import Config
     from .distributed.model_average import average_model, average_models
-    from .evaluation.callbacks import RoundCallback
-    from .evaluation.records import Summary
+    from .evaluation.callbacks import RoundCallback, RunInfo
+    from .evaluation.records import RoundRecord, Summary
     from .job.run import run
 
 __version__ = "0.2.0"
@@ -26,6 +26,8 @@ __all__ = [
     "Config",
     "FedTANBatchNorm",
     "RoundCallback",
+    "RoundRecord",
+    "RunInfo",
     "Summary",
     "average_model",
     "average_models",
@@ -41,6 +43,8 @@ _MODULE_OF = {
     "Config": "config.schema",
     "FedTANBatchNorm": "batchnorm.layer",
     "RoundCallback": "evaluation.callbacks",
+    "RoundRecord": "evaluation.records",
+    "RunInfo": "evaluation.callbacks",
     "Summary": "evaluation.records",
     "average_model": "distributed.model_average",
     "average_models": "distributed.model_average",

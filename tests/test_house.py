@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -59,7 +60,7 @@ MOST_FILES = 13
 
 
 def name_of(path: Path) -> str:
-    """Path of a file below the package without its ending, such as run/job."""
+    """Path of a file below the package without its ending, such as job/run."""
     return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
@@ -165,6 +166,20 @@ def test_rooms_say_what_they_are_for_and_run_nothing(room: str) -> None:
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Constant)
     assert len(list(path.parent.glob("*.py"))) <= MOST_FILES
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_say_which_rooms_they_use_and_which_use_them(room: str) -> None:
+    """Those that a room's docstring names are used; no user is left out where any is named."""
+    text = " ".join((ast.get_docstring(tree(PACKAGE / room / "__init__.py")) or "").split())
+    below = {room_of(file) for path in FILES if room_of(path) == room for file in used(path)}
+    above = {room_of(path) for path in FILES if room in map(room_of, used(path))}
+    named_below, named_above = (
+        set(re.findall(r"``(\w+)``", " ".join(re.findall(rf"{words} ([^.;]*)", text))))
+        for words in ("Uses", "[Uu]sed by")
+    )
+    assert named_below <= below - {room}
+    assert named_above in (set(), above & set(ROOMS) - {room})
 
 
 def test_files_say_what_they_are_for() -> None:

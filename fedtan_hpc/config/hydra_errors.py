@@ -42,7 +42,7 @@ def explain(error: Exception, overrides: Sequence[str], schema: type[Config] = C
         option = key.partition("[")[0]
         return _wrong_type(option, _as_written(option, overrides)[1], schema)
     line = str(error).partition("\n")[0]
-    hint = "; values apart by commas are a sweep, with -m first" if "," in line else ""
+    hint = "; for a sweep over several values, put -m first" if "," in line else ""
     return _null_group(overrides) or line + hint
 
 
@@ -50,7 +50,7 @@ def unreadable(error: YAMLError) -> str:
     """Returns one line for a file that is not YAML."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
-    return f"{where}: no YAML: {problem or ' '.join(str(error).split())}"
+    return f"{where}: not valid YAML: {problem or ' '.join(str(error).split())}"
 
 
 def typed(config: Config) -> Config:

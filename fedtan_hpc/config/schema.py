@@ -17,7 +17,7 @@ class AlgorithmConfig:
     """Group ``algorithm``."""
 
     name: enums.AlgorithmName = enums.AlgorithmName.fedtan
-    """Federated algorithm; the section Methods lists what each normalises with and averages."""
+    """Federated algorithm. README, section Methods: what each normalises with and averages."""
     synchronised_steps: int | None = None
     """Local steps with global statistics, from a round's first. Only for fedtan; default 1."""
     synchronise_every: int | None = None

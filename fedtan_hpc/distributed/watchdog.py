@@ -46,12 +46,12 @@ class Watchdog:
         ]
 
     def begin(self) -> None:
-        """Starts to watch."""
+        """Starts watching."""
         for thread in self._threads:
             thread.start()
 
     def end(self) -> None:
-        """Stops to watch.
+        """Stops watching.
 
         It waits for the threads: one inside torch's store at shutdown would abort the process.
         """

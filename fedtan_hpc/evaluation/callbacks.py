@@ -24,9 +24,14 @@ class RunInfo:
 class RoundCallback:
     """Base class of callbacks; each method does nothing by default.
 
-    Rank 0 calls ``run_began`` once, ``round_ended`` after each round, and ``run_ended`` at the end,
-    while the other ranks wait.  After any failure, of a callback too, it calls ``run_failed``.
-    An exception in a callback ends the run.  A run that was finished before calls nothing.
+    Rank 0 calls ``run_began`` when set-up is done, ``round_ended`` after each round, and
+    ``run_ended`` at the end.  An exception in a callback ends the run.  After a failure of training
+    or of a callback rank 0 calls ``run_failed`` of all callbacks, perhaps without ``run_began`` or
+    after ``run_ended``.  A failure before, and a run that was finished before, call nothing.
+
+    The other ranks do not wait until they need rank 0 in the next round.  If a call takes longer
+    than ``comm.timeout_seconds``, they end the job as if rank 0 hung: a slow callback needs a
+    higher value of that option.
     """
 
     def run_began(self, run: RunInfo, /) -> None:

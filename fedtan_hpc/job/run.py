@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 def check_all(configs: Sequence[Config]) -> None:
     """Finds the mistakes of all runs of a sweep before the first one begins.
 
-    Checks networks and callbacks; the first rank of each node also checks the files of the data.
+    Checks networks; rank 0 also checks callbacks, and the first rank of each node the data's files.
     Raises ``ConfigError``.
     """
     checked: set[str] = set()
@@ -47,9 +47,11 @@ def check_all(configs: Sequence[Config]) -> None:
         if network not in checked:
             dry_run.dry_run(config)
             checked.add(network)
-        for target in config.callbacks:
+    info = launcher_env.detect()
+    if info.rank == 0:  # which makes the callbacks
+        for target in dict.fromkeys(each for config in configs for each in config.callbacks):
             import_target.resolve("callbacks", target, "a callback")
-    if launcher_env.detect().local_rank == 0:
+    if info.local_rank == 0:
         for data in {repr(config.data): config.data for config in configs}.values():
             fetch(data)
 

@@ -6,7 +6,8 @@ lost before the ranks have met.
 
 - A run that a signal asked to stop has saved itself: the job is queued again, without a limit.
 - A rank was killed or crashed: the job is queued again and goes on from its last checkpoint, unless
-  it has run 20 times or more, or a rank reported why it fails (``runtime.failure_file``).
+  it was queued again 20 times, for any reason, or a rank reported why it fails
+  (``runtime.failure_file``).
 - A job that ``scancel`` ends is not queued again.
 """
 

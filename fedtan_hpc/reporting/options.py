@@ -1,6 +1,6 @@
 """Options of a tool beside those of a job, all written as hydra's words (name=value).
 
-Used by ``compare``, ``show_partition`` and the benchmarks.
+Used by the commands of this room and by the tools of a checkout.
 """
 
 import errno

@@ -6,9 +6,9 @@ lists the runs in the given folders and below them; the default folder is runs/.
 submitted has no job number.  All that is shown comes from the folders of the runs, so it is there
 when SLURM has forgotten the job; SLURM's queue adds the jobs that have not ended.
 
-The states are finished, running, failed, stopped (by a signal), gone (ended without a word),
-unknown (the queue does not answer), and the queue's words.  In a checkout ``python tools/jobs.py``
-does the same.
+The states are finished, running, failed, stopped (by a signal), gone (the process ended and left
+no message), unknown (SLURM's queue does not answer), and the states of jobs in SLURM's queue, such
+as pending.  In a checkout ``python tools/jobs.py`` does the same.
 """
 
 import fcntl
@@ -128,7 +128,7 @@ def _state(run: Path, note: dict[str, Any], queue: Queue | None) -> tuple[str, s
         return ("stopped" if failure.startswith("stopped by") else "failed"), failure
     if _is_locked(run / ".lock"):
         return "running", ""
-    return "gone", _last_words(note) if note else "it left no word; was it killed?"
+    return "gone", _last_words(note) if note else "no message; the process may have been killed"
 
 
 def _is_locked(path: Path) -> bool:
@@ -161,7 +161,7 @@ def _last_words(note: dict[str, Any]) -> str:
             lines = [line.strip() for line in path.read_text(errors="replace").split("\n")]
             if lines := [line for line in lines if line]:
                 return f"{lines[-1]} ({path})"
-    return "it left no word; cancelled before it began?"
+    return "no message; the job may have been cancelled before it began"
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -58,11 +58,12 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def count(config: Config) -> Counts:
-    """Loads the labels and shares them out as the job does."""
+    """Loads the labels, with a download if need be, and shares them out as the job does."""
     import numpy as np
 
-    from ..data import datasets, partition  # loads torch
+    from ..data import datasets, download, partition  # loads torch
 
+    download.fetch(config.data)
     dataset = datasets.load(config.data, config.seed)
     labels = dataset.labels_N[dataset.train]
     parts = partition.split(labels, config.clients, config.partition, config.seed)

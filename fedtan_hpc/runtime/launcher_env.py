@@ -1,6 +1,7 @@
 """What the launcher left in the environment: this process's rank, its CPUs and GPUs.  No torch.
 
-The only module that reads the variables of torchrun, mpirun and srun, for all rooms and tools.
+All rooms and tools learn ranks, restarts and CPUs from here.  Only ``distributed`` reads further
+variables of launchers: the addresses of rank 0 and of SLURM's nodes.
 """
 
 import os

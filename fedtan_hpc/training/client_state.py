@@ -18,8 +18,9 @@ _MESSAGE_BYTES = 2**26
 
 
 class PrivateStates:
-    """The states of clients that this rank hosted last; all other clients were never drawn.
+    """The states of clients that this rank hosted last.
 
+    Other clients' states are on other ranks; a client in no rank's ``owners`` was never drawn.
     ``fits(bytes)`` says whether that much more memory may be used on the GPU; a state that does not
     fit stays in host memory.
     """

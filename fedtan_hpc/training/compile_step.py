@@ -67,10 +67,10 @@ def _print_reason(mode: str, reasons: Sequence[str]) -> None:
     """Prints on rank 0 why the first rank that cannot compile cannot."""
     if process_group.rank() == 0:
         rank, why = next((rank, why) for rank, why in enumerate(reasons) if why)
-        what, instead = "compile", "eagerly"
+        what, instead = "compile", "run eagerly"
         if mode == GRAPHS:
-            what, instead = "use CUDA graphs", "without them"
-        message = f"compile=true: rank {rank} cannot {what} ({why}): all go on {instead}"
+            what, instead = "use CUDA graphs", "compile without them"
+        message = f"compile=true: rank {rank} cannot {what} ({why}): all ranks {instead}"
         print(message, file=sys.stderr, flush=True)
 
 

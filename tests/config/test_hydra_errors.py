@@ -31,7 +31,7 @@ def told(*words: str) -> tuple[str, ...]:
         (GLOBAL + "defaults:\n  - override /model: cmm\n", ("model=cmm: allowed is cnn | ",)),
         ("clients: 3\n", ("own.yaml: ", "begin the file with the line # @package _global_")),
         ("defaults:\n  - override /model: cnn\n", ("own.yaml: ", "# @package _global_")),
-        (GLOBAL + "clients: [3\n", ("own.yaml, line 3: no YAML: expected",)),
+        (GLOBAL + "clients: [3\n", ("own.yaml, line 3: not valid YAML: expected",)),
     ],
 )
 def test_a_mistake_in_a_file_names_file_and_option(

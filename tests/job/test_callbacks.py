@@ -272,6 +272,17 @@ def test_a_sweep_finds_a_wrong_callback_before_its_first_point(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_rank_0_alone_imports_callbacks(tmp_path: Path) -> None:
+    """Before the first point of a sweep and in each; what their module does, happens once."""
+    (tmp_path / "follower.py").write_text(FOLLOWER + "print('imported by', os.environ['RANK'])\n")
+    words = ("-m", "seed=0,1", *SHORT[:-1], "callbacks=[follower:Follower]")
+    done = commands.ranks(2, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    imports = [line for line in done.stdout.splitlines() if line.startswith("imported by")]
+    assert imports == ["imported by 0"]
+    assert done.stdout.count("follower: ended") == 2
+
+
 def test_the_display_stays_beside_the_callbacks_of_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "follower.py").write_text(FOLLOWER)
     done = commands.ranks(2, *SHORT, "callbacks=[follower:Follower]", cwd=tmp_path)

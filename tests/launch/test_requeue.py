@@ -82,7 +82,9 @@ def test_a_job_is_queued_again(
     assert done.returncode == code
     assert done.stdout.split() == (["asked", *asked.split()] if asked else [])
     said = (
-        f"fedtan_hpc: exit code {code}: job {asked.split()[1]} is queued again\n" if asked else ""
+        f"fedtan_hpc: exit code {code}: asks SLURM to queue job {asked.split()[1]} again\n"
+        if asked
+        else ""
     )
     assert done.stderr == said
     assert not list(folder.iterdir())

@@ -96,7 +96,7 @@ def unsubmitted(folder: Path, **files: Any) -> Path:
         ({"summary": {}}, "finished", ""),
         (FAILED, "failed", "rank 1, round 3: OSError: the disk is gone"),
         (STOPPED, "stopped", "stopped by SIGTERM after round 2"),
-        ({}, "gone", "it left no word; was it killed?"),
+        ({}, "gone", "no message; the process may have been killed"),
     ],
 )
 def test_the_state_of_a_run_that_nobody_submitted(

@@ -10,7 +10,7 @@ import pytest
 
 from fedtan_hpc.config.enums import PartitionName
 from fedtan_hpc.config.schema import Config, DataConfig, PartitionConfig
-from fedtan_hpc.data import datasets, partition
+from fedtan_hpc.data import datasets, download, partition
 from fedtan_hpc.reporting import show_partition
 
 
@@ -53,6 +53,16 @@ def test_few_and_many_clients_and_classes_fit(shape: tuple[int, int], tmp_path: 
     show_partition.draw(counts, "title", tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5_000
     assert list(tmp_path.iterdir()) == [tmp_path / "p.png"]
+
+
+def test_files_that_are_missing_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the job."""
+    asked = []
+    monkeypatch.setattr(download, "fetch", asked.append)
+    show_partition.main([f"out={tmp_path / 'p.png'}", "clients=3"])
+    assert asked == [DataConfig()]
 
 
 @pytest.mark.parametrize("words", [["clients=0"], ["out="], ["partition=none"]], ids=str)

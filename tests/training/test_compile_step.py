@@ -95,7 +95,7 @@ def test_graphs_that_cannot_be_recorded_are_done_without(
     assert len(steps) == 4
     assert distance(state, eager("fedtan", 1)) < 1e-10
     line = "compile=true: rank 0 cannot use CUDA graphs (RuntimeError: capture failed)"
-    assert capsys.readouterr().err == f"{line}: all go on without them\n"
+    assert capsys.readouterr().err == f"{line}: all ranks compile without them\n"
 
 
 def test_graphs_are_cut_where_statistics_are_exchanged() -> None:

@@ -46,7 +46,8 @@ def check_launcher(launcher: str, launch_words: Sequence[str]) -> None:
     """Raises ``ConfigError`` if the launcher is not installed, or if its options are wrong."""
     program = {"mpirun": "mpirun", "slurm": "sbatch"}.get(launcher)
     if program and _path_of(program) is None:
-        allowed, remedy = f"one whose {program} is there", f"install {launcher}, or choose another"
+        allowed = f"a launcher whose program {program} is installed"
+        remedy = f"install {launcher}, or choose another"
         raise ConfigError(format_option_error("launcher", launcher, allowed, remedy))
     if launcher == "slurm":
         check_launch(_launch_config(launch_words, 1))
@@ -106,7 +107,7 @@ def _submit(point: Point, launch_words: Sequence[str]) -> None:
         if not _is_in_queue(job.job_id) and not point.is_finished:
             time.sleep(_POLL_SECONDS)  # some file systems show files late
             if not point.is_finished:
-                raise _failure(point, "it left the queue without a result")
+                raise _failure(point, "the job left the queue of SLURM without a result")
 
 
 def _is_in_queue(job_id: str) -> bool:
@@ -129,7 +130,7 @@ def _launch_config(words: Sequence[str], ranks: int) -> LaunchConfig:
 
 def _failure(point: Point, output: str) -> RunError:
     """Returns an error with the job's first message in ``output``, or else its last line."""
-    lines = output.strip().splitlines() or ["it said nothing"]
+    lines = output.strip().splitlines() or ["the job printed no message"]
     messages = [line for line in lines if line.startswith("fedtan_hpc: ")]
     return RunError(
         f"{point.folder}: {messages[0] if messages else lines[-1]}\n", on_all_ranks=True
