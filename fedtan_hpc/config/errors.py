@@ -37,10 +37,6 @@ class RunError(RuntimeError):
         self.on_all_ranks = on_all_ranks
 
 
-class LostRankError(RunError):
-    """Another rank has ended, so this one cannot go on."""
-
-
 class OutputClosedError(RunError):
     """Nobody reads standard output any more."""
 

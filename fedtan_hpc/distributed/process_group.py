@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
-from ..config.errors import LostRankError, RunError
+from ..config.errors import RunError
 from ..runtime import launcher_env
 from . import rendezvous
 from .channel import Channel
@@ -96,18 +96,19 @@ def end_job(code: int) -> None:
         mpi.abort(code)
 
 
-def is_lost_rank_error(error: BaseException) -> bool:
-    """Returns whether a collective failed because another rank's process has ended.
+class LostRankError(RunError):
+    """Another rank has ended, so this one cannot go on."""
 
-    A ``RunError`` whose message merely cites such an error does not count.
-    """
+
+def is_lost_rank_error(error: BaseException) -> bool:
+    """Returns whether a collective failed because another rank's process has ended."""
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Broken pipe",
         "remote process exited or there was a network error",  # NCCL
     )
-    if isinstance(error, RunError):
+    if isinstance(error, RunError):  # its message may cite an error of another network
         return isinstance(error, LostRankError)
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 

@@ -4,8 +4,7 @@ The display is a progress bar on a terminal, plain lines elsewhere, and a table 
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from ..config.errors import OutputClosedError
 from .callbacks import RoundCallback, RunInfo
 from .records import RoundRecord, Summary
 
@@ -58,14 +56,6 @@ class TensorBoardLog(RoundCallback):
     run_ended = run_failed
 
 
-@contextmanager
-def _output_closed_error() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError as error:
-        raise OutputClosedError("nobody reads the output", on_all_ranks=False) from error
-
-
 class Display(RoundCallback):
     """Shows the progress and the result of a run on standard output."""
 
@@ -84,7 +74,6 @@ class Display(RoundCallback):
             self._task = self._bar.add_task("", total=self._rounds, completed=run.rounds_done)
             self._bar.start()
 
-    @_output_closed_error()
     def round_ended(self, record: RoundRecord) -> None:
         """Advances the bar; without a terminal, prints a line for each evaluated round."""
         if record.test_accuracy is not None:
@@ -97,7 +86,6 @@ class Display(RoundCallback):
             seconds = f"{record.round_seconds:.3f} s/round"
             print(f"round {number}/{self._rounds}  {text}  {seconds}", flush=True)
 
-    @_output_closed_error()
     def run_ended(self, summary: Summary) -> None:
         """Stops the bar and shows the result."""
         self.run_failed(summary)
@@ -141,8 +129,5 @@ def _rows_over_clients(summary: Summary) -> list[tuple[str, str]]:
     number, test_spread = summary.clients_judged, summary.clients_test_accuracy_spread or 0.0
     return [
         ("which is the", f"{summary.judged} ({number}), ± {100 * test_spread:.2f} %"),
-        (
-            "in each client's label mix",
-            f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %",
-        ),
+        ("in each client's label mix", f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %"),
     ]

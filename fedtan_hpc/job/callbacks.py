@@ -3,18 +3,12 @@
 import errno
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-from ..config.errors import (
-    ConfigError,
-    LostRankError,
-    OutputClosedError,
-    RunError,
-    format_option_error,
-    one_line,
-)
+from ..config.errors import ConfigError, OutputClosedError, RunError, format_option_error, one_line
 from ..distributed import counters, process_group
 from ..evaluation.callbacks import RoundCallback
+from ..evaluation.loggers import Display
 from ..models import import_target
 from ..runtime.signals import StopRequest
 from .checkpoint_writer import CheckpointWriter
@@ -47,17 +41,22 @@ def tell(
 ) -> None:
     """Calls the method ``event`` of all ``callbacks``; names the one that fails in a ``RunError``.
 
-    ``OutputClosedError`` does not count once ``stop`` is agreed on: Ctrl-C ends the program that
-    reads the display too, and the round is still to be saved.
+    If nobody reads the display, the error is an ``OutputClosedError``.  It does not count once
+    ``stop`` is agreed on: Ctrl-C ends the reader too, and the round is still to be saved.
     """
-    ignored = [OutputClosedError] if stop.agreed_signal else []
     for callback in callbacks:
         kind = type(callback)
         source = f"callback {kind.__module__}.{kind.__qualname__}.{event}: "
         if isinstance(callback, CheckpointWriter):  # no other callback communicates with ranks
             source = ""
-        with as_run_error(source), suppress(*ignored):
-            getattr(callback, event)(argument)
+        try:
+            with as_run_error(source):
+                getattr(callback, event)(argument)
+        except RunError as error:
+            if not (isinstance(callback, Display) and isinstance(error.__cause__, BrokenPipeError)):
+                raise
+            if not stop.agreed_signal:
+                raise OutputClosedError(str(error), on_all_ranks=False) from None
 
 
 def tell_failure(
@@ -82,12 +81,12 @@ def as_run_error(source: str = "") -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, OutputClosedError) or (isinstance(error, RunError) and not source):
+        if isinstance(error, RunError) and not source:
             raise
         where = f"rank {process_group.rank()}, round {counters.progress.round}"
         if not source and process_group.is_lost_rank_error(error):
             what = f"another rank has ended ({str(error).splitlines()[0]})"
-            raise LostRankError(f"{where}: {what}", on_all_ranks=False) from None
+            raise process_group.LostRankError(f"{where}: {what}", on_all_ranks=False) from None
         is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
         failure = RunError(f"{where}: {source}{type(error).__name__}: {error}", on_all_ranks=False)
         raise failure from (None if is_disk else error)

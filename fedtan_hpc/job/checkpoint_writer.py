@@ -23,8 +23,6 @@ from ..training.cohort import Cohort
 from . import checkpoint_format
 
 _SHARD_BYTES = 256 * 2**20
-_VISIBLE_SECONDS = 5.0
-"""The longest time until a shared file system shows rank 0 the file of another rank."""
 
 
 @dataclass
@@ -132,7 +130,7 @@ class CheckpointWriter(RoundCallback):
     def _check_visible(self, number: int, shards: list[dict[str, str]]) -> None:
         """Raises ``RunError`` unless this rank sees the shards that all ranks have written."""
         folder = checkpoint_format.path_of(self._run.run_dir, number).parent
-        deadline = time.monotonic() + _VISIBLE_SECONDS
+        deadline = time.monotonic() + 5  # some file systems show files late
         for rank, digests in enumerate(shards):
             for path in (folder / name for name in digests):
                 while not path.exists():

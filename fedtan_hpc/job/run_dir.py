@@ -39,8 +39,6 @@ NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks")
 """Options and groups that do not change what a run computes."""
 _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
-_LOCK_SECONDS = 2.0
-"""The longest wait for a lock."""
 
 
 def name(config: Config) -> Path:
@@ -105,22 +103,22 @@ def failure(folder: Path) -> str:
 
 def _lock(lock: IO[str], folder: Path) -> None:
     """Tries for two seconds, because a look at the folder locks it too (``reporting.run_list``)."""
-    deadline = time.monotonic() + _LOCK_SECONDS
+    deadline = time.monotonic() + 2
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
-                continue
-            allowed = "a folder that no other run is writing"
-            remedy = "wait for that run to end, or choose another run_dir"
-            message = format_option_error("run_dir", folder, allowed, remedy)
-            raise FolderInUseError(message) from None
+            if time.monotonic() > deadline:
+                allowed = "a folder that no other run is writing"
+                remedy = "wait for that run to end, or choose another run_dir"
+                message = format_option_error("run_dir", folder, allowed, remedy)
+                raise FolderInUseError(message) from None
+            time.sleep(0.05)
         except OSError as error:
             why = f"its file system has no locks ({error.strerror}), so see to it that no other run"
             print(f"fedtan_hpc: run_dir={folder}: {why} writes there", file=sys.stderr, flush=True)
-        return
+            return
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..config.schema import Config, to_dict
 from ..config.validate import check
 from ..runtime import atomic_files
 from . import options, reports
-from .reports import Lines, is_ignored
+from .reports import Lines
 
 _TOOL_OPTIONS = ("methods", "seeds", "out")
 _METHODS = ["fedtan", "fedavg", "centralised"]
@@ -32,6 +32,7 @@ _EXAMPLE = """'[fedtan,"fedtan algorithm.synchronised_steps=5",fedavg]'"""
 _SET_BY_TOOL = {"algorithm": "methods=[...]", "seed": "seeds=[...]", "run_dir": "out=..."}
 _LONGEST_NAME = 100
 """Letters of the name of a run's folder; file systems take 255."""
+_NOT_SHARED = (*reports.IGNORED, "algorithm.name")
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,8 @@ def plan(words: Sequence[str]) -> Comparison:
 
 def shared_options(config: Config) -> dict[str, str]:
     """Returns the options in which the runs of a comparison agree, by dotted name."""
-    return _shared(dict(reports.flat(to_dict(config))))
-
-
-def _shared(flat: Mapping[str, str]) -> dict[str, str]:
-    return {n: v for n, v in flat.items() if n != "algorithm.name" and not is_ignored(n)}
+    flat = reports.flat(to_dict(config))
+    return {name: value for name, value in flat if name not in _NOT_SHARED}
 
 
 def finished_lines(out: Path, settings: Mapping[str, str]) -> Lines:
@@ -102,8 +100,8 @@ def finished_lines(out: Path, settings: Mapping[str, str]) -> Lines:
 def _label(options: Mapping[str, str], settings: Mapping[str, str]) -> str:
     differing = [
         f"{name.removeprefix('algorithm.')}={value}"
-        for name, value in _shared(options).items()
-        if settings.get(name) != value
+        for name, value in options.items()
+        if name not in _NOT_SHARED and settings.get(name) != value
     ]
     return ", ".join([options["algorithm.name"], *differing])
 
@@ -172,13 +170,13 @@ def _check_settings(comparison: Comparison) -> None:
     if not os.path.exists(path) or not list(comparison.out.glob("runs/*/summary.json")):
         return
     try:
-        saved = _shared(reports.read_options(path))
+        saved = reports.read_options(path)
     except reports.READ_ERRORS as error:
         allowed = "a new folder, or one with a whole settings.yaml"
         message = format_option_error("out", comparison.out, allowed, "choose another")
         raise ConfigError(message) from error
     settings = comparison.settings
-    names = saved.keys() | settings.keys()
+    names = (saved.keys() | settings.keys()) - set(_NOT_SHARED)
     if differing := sorted(name for name in names if saved.get(name) != settings.get(name)):
         allowed = "a new folder, or that of the same options"
         remedy = f"it holds a comparison with another {', '.join(differing)}: choose another"

@@ -15,8 +15,8 @@ from ..job.run_dir import NOT_IDENTIFYING, completed
 
 READ_ERRORS = (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError)
 """Errors that reading a damaged run raises."""
-IGNORED = ("seed", *NOT_IDENTIFYING)
-"""Options and groups in which runs of one line may differ."""
+IGNORED = ("seed",)
+"""Options in which runs of one line may differ, beside those that change no result."""
 OWN_MIX = "clients_own_mix_accuracy_mean"
 """Figure of a record: mean accuracy of the clients' models, each on its client's label mix."""
 
@@ -81,17 +81,15 @@ def read_options(path: Path) -> dict[str, str]:
     return dict(flat(completed(OmegaConf.to_container(OmegaConf.load(path)))))
 
 
-def is_ignored(name: str) -> bool:
-    """Returns whether runs of one line may differ in the option of this dotted name."""
-    return name.partition(".")[0] in IGNORED
-
-
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the dotted name and the text of each option of a nested mapping; null is "None"."""
+    """Yields the dotted name and the text of each option of a nested mapping; null is "None".
+
+    Leaves out the options that change no result.
+    """
     for name, value in options.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name not in NOT_IDENTIFYING:
             yield from flat(value, f"{prefix}{name}.")
-        else:
+        elif name not in NOT_IDENTIFYING:
             yield prefix + name, str(value)
 
 

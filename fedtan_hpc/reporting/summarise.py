@@ -51,7 +51,7 @@ def _finished_runs(folders: Sequence[Path]) -> list[Run]:
 
 def grouped(runs: Sequence[Run]) -> Lines:
     """Returns the runs by the label of their line, best first."""
-    names = sorted({name for run in runs for name in run.options if not reports.is_ignored(name)})
+    names = sorted({name for run in runs for name in run.options} - set(reports.IGNORED))
     differing = [name for name in names if len({run.options.get(name) for run in runs}) > 1]
     lines: Lines = {}
     for run in runs:

@@ -59,7 +59,7 @@ def test_files_that_are_missing_are_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by the job."""
-    asked = []
+    asked: list[DataConfig] = []
     monkeypatch.setattr(download, "fetch", asked.append)
     show_partition.main([f"out={tmp_path / 'p.png'}", "clients=3"])
     assert asked == [DataConfig()]

@@ -10,7 +10,7 @@ import pytest
 from matplotlib import pyplot
 
 from fedtan_hpc.reporting import comparison_plots, summarise
-from fedtan_hpc.reporting.reports import Run
+from fedtan_hpc.reporting.reports import Run, flat
 from tests.helpers import commands
 
 
@@ -20,7 +20,8 @@ def run_of(seed: int = 0, accuracy: float = 0.5, **options: str) -> Run:
     figures = {"comm_messages": 5, "comm_bytes": 3000, "payload_messages": 5, "payload_bytes": 3000}
     rounds = [{"round": n, "test_accuracy": accuracy, "test_loss": 1.0, **figures} for n in (1, 2)]
     seconds = {"median_round_seconds": 0.02, "startup_seconds": 1.5, "peak_memory_bytes": 2e8}
-    return Run({"seed": str(seed), "run_dir": f"runs/{seed}", **names}, rounds, seconds)
+    ignored = {"run_dir": f"runs/{seed}", "checkpoint": {"every": seed}, "callbacks": [seed]}
+    return Run(dict(flat({"seed": seed, **ignored, **names})), rounds, seconds)
 
 
 def test_a_line_is_named_after_options_that_differ_and_have_a_value() -> None:
