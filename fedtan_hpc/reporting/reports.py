@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from ..job.run_dir import NOT_IDENTIFYING, completed
 
-READ_ERRORS = (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError)
+READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
 """Errors that reading a damaged run raises."""
 IGNORED = ("seed",)
 """Options in which runs of one line may differ, beside those that change no result."""

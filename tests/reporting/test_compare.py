@@ -285,6 +285,17 @@ def test_options_that_change_no_result_may_differ(
     assert "| fedavg | 2 |" in told
 
 
+@pytest.mark.parametrize("text", ["- 1\n", "a: [\n"])
+def test_settings_that_cannot_be_read_are_a_mistake(
+    text: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copied(whole, tmp_path)
+    (out / "settings.yaml").write_text(text)
+    assert exit_code([*TWO, f"out={out}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "allowed is a new folder, or one with a whole settings.yaml" in line
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h", "rounds=0"]], ids=str)
 def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     compare.main(words)
