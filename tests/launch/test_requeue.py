@@ -10,6 +10,7 @@ import pytest
 
 from fedtan_hpc import cli
 from fedtan_hpc.config.errors import ConfigError, RunError, Stopped
+from fedtan_hpc.distributed.process_group import LostRankError
 from fedtan_hpc.launch import requeue
 from fedtan_hpc.runtime import failure_file
 from tests.helpers import commands
@@ -158,6 +159,8 @@ class Left(BaseException):
         (RunError("round 3: the loss is not finite", on_all_ranks=True), True),
         (ValueError("a bug"), True),
         (RuntimeError("Connection closed by peer"), False),  # the other rank is lost
+        (LostRankError("round 3: another rank has ended", on_all_ranks=False), False),
+        (RunError("callback: Connection closed by peer", on_all_ranks=False), True),
         (Stopped("stopped by SIGTERM after round 2", 15), False),
     ],
     ids=str,
@@ -166,7 +169,6 @@ def test_a_rank_that_reports_its_failure_writes_the_failure_file(
     error: Exception, reported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another try of the job would fail too, but not after a signal or the loss of another rank."""
-    import fedtan_hpc.distributed.process_group  # noqa: F401  # a rank has it loaded
 
     def leave(code: int) -> None:
         raise Left(code)
