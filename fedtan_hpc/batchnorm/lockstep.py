@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.different_calls import ON_ONE_RANK
+from ..runtime.global_random import GlobalStates
 
 Result = TypeVar("Result")
 
@@ -76,11 +77,10 @@ class Lockstep(Generic[Result]):
 
         Each client continues in its sequence of random numbers.
         """
-        states = _random_states()
+        states = GlobalStates.get()
         self._turns[(client_index + 1) % len(self._turns)].release()
         self._turns[client_index].acquire()
-        for generator, state in states:
-            generator.set_state(state)
+        states.set()
         if self._error is not None:
             raise _OtherClientFailed
 
@@ -128,13 +128,6 @@ def _idle_thread() -> _Thread:
         return _idle.pop()  # in one step: two threads of the caller may both run clients
     except IndexError:
         return _Thread()
-
-
-def _random_states() -> list[tuple[torch.Generator, Tensor]]:
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():
-        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
-    return [(generator, generator.get_state()) for generator in generators]
 
 
 class _Modes:

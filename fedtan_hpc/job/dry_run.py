@@ -12,6 +12,7 @@ from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
 from ..models import factory
 from ..models.norms import with_norm_of
+from ..runtime import global_random
 from ..training.vmap_clients import vmap_error
 
 _SAMPLES = 2
@@ -27,7 +28,7 @@ def dry_run(config: Config) -> None:
     Raises ``ConfigError`` if the network cannot be made, does not take the samples, returns no
     class scores, lacks the BN layers that the algorithm needs, or cannot be stacked as asked.
     """
-    with torch.random.fork_rng(devices=[]):
+    with global_random.preserved():
         module = _make(config)
         _check_parameters(config, module)
         _check_batchnorm(config, module)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.random import fork_rng
 
 from ..config.errors import ConfigError, RunError, Stopped
 from ..config.hydra_errors import typed
@@ -22,6 +21,7 @@ from ..evaluation.records import Summary
 from ..models import import_target
 from ..runtime import device, launcher_env, malloc, signals
 from ..runtime.device import tensor_float
+from ..runtime.global_random import preserved
 from ..runtime.signals import StopRequest
 from . import callbacks as run_callbacks
 from . import dry_run, resume, run_dir
@@ -121,7 +121,7 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
     dry_run.dry_run(config)
     shows = run.is_first and callbacks is None
     gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
-    with run.process_group(), ExitStack() as claim, fork_rng(gpus), tensor_float(config.tf32):
+    with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):
         enter = partial(claim.enter_context, run_dir.claimed(run.run_dir, config))
         summary: Summary | None = collectives.broadcast_object(_agreed(run.is_first, enter))
         if summary is not None:

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from math import prod
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ..config.enums import GammaName, ModelName, ModelSource
 from ..config.schema import ModelConfig
+from ..runtime import global_random
 from . import import_target, torchvision_models
 from .resnet import resnet20, resnet32, resnet56
 from .small_networks import cnn, mlp, vgg11_bn
@@ -32,8 +32,8 @@ def build(config: ModelConfig, shape: tuple[int, ...], classes: int, seed: int) 
 
     Raises ``ConfigError`` if options of the network are wrong.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with global_random.preserved():
+        global_random.seed(seed)
         if config.source is ModelSource.torchvision:
             small = config.small_input
             module = torchvision_models.build(config.name, small, shape[0], classes)

@@ -28,6 +28,7 @@ from ..config.errors import one_line
 from ..data.batching import Samples
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
+from ..runtime import global_random
 from ..runtime.transfer import copy_all
 from .local_step import Loss, local_normalisation, mean_loss, set_training_mode
 
@@ -104,7 +105,7 @@ class Trial:
         before = [value.detach().clone() for value in model_tensors(model)]
         was_training = model.training
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with global_random.preserved([device] if device.type == "cuda" else []):
                 for plan in self.plans:
                     set_training_mode(model, plan)
                     with local_normalisation(model, plan):

@@ -21,7 +21,7 @@ from ..config.schema import Config
 from ..data.augmentation import augmentation_of
 from ..data.batching import BatchSampler, Samples
 from ..data.client_store import Client
-from ..runtime import random_streams
+from ..runtime import global_random, random_streams
 from ..runtime.transfer import send
 
 
@@ -101,11 +101,8 @@ class LocalRun:
         return self.loss_function(self.model, batch, eager)
 
     def seed_layers(self) -> None:
-        """Seeds the layers' random draws in the next step by (seed, client, round, step)."""
-        seed, device = self._layer_seeds[len(self.losses)], self._batches_EB.device
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        """Seeds the network's random draws in the next step by (seed, client, round, step)."""
+        global_random.seed(self._layer_seeds[len(self.losses)], self._batches_EB.device)
 
     def next_batch(self) -> Samples:
         """Returns the samples of the next step, augmented."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -279,12 +281,16 @@ def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> Non
     assert process_group.world_size() == 1
 
 
+@pytest.mark.parametrize("network", ["with_dropout", "drawing"])
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
-def test_what_dropout_drops_does_not_depend_on_the_ranks(algorithm: str) -> None:
+def test_what_networks_draw_does_not_depend_on_the_ranks(algorithm: str, network: str) -> None:
     """It does not depend on the random state of the process either."""
-    model = ModelConfig(source=ModelSource.target, target="tests.helpers.networks:with_dropout")
+    model = ModelConfig(source=ModelSource.target, target=f"tests.helpers.networks:{network}")
     options = config(algorithm, "some", model=model, rounds=3)
     torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    np.random.randn()  # another one is kept
     state, records, _ = trained(options)
     for ranks in (1, 2):
         for other, rounds, _ in on_ranks(ranks, trained, options):
