@@ -107,6 +107,8 @@ class ModelConfig:
     """Function that creates the network, package.module:callable. Only for model=import."""
     small_input: bool = False
     """Adapts the stem to small images: no stride, no pooling. Only for model=torchvision."""
+    output: str | None = None
+    """Name or number of the output that is the class scores; null: logits, out, or the first."""
     norm: enums.NormName | None = None
     """Replacement for the BN layers: bn, gn, ln or none; null: the algorithm's choice."""
     gamma: enums.GammaName = enums.GammaName.ones

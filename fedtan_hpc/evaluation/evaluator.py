@@ -20,6 +20,7 @@ from ..data.datasets import Dataset
 from ..data.partition import Indices
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
+from ..models.outputs import OutputReader
 from ..runtime import random_streams
 from ..runtime.transfer import copy_all
 from ..training.client_state import PrivateStates
@@ -83,7 +84,7 @@ class Evaluator:
         config: Config,
     ) -> None:
         self._model, self._store, self._states, self._config = model, store, states, config
-        self._classes = dataset.classes
+        self._classes, self._outputs = dataset.classes, OutputReader(config.model.output)
         indices, clients = _train_samples(store.partition, config.eval_train_samples, config.seed)
         self._train_indices, self._train_clients = indices, clients
         positions = np.arange(len(dataset.test))
@@ -100,8 +101,9 @@ class Evaluator:
         """Evaluates on all ranks together; collective."""
         if self._states.are_models:
             return self._evaluate_clients()
-        loss = evaluate(self._model, self._train).loss if len(self._train_indices) else None
-        return EvaluationResult(evaluate(self._model, self._test), None, loss)
+        model, outputs = self._model, self._outputs
+        loss = evaluate(model, self._train, outputs).loss if len(self._train_indices) else None
+        return EvaluationResult(evaluate(model, self._test, outputs), None, loss)
 
     def _evaluate_clients(self) -> EvaluationResult:
         """Assigns the clients evenly to the ranks, moves their states there and evaluates them."""
@@ -120,7 +122,7 @@ class Evaluator:
             indices = self._train_indices[self._train_clients == client]
             if len(indices):
                 samples = self._store.client_samples(indices, np.full(len(indices), client))
-                train_totals += class_totals(self._client_model, samples, 1)[0]
+                train_totals += class_totals(self._client_model, samples, 1, self._outputs)[0]
         figures = over_clients(rows, clients, self._test.labels)
         loss, _, count = collectives.sum_as_list(train_totals)
         return EvaluationResult(figures.test, figures, loss / count if count else None)
@@ -128,10 +130,10 @@ class Evaluator:
     def _test_row(self, client: int) -> Tensor:
         """Returns loss and accuracy on the test set, then in the client's label mix, (4,)."""
         model, classes = self._client_model, self._classes
-        on_test_C3 = in_shift_C3 = class_totals(model, self._test, classes)
+        on_test_C3 = in_shift_C3 = class_totals(model, self._test, classes, self._outputs)
         if self._store.shift is not None:
             samples = self._store.shifted(self._unshifted_test, client)
-            in_shift_C3 = class_totals(model, samples, classes)
+            in_shift_C3 = class_totals(model, samples, classes, self._outputs)
         totals, mix_C = on_test_C3.sum(0), self._store.label_mix(client)
         return torch.cat([totals[:2] / totals[2], in_mix(in_shift_C3, mix_C)])
 

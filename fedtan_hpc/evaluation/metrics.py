@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.batching import Samples
 from ..distributed import collectives
+from ..models.outputs import PLAIN_READER, OutputReader
 
 _BATCH = 1024
 
@@ -43,14 +44,16 @@ class OverClients:
     """Deviation of the accuracy in the client's label mix."""
 
 
-def evaluate(model: nn.Module, samples: Samples) -> Evaluation:
+def evaluate(
+    model: nn.Module, samples: Samples, outputs: OutputReader = PLAIN_READER
+) -> Evaluation:
     """Evaluates ``model`` on the union of all ranks' ``samples``; some ranks may have none."""
-    loss, right, count = collectives.sum_as_list(class_totals(model, samples, 1).sum(0))
+    loss, right, count = collectives.sum_as_list(class_totals(model, samples, 1, outputs).sum(0))
     return Evaluation(loss / count, right / count)
 
 
 @torch.no_grad()
-def class_totals(model: nn.Module, samples: Samples, classes: int) -> Tensor:
+def class_totals(model: nn.Module, samples: Samples, classes: int, outputs: OutputReader) -> Tensor:
     """Returns sum of losses, right answers and number of samples by class, (C, 3) in float64.
 
     With ``classes`` = 1 a single row has the totals of all samples.
@@ -59,7 +62,7 @@ def class_totals(model: nn.Module, samples: Samples, classes: int) -> Tensor:
     totals_C3 = torch.zeros(classes, 3, dtype=torch.float64, device=samples.labels.device)
     for start in range(0, len(samples), _BATCH):
         batch = samples[start : start + _BATCH]
-        scores = model(batch.inputs)
+        scores = outputs.scores(model(batch.inputs))
         losses = cross_entropy(scores.double(), batch.labels, reduction="none")
         right = (scores.argmax(1) == batch.labels).double()
         rows = torch.stack([losses, right, torch.ones_like(losses)], dim=1)

@@ -1,5 +1,7 @@
 """Makes, converts and runs the network on two samples before any data loads.  Used by ``run``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,6 +14,7 @@ from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
 from ..models import factory
 from ..models.norms import with_norm_of
+from ..models.outputs import OutputReader
 from ..runtime import global_random
 from ..training.vmap_clients import vmap_error
 
@@ -19,11 +22,13 @@ _SAMPLES = 2
 _FEDAVG = "use algorithm=fedavg, or a network with BN layers"
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config) -> list[str]:
     """Makes the network of ``config`` and runs it once in training mode, without data.
 
     Networks of torchvision run on the meta device, which needs no memory for tensors.  The random
     state of the process stays unchanged.
+
+    Returns lines that say how the job uses the network, where that is not plain.
 
     Raises ``ConfigError`` if the network cannot be made, does not take the samples, returns no
     class scores, lacks the BN layers that the algorithm needs, or cannot be stacked as asked.
@@ -38,8 +43,9 @@ def dry_run(config: Config) -> None:
         except ValueError as error:
             allowed = "a network whose BN layers can be converted"
             raise _network_error(config, allowed, one_line(error)) from error
-        _check_run(config, module)
+        description = _check_run(config, module)
         _check_stack(config, module)
+    return [description] if description else []
 
 
 def _make(config: Config) -> nn.Module:
@@ -94,15 +100,30 @@ def _needs_batchnorm(algorithm: Algorithm) -> bool:
     )
 
 
-def _check_run(config: Config, module: nn.Module) -> None:
-    """Checks that the network returns the class scores of two samples, in training mode."""
-    info, device = config.data.info(), next(module.parameters()).device
-    samples = torch.zeros(_SAMPLES, *info.shape, device=device)
+def _check_run(config: Config, module: nn.Module) -> str:
+    """Checks that the network returns the class scores of two samples, in both modes.
+
+    Returns which of its outputs are used in training; empty if it returns the class scores alone.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.GroupNorm):
             layer.register_forward_pre_hook(_check_group)
+    output = _output(config, module.train())
+    _check_scores(config, output)
+    _check_scores(config, _output(config, module.eval()))
+    if isinstance(output, Tensor) and config.model.output is not None:
+        allowed = "null, for the network returns a tensor"
+        message = format_option_error("model.output", config.model.output, allowed, "leave it out")
+        raise ConfigError(message)
+    return OutputReader(config.model.output).describe(output)
+
+
+def _output(config: Config, module: nn.Module) -> Any:
+    """Returns what the network returns for two samples."""
+    info, device = config.data.info(), next(module.parameters()).device
+    samples = torch.zeros(_SAMPLES, *info.shape, device=device)
     try:
-        scores = module.to(samples).train()(samples)
+        return module.to(samples)(samples)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -111,13 +132,22 @@ def _check_run(config: Config, module: nn.Module) -> None:
         stem = "model.small_input=true, " if is_large else ""
         remedy = f"use {stem}other samples or another network: {one_line(error)}"
         raise _network_error(config, allowed, remedy) from error
-    expected = (_SAMPLES, info.classes)
-    if not isinstance(scores, Tensor) or scores.shape != expected:
-        output = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        allowed = f"a network whose output for {_SAMPLES} samples is {expected}"
-        raise _network_error(
-            config, allowed, f"use another, because the output of this one is {output}"
-        )
+
+
+def _check_scores(config: Config, output: Any) -> None:
+    expected = _SAMPLES, config.data.info().classes
+    try:
+        found = str(tuple(OutputReader(config.model.output).scores(output).shape))
+    except ValueError as error:
+        found = str(error)
+    if found == str(expected):
+        return
+    if config.model.output is not None and not isinstance(output, Tensor):
+        allowed = f"the name or number of an output that is {expected} for {_SAMPLES} samples"
+        remedy = f"this is {found}"
+        raise ConfigError(format_option_error("model.output", config.model.output, allowed, remedy))
+    allowed = f"a network whose class scores for {_SAMPLES} samples are {expected}"
+    raise _network_error(config, allowed, f"use another, because those of this one are {found}")
 
 
 def _check_stack(config: Config, module: nn.Module) -> None:

@@ -118,7 +118,7 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
     check(config)
     run = RunContext.of(config, started)
     torch.set_num_threads(run.placement.threads)
-    dry_run.dry_run(config)
+    notes = dry_run.dry_run(config)
     shows = run.is_first and callbacks is None
     gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
     with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):
@@ -131,7 +131,7 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
             return summary
         observers, resumption = _agreed(run.is_first, partial(_begin, run)) or ([], Resumption())
         if shows:
-            print(_opening_line(run, resumption), flush=True)
+            print("\n".join([_opening_line(run, resumption), *notes]), flush=True)
         observers = [*([Display()] if callbacks is None else callbacks), *observers]
         with _noting_failures(run.run_dir):
             return _train(run, observers, resumption, stop)

@@ -30,7 +30,7 @@ from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
 from ..runtime import global_random
 from ..runtime.transfer import copy_all
-from .local_step import Loss, local_normalisation, mean_loss, set_training_mode
+from .local_step import Loss, local_normalisation, set_training_mode
 
 GRAPHS = "reduce-overhead"
 """torch's name of the mode that uses CUDA graphs."""
@@ -92,7 +92,7 @@ class Trial:
             # torch would order parallel branches by memory, which differs between ranks' batches.
             options["reorder_for_peak_memory"] = False
         try:
-            loss = replace(loss, compiled=torch.compile(mean_loss, options=options))
+            loss = replace(loss, compiled=torch.compile(loss.outputs.mean_loss, options=options))
             for _ in range(_TRIAL_STEPS[mode]):
                 self.run_steps(loss)
         except Exception as error:  # from torch, the C++ compiler or the network

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.running_norm import fixed_global_statistics
@@ -21,6 +20,7 @@ from ..config.schema import Config
 from ..data.augmentation import augmentation_of
 from ..data.batching import BatchSampler, Samples
 from ..data.client_store import Client
+from ..models.outputs import PLAIN_READER, OutputReader
 from ..runtime import global_random, random_streams
 from ..runtime.transfer import send
 
@@ -38,24 +38,21 @@ LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Maps a model, inputs (N, ...) and labels (N,) to the mean loss, 0-d."""
 
 
-def mean_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of ``model`` on inputs (N, ...) and labels (N,), 0-d."""
-    return cross_entropy(model(inputs), labels)
-
-
 @dataclass(frozen=True)
 class Loss:
     """The loss of training steps, in full or mixed precision, eager or compiled."""
 
     mixed: bool = False
     """Whether matrix products and convolutions run in bfloat16; statistics and sums never do."""
+    outputs: OutputReader = PLAIN_READER
+    """What finds the class scores in what the model returns."""
     compiled: LossFunction | None = None
-    """``mean_loss`` by torch.compile, which compiles its backward pass too."""
+    """``outputs.mean_loss`` by torch.compile, which compiles its backward pass too."""
     compile_seconds: float = 0.0
 
     def __call__(self, model: nn.Module, batch: Samples, eager: bool = False) -> Tensor:
         """Returns the mean loss, 0-d.  ``eager`` is for ranks that must run layers in one order."""
-        function = mean_loss if eager or self.compiled is None else self.compiled
+        function = self.outputs.mean_loss if eager or self.compiled is None else self.compiled
         with self.precision(batch.inputs.device):
             return function(model, batch.inputs, batch.labels)
 

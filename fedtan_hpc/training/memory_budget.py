@@ -15,7 +15,7 @@ from ..config.schema import Config
 from ..data.batching import Samples
 from ..distributed import process_group
 from ..distributed.model_average import model_tensors
-from .local_step import mean_loss
+from ..models.outputs import PLAIN_READER, OutputReader
 
 _PEAK_FACTOR = 1.6
 """Peak memory of a pass over what it saves; measured for stacked ResNet-20 on a CPU."""
@@ -34,7 +34,9 @@ class MemoryBudget:
         values = sum(value.nbytes for value in model_tensors(model))
         self.model_bytes = values * (3 if config.optimizer.momentum else 2)
         """Parameters, gradients and momentum of one client."""
-        saved = config.batch_size * saved_bytes_per_sample(model, dummy)
+        saved = config.batch_size * saved_bytes_per_sample(
+            model, dummy, OutputReader(config.model.output)
+        )
         self.pass_bytes = int(_PEAK_FACTOR * saved)
         """Activations of one client in a forward and backward pass of a whole batch."""
 
@@ -78,7 +80,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, known) or "can't allocate memory" in str(error)
 
 
-def saved_bytes_per_sample(model: nn.Module, sample: Samples) -> int:
+def saved_bytes_per_sample(
+    model: nn.Module, sample: Samples, outputs: OutputReader = PLAIN_READER
+) -> int:
     """Returns the bytes per sample that a forward pass saves for backward, without parameters."""
     parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
     sizes: dict[int, int] = {}
@@ -95,7 +99,7 @@ def saved_bytes_per_sample(model: nn.Module, sample: Samples) -> int:
     model.eval()  # running statistics stay unchanged
     inputs, labels = (torch.cat([value, value]) for value in (sample.inputs, sample.labels))
     with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
-        mean_loss(model, inputs, labels)
+        outputs.mean_loss(model, inputs, labels)
     model.train(was_training)
     return sum(sizes.values()) // len(labels)
 

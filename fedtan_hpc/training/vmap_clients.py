@@ -18,7 +18,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from ..batchnorm.context import model_tag, normalised_by
@@ -143,13 +142,15 @@ class Stack:
         """Returns the clients' gradients and losses (K,) for ``stacked`` values (K, ...)."""
         mask = torch.ones_like(batch.labels) if batch.mask is None else batch.mask
         self._runs[0].seed_layers()
+        loss_function = self._runs[0].loss_function
 
         def loss(values: dict[str, Tensor], x: Tensor, y: Tensor, is_real: Tensor) -> Tensor:
-            scores = functional_call(self._model, values, (x,))
-            return (cross_entropy(scores, y, reduction="none") * is_real).sum() / is_real.sum()
+            output = functional_call(self._model, values, (x,))
+            losses = loss_function.outputs.loss(output, y, reduction="none")
+            return (losses * is_real).sum() / is_real.sum()
 
         step = vmap(grad_and_value(loss), randomness="different")
-        with self._runs[0].loss_function.precision(batch.inputs.device):
+        with loss_function.precision(batch.inputs.device):
             gradients, losses = step(stacked, batch.inputs, batch.labels, mask)
         return gradients, losses
 

@@ -213,3 +213,21 @@ class Drawing(nn.Module):
 
 def drawing(shape: tuple[int, ...], classes: int) -> nn.Module:
     return Drawing(math.prod(shape), classes)
+
+
+class WithAuxiliary(nn.Module):
+    """The mlp, which returns its class scores in a dict, among others."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        *body, self.head = small_networks.mlp(features, classes).children()
+        self.body = nn.Sequential(*body)
+        self.auxiliary = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.body(x)
+        return {"hidden": hidden, "logits": self.head(hidden), "aux": self.auxiliary(hidden)}
+
+
+def with_auxiliary(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return WithAuxiliary(math.prod(shape), classes)

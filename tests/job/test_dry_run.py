@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,17 @@ def own_without_statistics() -> nn.Module:
     return nn.Sequential(norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
 
 
+class OwnDict(OwnClass):
+    """Returns a dict in evaluation, which has no class scores."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if self.training else {}
+
+
+def own_dict_in_evaluation() -> nn.Module:
+    return OwnDict(classes=10)
+
+
 own_instance = nn.Flatten()
 
 FITTING = [
@@ -169,7 +181,8 @@ def test_running_statistics_must_exist_to_judge_the_network_by(algorithm: str) -
         (f"{__name__}:own_failure", "it raised RuntimeError: no weights"),
         (f"{__name__}:own_number", "it returned a int"),
         (f"{__name__}:tells", "it raised TypeError: "),
-        (f"{__name__}:own_scalar", "the output of this one is (2,)"),
+        (f"{__name__}:own_scalar", "those of this one are (2,)"),
+        (f"{__name__}:own_dict_in_evaluation", "those of this one are a dict with nothing"),
         (f"{__name__}:own_lazy", "without lazy layers"),
         (f"{__name__}:own_nothing", "that can be trained"),
         (f"{__name__}:own_subclass", "layer 0 is a WithMore"),
@@ -189,8 +202,6 @@ def test_a_wrong_target_is_one_line(text: str, part: str) -> None:
     [
         ("resnet19", SHAPE, "did you mean resnet1"),
         ("fasterrcnn_resnet50_fpn", SHAPE, " classifiers; "),
-        ("googlenet", (3, 64, 64), "the output of this one is GoogLeNetOutputs"),
-        ("inception_v3", (3, 299, 299), "the output of this one is InceptionOutputs"),
         ("densenet121", (1, 28, 28), "use model.small_input=true, "),
         ("vit_b_16", SHAPE, "Expected 224 but got 32"),
     ],
@@ -202,6 +213,35 @@ def test_a_wrong_torchvision_network_is_one_line(
     line = tells(job(options, shape=shape))
     assert line.startswith(f"model.name={name}: allowed is ")
     assert part in line
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+@pytest.mark.parametrize(
+    ("name", "shape", "loss"),
+    [
+        ("googlenet", (3, 64, 64), "logits + 0.3 x aux_logits1 + 0.3 x aux_logits2"),
+        ("inception_v3", (3, 299, 299), "logits + 0.4 x aux_logits"),
+    ],
+)
+def test_networks_with_several_outputs_say_which_are_used(
+    name: str, shape: tuple[int, ...], loss: str
+) -> None:
+    model = ModelConfig(source=ModelSource.torchvision, name=name)
+    [line] = dry_run(job(model, shape=shape))
+    assert f"its class scores are logits, its loss is that of {loss} " in line
+    [line] = dry_run(job(replace(model, output="logits"), shape=shape))
+    assert "its class scores are logits, and aux_logits" in line
+    wrong = tells(job(replace(model, output="scores"), shape=shape))
+    assert wrong.startswith("model.output=scores: allowed is the name or number of an output ")
+    assert "with logits, aux_logits" in wrong
+
+
+def test_an_output_is_named_only_if_there_are_several() -> None:
+    assert dry_run(job(here("OwnClass"))) == []
+    line = tells(job(replace(here("OwnClass"), output="logits")))
+    assert line == "model.output=logits: allowed is null, for the network returns a tensor; " + (
+        "leave it out"
+    )
 
 
 def test_small_input_needs_a_stem_to_adapt() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -279,6 +280,24 @@ def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> Non
     for loss in on_ranks(2, convolutional, str(tmp_path / "two")):
         assert loss == pytest.approx(one, rel=1e-9)
     assert process_group.world_size() == 1
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fedbn"])
+def test_a_network_with_several_outputs_trains_alike_in_all_ways(algorithm: str) -> None:
+    """One after another, in lock-step, stacked and on two ranks; its auxiliary loss counts."""
+    target = "tests.helpers.networks:with_auxiliary"
+    model = ModelConfig(source=ModelSource.target, target=target)
+    options = config(algorithm, "some", model=model, rounds=2, eval_train_samples=200)
+    state, records, _ = trained(options)
+    stacked = replace(options, cohort=CohortConfig(mode=CohortMode.stacked, max_stacked=2))
+    for ranks, other_options in ((2, options), (1, stacked), (2, stacked)):
+        for other, rounds, _ in on_ranks(ranks, trained, other_options):
+            assert distance(other, state) < 1e-10
+            for mine, expected in zip(rounds, records, strict=True):
+                for figure in ("train_loss", "test_loss", "test_accuracy", "pooled_train_loss"):
+                    assert getattr(mine, figure) == pytest.approx(getattr(expected, figure))
+    alone, _, _ = trained(replace(options, model=replace(model, output="logits")))
+    assert not torch.equal(alone["auxiliary.0.weight"], state["auxiliary.0.weight"])
 
 
 @pytest.mark.parametrize("network", ["with_dropout", "drawing"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedtan_hpc import convert_batchnorm, federated_backward, federated_statistics
 from fedtan_hpc.config.algorithms import plan
-from fedtan_hpc.config.enums import ModelName, PrecisionName
+from fedtan_hpc.config.enums import ModelName, ModelSource, PrecisionName
 from fedtan_hpc.config.schema import (
     Config,
     ModelConfig,
@@ -23,9 +23,10 @@ from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.distributed import process_group
 from fedtan_hpc.job.setup import network, prepare
 from fedtan_hpc.models import factory
+from fedtan_hpc.models.outputs import OutputReader
 from fedtan_hpc.training import compile_step
 from fedtan_hpc.training.compile_step import Trial
-from fedtan_hpc.training.local_step import Loss, make_sgd, mean_loss, sgd_step
+from fedtan_hpc.training.local_step import Loss, make_sgd, sgd_step
 from tests.helpers import commands
 from tests.helpers.ranks import on_ranks
 from tests.helpers.rounds import CPU, distance, iid_config
@@ -57,6 +58,15 @@ def test_compiled_steps_train_the_same_model(algorithm: str, clients: int) -> No
     for state, compiled in on_ranks(2, trained, options):
         assert compiled
         assert distance(state, eager(algorithm, clients)) < 1e-10
+
+
+def test_a_network_with_several_outputs_is_compiled() -> None:
+    target = "tests.helpers.networks:with_auxiliary"
+    model = ModelConfig(source=ModelSource.target, target=target)
+    expected, _ = trained(iid_config(model=model, clients=1))
+    state, compiled = trained(iid_config(model=model, clients=1, compile=True))
+    assert compiled
+    assert distance(state, expected) < 1e-10
 
 
 def failing(options: Config) -> bool:
@@ -111,7 +121,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = Samples(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
     state = torch.random.get_rng_state()
-    loss = Loss(compiled=mean_loss)
+    loss = Loss(compiled=OutputReader().mean_loss)
     plans = plan(iid_config("fixbn"), 1), plan(iid_config("fixbn"), 3)
     Trial(model, batch, plans, synchronised=True).run_steps(loss)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -158,7 +168,7 @@ def one_graph() -> list[int]:
     torch.manual_seed(0)
     torch.compiler.reset()
     model = convert_batchnorm(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
-    step = torch.compile(mean_loss, backend=count, fullgraph=True)
+    step = torch.compile(OutputReader().mean_loss, backend=count, fullgraph=True)
     x, y = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
     for _ in range(3):
         with federated_statistics(model, 1 / process_group.world_size()):
@@ -226,13 +236,13 @@ def pooled_error(dtype: torch.dtype, ours: bool) -> float:
     for kind, federated in ((torch.float64, False), (dtype, ours)):
         model = factory.build(ModelConfig(name=ModelName.resnet20), (3, 8, 8), 10, seed=0).to(kind)
         if not federated:
-            mean_loss(model, x.to(kind), y).backward()
+            OutputReader().mean_loss(model, x.to(kind), y).backward()
             found.append([value.grad.double() for value in model.parameters()])  # type: ignore[union-attr]
             continue
         model = convert_batchnorm(model)
         clients = [model, copy.deepcopy(model)]
         losses = [
-            partial(mean_loss, client, x[part].to(kind), y[part])
+            partial(OutputReader().mean_loss, client, x[part].to(kind), y[part])
             for client, part in zip(clients, (slice(16), slice(16, 32)), strict=True)
         ]
         federated_backward(clients, losses, [0.5, 0.5])

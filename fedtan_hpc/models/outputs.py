@@ -1,0 +1,105 @@
+"""The class scores in what a network returns: a tensor, a tuple, or a mapping such as a dict.
+
+``training`` uses it for the loss, ``evaluation`` for the metrics, ``job.dry_run`` for its checks.
+
+Shapes: N samples, C classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+_USUAL_NAMES = ("logits", "out")
+_AUXILIARY = {"aux_logits1": 0.3, "aux_logits2": 0.3, "aux_logits": 0.4, "aux": 0.5}
+"""Weights of the losses of auxiliary outputs, by name.
+
+GoogLeNet's two: Szegedy et al. 2015, section 5.  Inception v3's: PyTorch's fine-tuning tutorial.
+aux: torchvision's reference training of networks that return out and aux.
+"""
+
+
+@dataclass(frozen=True)
+class OutputReader:
+    """Finds the class scores in the output of a network, and computes the loss.
+
+    They are the output itself if it is a tensor, else its element ``name``.  Without a name they
+    are its element ``logits`` or ``out``, or else its first one; then the loss also has a part for
+    each auxiliary output, an element of a known name and the same shape.
+    """
+
+    name: str | None = None
+
+    def scores(self, output: Any) -> Tensor:
+        """Returns the class scores, (N, C); raises ``ValueError`` if there is no such element."""
+        if isinstance(output, Tensor):
+            return output
+        elements = _elements(output)
+        scores = elements.get(self._name(elements))
+        if not isinstance(scores, Tensor):
+            names = ", ".join(elements) or "nothing"
+            wanted = self.name or "a tensor"
+            raise ValueError(f"a {type(output).__name__} with {names}, and not with {wanted}")
+        return scores
+
+    def auxiliary(self, output: Any) -> dict[str, float]:
+        """Returns the weights of the auxiliary losses by the name of their outputs."""
+        if self.name is not None or isinstance(output, Tensor):
+            return {}
+        elements, shape = _elements(output), self.scores(output).shape
+        present = {name: elements[name] for name in _AUXILIARY if name in elements}
+        return {
+            name: _AUXILIARY[name]
+            for name, value in present.items()
+            if isinstance(value, Tensor) and value.shape == shape
+        }
+
+    def loss(self, output: Any, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Returns the cross-entropy for labels (N,): the mean, 0-d, or with none each, (N,)."""
+        total = cross_entropy(self.scores(output), labels, reduction=reduction)
+        for name, weight in self.auxiliary(output).items():
+            scores = _elements(output)[name]
+            total = total + weight * cross_entropy(scores, labels, reduction=reduction)
+        return total
+
+    def mean_loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean loss of ``model`` on inputs (N, ...) and labels (N,), 0-d."""
+        return self.loss(model(inputs), labels)
+
+    def describe(self, output: Any) -> str:
+        """Returns in words which elements of ``output`` are used; empty for a tensor."""
+        if isinstance(output, Tensor):
+            return ""
+        elements = _elements(output)
+        used = self._name(elements)
+        losses = [f"{weight} x {name}" for name, weight in self.auxiliary(output).items()]
+        unused = [each for each in elements if each not in (used, *self.auxiliary(output))]
+        text = f"the network returns a {type(output).__name__}: its class scores are {used}"
+        if losses:
+            text += f", its loss is that of {' + '.join([used, *losses])}"
+        if unused:
+            text += f", and {', '.join(unused)} is not used"
+        return f"{text} (model.output)"
+
+    def _name(self, elements: Mapping[str, Any]) -> str:
+        if self.name is not None:
+            return self.name
+        usual = (name for name in _USUAL_NAMES if name in elements)
+        return next(usual, next(iter(elements), ""))
+
+
+PLAIN_READER = OutputReader()
+"""The reader of networks for which ``model.output`` is not set."""
+
+
+def _elements(output: Any) -> dict[str, Any]:
+    """Returns the elements of ``output`` by name; those of a plain tuple by number, from 0."""
+    if isinstance(output, Mapping):
+        return {str(name): value for name, value in output.items()}
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return dict(zip(output._fields, output, strict=True))
+    if isinstance(output, tuple | list):
+        return {str(number): value for number, value in enumerate(output)}
+    return dict(getattr(output, "__dict__", {}))
