@@ -32,7 +32,7 @@ _MINIMA = {
     "clients_per_round": 1,
     "rounds": 1,
     "local_steps": 1,
-    "batch_size": 2,
+    "batch_size": 1,
     "eval_every": 1,
     "eval_train_samples": 0,
     "eval_clients": 1,

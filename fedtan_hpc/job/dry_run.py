@@ -1,5 +1,6 @@
 """Makes, converts and runs the network on two samples before any data loads.  Used by ``run``."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ..batchnorm.conversion import convert_batchnorm
-from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup
+from ..batchnorm.conversion import batchnorm_layers, convert_batchnorm
+from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup, plan
 from ..config.enums import CohortMode, ModelSource, NormName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
@@ -108,7 +109,12 @@ def _check_run(config: Config, module: nn.Module) -> str:
     for layer in module.modules():
         if isinstance(layer, nn.GroupNorm):
             layer.register_forward_pre_hook(_check_group)
+    single: list[str] = []
+    for name, layer in batchnorm_layers(module).items():
+        layer.register_forward_pre_hook(partial(_note_single_values, single, name))
     output = _output(config, module.train())
+    if single and config.batch_size == 1:
+        _check_single_samples(config, single[0])
     _check_scores(config, output)
     _check_scores(config, _output(config, module.eval()))
     if isinstance(output, Tensor) and config.model.output is not None:
@@ -116,6 +122,32 @@ def _check_run(config: Config, module: nn.Module) -> str:
         message = format_option_error("model.output", config.model.output, allowed, "leave it out")
         raise ConfigError(message)
     return OutputReader(config.model.output).describe(output)
+
+
+def _note_single_values(
+    names: list[str], name: str, layer: nn.Module, inputs: tuple[Tensor, ...]
+) -> None:
+    """Adds ``name`` to ``names`` if the layer gets one value per channel from each sample."""
+    if layer.training and inputs[0].numel() == _SAMPLES * inputs[0].shape[1]:
+        names.append(name)
+
+
+def _check_single_samples(config: Config, layer: str) -> None:
+    """Checks that ``layer`` never needs the variance of one value, that of one client's sample."""
+    rounds = {1, min(2, config.rounds), config.rounds}
+    plans = [plan(config, number) for number in rounds]
+    has_local_batches = any(
+        each.normaliser is Normaliser.batch and each.synchronised_steps < config.local_steps
+        for each in plans
+    )
+    if has_local_batches:
+        remedy = "set batch_size=2, or use algorithm=centralised or fedavg_gn"
+    elif (config.clients_per_round or config.clients) > 1 or not plans[0].synchronised_steps:
+        return
+    else:
+        remedy = "set batch_size=2, or use more clients"
+    allowed = f"2 or more, for BN layer {layer} would normalise a single value per channel"
+    raise ConfigError(format_option_error("batch_size", 1, allowed, remedy))
 
 
 def _output(config: Config, module: nn.Module) -> Any:

@@ -85,7 +85,8 @@ def host(
         assert example is not None, "steps are compiled for batches like an example"
         plans = plan(config, 1), plan(config, config.rounds)
         synchronised = one_client_per_rank and plans[0].synchronised_steps > 0
-        loss = compile_step.compiled(loss, model, example, plans, synchronised)
+        local = [each for each in plans if each.synchronised_steps < config.local_steps]
+        loss = compile_step.compiled(loss, model, example, local, synchronised)
     private = ALGORITHMS[config.algorithm.name].private
     budget = MemoryBudget(model, dummy, config, ranks_per_device)
     states = PrivateStates(model, private, budget.leaves_room_for)

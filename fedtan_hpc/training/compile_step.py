@@ -77,7 +77,10 @@ def _print_reason(mode: str, reasons: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """The kinds of steps to compile: a local step of each plan, and synchronised ones if set."""
+    """The kinds of steps to compile: a local step of each plan, and synchronised ones if set.
+
+    Synchronised steps have no frozen statistics in any plan.
+    """
 
     model: nn.Module
     batch: Samples
@@ -112,7 +115,7 @@ class Trial:
                         loss(model, batch).backward()
                     model.zero_grad()  # CUDA graphs write gradients to where the last ones are
                 if self.synchronised:
-                    set_training_mode(model, self.plans[0])
+                    model.train()
                     with normalised_by(model, DryRunStatistics()):
                         loss(model, batch).backward()
         finally:

@@ -118,7 +118,7 @@ WRONG = [
     (["cohort.mode=parallel"], "cohort.mode", "parallel"),
     (["cohort.max_stacked=0"], "cohort.max_stacked", "0"),
     (["local_steps=0"], "local_steps", "0"),
-    (["batch_size=1"], "batch_size", "1"),
+    (["batch_size=0"], "batch_size", "0"),
     (["seed=-1"], "seed", "-1"),
     (["eval_every=0"], "eval_every", "0"),
     (["check_every=0"], "check_every", "0"),
@@ -251,7 +251,7 @@ def test_a_wrong_option_is_one_line_with_its_remedy(
 
 
 def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = mistakes(monkeypatch, "rounds=0", "optimizer.lr=-1", "batch_size=1")
+    lines = mistakes(monkeypatch, "rounds=0", "optimizer.lr=-1", "batch_size=0")
     assert [line.partition("=")[0] for line in lines] == ["rounds", "batch_size", "optimizer.lr"]
 
 

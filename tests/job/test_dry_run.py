@@ -124,6 +124,8 @@ def own_dict_in_evaluation() -> nn.Module:
     return OwnDict(classes=10)
 
 
+CNN = ModelConfig(name=ModelName.cnn)
+
 own_instance = nn.Flatten()
 
 FITTING = [
@@ -262,6 +264,47 @@ def test_a_group_needs_two_values() -> None:
     assert tells(config).startswith("algorithm.groups=64: allowed is fewer groups")
     config.algorithm.groups = 32
     dry_run(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.fedtan)}, False),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.fedtan), "local_steps": 1}, True),
+        (
+            {
+                "algorithm": AlgorithmConfig(name=AlgorithmName.fedtan, synchronise_every=2),
+                "local_steps": 1,
+            },
+            False,
+        ),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.centralised)}, True),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.centralised), "clients": 1}, False),
+        (
+            {
+                "algorithm": AlgorithmConfig(name=AlgorithmName.centralised),
+                "clients_per_round": 1,
+            },
+            False,
+        ),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.fedavg)}, False),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.fixbn)}, False),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.fbn)}, True),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.fedavg_gn)}, True),
+        ({"algorithm": AlgorithmConfig(name=AlgorithmName.fedavg), "model": CNN}, True),
+    ],
+)
+def test_batches_of_one_sample_are_refused_where_it_has_no_variance(
+    words: dict[str, Any], allowed: bool
+) -> None:
+    """The mlp has BN on vectors, the cnn on images."""
+    config = Config(**{"batch_size": 1, **words})
+    if allowed:
+        dry_run(config)
+        return
+    line = tells(config)
+    assert line.startswith("batch_size=1: allowed is 2 or more, for BN layer 2 would ")
+    assert "; set batch_size=2, or use " in line
 
 
 class Counting(nn.Module):

@@ -172,6 +172,43 @@ def test_a_round_of_one_step_follows_the_pooled_gradient(
         assert pooled.worst_relative_error(measured, expected) < 1e-10
 
 
+def of_single_samples(mode: CohortMode, spread: list[list[int]]) -> dict[str, Tensor]:
+    """Returns what two steps with learning rate 0.1 subtract, with one sample of each client."""
+    model = fedtan_hpc.convert_batchnorm(networks.network("1d"))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    batches = [(x[:1], y[:1]) for x, y in networks.batches("1d", 4)]
+    clients = [
+        Client(k, p, Samples(*batches[k]))
+        for k, p in enumerate(networks.weights(4))
+        if k in spread[process_group.rank()]
+    ]
+    centralised = AlgorithmConfig(name=AlgorithmName.centralised)
+    cohort_config = CohortConfig(mode=mode)
+    options = Config(algorithm=centralised, local_steps=2, batch_size=1, cohort=cohort_config)
+    cohort = host(options, model, Samples(*batches[0]))
+    train_round(cohort, clients, RoundContext(1, 0.1, plan(options, 1)))
+    return {name: before[name] - value.detach() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("mode", [CohortMode.stacked, CohortMode.sequential])
+def test_batches_of_one_sample_are_exact_where_all_steps_are_synchronised(
+    mode: CohortMode, spread: str
+) -> None:
+    """The steps are those of SGD on the weighted samples of all clients, with plain BN."""
+    model, p = networks.network("1d"), networks.weights(4)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    batches = [(x[:1], y[:1]) for x, y in networks.batches("1d", 4)]
+    for _ in range(2):
+        gradient = pooled.pooled_gradient(model, batches, p)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                value.sub_(gradient[name], alpha=0.1)
+    expected = {name: before[name] - value.detach() for name, value in model.named_parameters()}
+    for measured in on_ranks(len(SPREADS[spread]), of_single_samples, mode, SPREADS[spread]):
+        assert pooled.worst_relative_error(measured, expected) < 1e-10
+
+
 def two_rounds(case: str, mode: CohortMode, extracts_early: bool = False) -> dict[str, Tensor]:
     """Returns the model after two rounds of three steps with momentum, two stacked at a time.
 
