@@ -5,7 +5,6 @@ the global model.  It covers ``eval_clients`` of the clients that have ever been
 other clients are not trained.  Used by ``job``.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from ..data.datasets import Dataset
 from ..data.partition import Indices
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
+from ..models.copies import copied
 from ..models.outputs import OutputReader
 from ..runtime import random_streams
 from ..runtime.transfer import copy_all
@@ -89,7 +89,7 @@ class Evaluator:
         self._train_indices, self._train_clients = indices, clients
         positions = np.arange(len(dataset.test))
         if states.are_models:
-            self._client_model = copy.deepcopy(model)
+            self._client_model = copied(model)
             self._test = store.test_samples(dataset.test, positions)
             self._unshifted_test = store.unshifted(dataset.test) if store.shift else self._test
         else:  # each rank evaluates its share of the samples

@@ -14,17 +14,20 @@ from ..config.enums import CohortMode, ModelSource, NormName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
 from ..models import factory
+from ..models.copies import copy_error
 from ..models.norms import with_norm_of
 from ..models.outputs import OutputReader
 from ..runtime import global_random
-from ..training.vmap_clients import vmap_error
+from ..training.client_runners import needs_copies
+from ..training.local_step import Loss
+from ..training.vmap_trial import vmap_error
 
 _SAMPLES = 2
 _FEDAVG = "use algorithm=fedavg, or a network with BN layers"
 
 
-def dry_run(config: Config) -> list[str]:
-    """Makes the network of ``config`` and runs it once in training mode, without data.
+def dry_run(config: Config, ranks: int = 1) -> list[str]:
+    """Makes the network of ``config`` and runs it, without data, for a job of so many ``ranks``.
 
     Networks of torchvision run on the meta device, which needs no memory for tensors.  The random
     state of the process stays unchanged.
@@ -32,11 +35,13 @@ def dry_run(config: Config) -> list[str]:
     Returns lines that say how the job uses the network, where that is not plain.
 
     Raises ``ConfigError`` if the network cannot be made, does not take the samples, returns no
-    class scores, lacks the BN layers that the algorithm needs, or cannot be stacked as asked.
+    class scores, lacks the BN layers that the algorithm needs, or cannot be stacked or copied where
+    that is needed.
     """
     with global_random.preserved():
         module = _make(config)
         _check_parameters(config, module)
+        _check_not_scripted(config, module)
         _check_batchnorm(config, module)
         module = with_norm_of(config, module)
         try:
@@ -46,12 +51,14 @@ def dry_run(config: Config) -> list[str]:
             raise _network_error(config, allowed, one_line(error)) from error
         description = _check_run(config, module)
         _check_stack(config, module)
+        _check_copies(config, module, ranks)
     return [description] if description else []
 
 
 def _make(config: Config) -> nn.Module:
     info = config.data.info()
-    if config.model.source is not ModelSource.torchvision:
+    runs_steps = config.cohort.mode is CohortMode.stacked
+    if runs_steps or config.model.source is not ModelSource.torchvision:
         return factory.build(config.model, info.shape, info.classes, config.seed)
     try:
         with torch.device("meta"):
@@ -67,6 +74,16 @@ def _check_parameters(config: Config, module: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         remedy = "return one that has parameters"
         raise _network_error(config, "a network that can be trained", remedy)
+
+
+def _check_not_scripted(config: Config, module: nn.Module) -> None:
+    """Checks that no BN layer is hidden in TorchScript, where nothing can convert it."""
+    for path, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            where = path or "the network"
+            allowed = f"a network of which no part is TorchScript, and {where} is"
+            remedy = "return it without torch.jit; BN layers in it cannot be converted"
+            raise _network_error(config, allowed, f"{remedy} (compile=true compiles)")
 
 
 def _check_batchnorm(config: Config, module: nn.Module) -> None:
@@ -183,14 +200,22 @@ def _check_scores(config: Config, output: Any) -> None:
 
 
 def _check_stack(config: Config, module: nn.Module) -> None:
-    """Checks that clients of a user's network can be stacked, if ``cohort.mode`` says so."""
+    """Checks that clients of the network can be stacked, if ``cohort.mode`` says so."""
     stacked = config.cohort.mode is CohortMode.stacked
-    if not stacked or config.model.source is not ModelSource.target:
+    if not stacked or config.model.source is ModelSource.builtin:
         return
-    if error := vmap_error(module, torch.zeros(1, *config.data.info().shape)):
+    sample = torch.zeros(1, *config.data.info().shape)
+    if error := vmap_error(module, sample, config, Loss.of(config)):
         allowed = "auto or sequential, because clients of the network cannot be stacked"
         remedy = f"leave it out: {one_line(error)}"
         raise ConfigError(format_option_error("cohort.mode", "stacked", allowed, remedy))
+
+
+def _check_copies(config: Config, module: nn.Module, ranks: int) -> None:
+    """Checks that the network can be copied, if ranks will have several models."""
+    if needs_copies(config, ranks) and (error := copy_error(module)):
+        allowed = "a network that can be copied, for a rank has several clients or their models"
+        raise _network_error(config, allowed, f"copy.deepcopy refuses {error}")
 
 
 def _check_group(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

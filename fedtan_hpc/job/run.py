@@ -45,7 +45,7 @@ def check_all(configs: Sequence[Config]) -> None:
     for config in configs:
         network = repr((config.model, config.data, config.algorithm))
         if network not in checked:
-            dry_run.dry_run(config)
+            dry_run.dry_run(config, launcher_env.detect().world_size)
             checked.add(network)
     info = launcher_env.detect()
     if info.rank == 0:  # which makes the callbacks
@@ -118,7 +118,7 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
     check(config)
     run = RunContext.of(config, started)
     torch.set_num_threads(run.placement.threads)
-    notes = dry_run.dry_run(config)
+    notes = dry_run.dry_run(config, run.rank_info.world_size)
     shows = run.is_first and callbacks is None
     gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
     with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):

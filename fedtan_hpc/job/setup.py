@@ -20,7 +20,6 @@ from ..distributed.model_average import model_tensors, named_tensors
 from ..evaluation.evaluator import Evaluator
 from ..models import factory
 from ..models.norms import with_norm_of
-from ..models.outputs import OutputReader
 from ..models.parameter_groups import TensorFilter
 from ..runtime.device import DevicePlacement
 from ..training import compile_step
@@ -79,8 +78,7 @@ def host(
         one_client_per_rank: whether every rank has one client with whole batches in every round.
         example: a batch like those of the clients; only needed if steps are compiled.
     """
-    mixed, outputs = config.precision is PrecisionName.bfloat16, OutputReader(config.model.output)
-    loss = Loss(mixed=mixed, outputs=outputs)
+    loss = Loss.of(config)
     if config.compile:
         assert example is not None, "steps are compiled for batches like an example"
         plans = plan(config, 1), plan(config, config.rounds)

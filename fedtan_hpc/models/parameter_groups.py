@@ -31,16 +31,18 @@ class TensorFilter:
 
 
 def groups_of(module: nn.Module) -> dict[str, ParameterGroup]:
-    """Returns the group of every tensor of ``module`` by name."""
-    groups = dict.fromkeys(named_tensors(module), ParameterGroup.weights)
+    """Returns the group of every tensor of ``module`` by name; a shared tensor has one name."""
+    names = {id(tensor): name for name, tensor in named_tensors(module).items()}
+    groups = dict.fromkeys(names.values(), ParameterGroup.weights)
     groups |= dict.fromkeys((name for name, _ in module.named_buffers()), ParameterGroup.buffers)
-    for prefix, layer in module.named_modules():
+    for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            for name, _ in layer.named_parameters(prefix=prefix, recurse=False):
-                is_mix = name.endswith("mix")
-                groups[name] = ParameterGroup.mixing if is_mix else ParameterGroup.affine
-            for name, _ in layer.named_buffers(prefix=prefix, recurse=False):
-                groups[name] = ParameterGroup.statistics
+            for name, value in layer.named_parameters(recurse=False):
+                is_mix = name == "mix"
+                group = ParameterGroup.mixing if is_mix else ParameterGroup.affine
+                groups[names[id(value)]] = group
+            for buffer in layer.buffers(recurse=False):
+                groups[names[id(buffer)]] = ParameterGroup.statistics
     return groups
 
 

@@ -4,7 +4,7 @@
 themselves are in ``local_step`` (one client) and ``vmap_clients`` (a stack).
 """
 
-import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,18 +13,22 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..batchnorm.context import federated_backward
-from ..config.algorithms import Normaliser, RoundPlan
+from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, RoundPlan
 from ..config.enums import CohortMode, ModelSource
+from ..config.errors import one_line
 from ..config.schema import Config
 from ..data.batching import Samples
 from ..data.client_store import Client
+from ..distributed import process_group
 from ..distributed.model_average import ModelSum, model_tensors
+from ..models.copies import copied
 from ..runtime.transfer import copy_all
 from .client_state import PrivateStates
 from .local_step import LocalRun, Loss, RoundContext, set_training_mode
 from .memory_budget import MemoryBudget
 from .pooled_gradients import PooledMomentum, pool_gradients
-from .vmap_clients import Stack, vmap_error
+from .vmap_clients import Stack
+from .vmap_trial import vmap_error
 
 _SMALL_PASS = 4_000_000
 """Bytes that a client's pass keeps.  Below, the mlp, the cnn on 16x16 images and ResNet-20 on 8x8
@@ -50,7 +54,7 @@ class ClientModels:
     def replicas(self, count: int) -> list[nn.Module]:
         """Returns ``model`` and copies of it, ``count`` in all, with the global values."""
         while len(self._copies) < count - 1:
-            self._copies.append(copy.deepcopy(self.model))
+            self._copies.append(copied(self.model))
         del self._copies[count - 1 :]
         for replica in self._copies:
             self.reset(replica)
@@ -228,8 +232,7 @@ def make_runners(
     mode, is_builtin = config.cohort.mode, config.model.source is ModelSource.builtin
     if is_on_gpu(models.model):
         all_steps = mode is not CohortMode.sequential
-        stacks = is_builtin or mode is CohortMode.stacked
-        stacks = stacks or vmap_error(models.model, dummy.inputs) is None
+        stacks = is_builtin or mode is CohortMode.stacked or _can_stack(models, dummy)
     else:
         all_steps = mode is CohortMode.stacked
         is_faster = is_builtin and budget.pass_bytes < _SMALL_PASS
@@ -237,6 +240,25 @@ def make_runners(
     stacked = StackedRunner(models, all_steps, config.cohort.max_stacked) if stacks else None
     lockstep = LockstepRunner(models, Client(0, 0.0, dummy), one_client_per_rank)
     return ClientRunners(models, lockstep, stacked, budget)
+
+
+def needs_copies(config: Config, ranks: int) -> bool:
+    """Whether a rank of so many ever has more models than the global one."""
+    are_many = (config.clients_per_round or config.clients) > ranks
+    private = ALGORITHMS[config.algorithm.name].private - {ParameterGroup.mixing}
+    return are_many or bool(private)
+
+
+def _can_stack(models: ClientModels, dummy: Samples) -> bool:
+    """Tries a stack; if that fails and ranks have several clients, rank 0 prints the reason."""
+    config = models.config
+    error = vmap_error(models.model, dummy.inputs, config, models.loss)
+    is_told = process_group.rank() == 0 and needs_copies(config, process_group.world_size())
+    if error and is_told:
+        how = "the clients of a rank run in lock-step or one after another"
+        line = f"cohort.mode={config.cohort.mode}: {how}, for they cannot be stacked"
+        print(f"{line} ({one_line(error)})", file=sys.stderr, flush=True)
+    return error is None
 
 
 def is_on_gpu(model: nn.Module) -> bool:

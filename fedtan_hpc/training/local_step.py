@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.running_norm import fixed_global_statistics
 from ..config.algorithms import Normaliser, RoundPlan
+from ..config.enums import PrecisionName
 from ..config.schema import Config
 from ..data.augmentation import augmentation_of
 from ..data.batching import BatchSampler, Samples
@@ -49,6 +50,12 @@ class Loss:
     compiled: LossFunction | None = None
     """``outputs.mean_loss`` by torch.compile, which compiles its backward pass too."""
     compile_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, config: Config) -> "Loss":
+        """Returns the loss that the options describe, not compiled."""
+        mixed = config.precision is PrecisionName.bfloat16
+        return cls(mixed=mixed, outputs=OutputReader(config.model.output))
 
     def __call__(self, model: nn.Module, batch: Samples, eager: bool = False) -> Tensor:
         """Returns the mean loss, 0-d.  ``eager`` is for ranks that must run layers in one order."""

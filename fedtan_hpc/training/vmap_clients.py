@@ -3,17 +3,15 @@
 Every parameter has the clients as one more dimension.  Batches of unequal sizes are padded with
 zeros; padding counts neither in the loss nor in the statistics, and no gradient comes from it.
 Layers that draw at random (dropout) draw for the whole stack: only there a client's steps depend on
-which clients are stacked with it.  Used by ``client_runners`` and ``job.dry_run``.
+which clients are stacked with it.  ``client_runners`` uses it, and ``vmap_trial`` tries it.
 
 Shapes: K clients, N samples of the largest batch, C channels.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +54,12 @@ class Stack:
     and momentum into its run.  The runs may share one model if they are extracted one by one.
     """
 
+    _statistics_class = GlobalStatistics
+    _tag_of = staticmethod(model_tag)
+
     def __init__(self, model: nn.Module, runs: Sequence[LocalRun]) -> None:
         self._model = model
+        self._names = _names(model)
         self._runs = runs
         clients, plain = len(runs), torch.contiguous_format  # vmap is slow with channels last
         self._values = {
@@ -81,11 +83,11 @@ class Stack:
     def synchronised_step(self, pooled: bool = False) -> None:
         """Takes a step with global statistics; with ``pooled`` along the mean of all gradients."""
         batch, layers = self._next_batch(), batchnorm_layers(self._model)
-        statistics = GlobalStatistics(
+        statistics = self._statistics_class(
             weights=[run.client.weight for run in self._runs],
             group=None,
             layers=list(layers),
-            model_tag=model_tag(layers),
+            model_tag=self._tag_of(layers),
             mask_KN=batch.mask,
             sizes=batch.sizes,
             updates=[running.move for running in self._running],
@@ -145,7 +147,8 @@ class Stack:
         loss_function = self._runs[0].loss_function
 
         def loss(values: dict[str, Tensor], x: Tensor, y: Tensor, is_real: Tensor) -> Tensor:
-            output = functional_call(self._model, values, (x,))
+            named = {name: values[first] for name, first in self._names.items()}
+            output = functional_call(self._model, named, (x,), tie_weights=False)
             losses = loss_function.outputs.loss(output, y, reduction="none")
             return (losses * is_real).sum() / is_real.sum()
 
@@ -178,32 +181,24 @@ class Stack:
             run.losses.append(loss)
 
 
-def vmap_error(model: nn.Module, sample: Tensor) -> Exception | None:
-    """Returns the error of stacking two clients of ``model`` on copies of ``sample`` (1, ...).
-
-    Networks fail if their forward pass changes their own buffers or branches on values.
-    """
-    copied = copy.deepcopy(model).train()
-    running = [RunningStatistics(layer, 2) for layer in batchnorm_layers(copied).values()]
-    trained = _trained(copied).items()
-    values = {name: value.detach().expand(2, *value.shape) for name, value in trained}
-    inputs = sample.expand(2, 2, *sample.shape[1:])
-    scores = vmap(partial(functional_call, copied), randomness="different")
-    try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng([sample.device] if sample.is_cuda else []),
-            normalised_by(copied, LocalStatistics(running, slice(None), None, (2, 2))),
-        ):
-            scores(values, (inputs,))
-    except Exception as error:  # a user's network may raise anything
-        return error
-    return None
-
-
 def _trained(module: nn.Module) -> dict[str, Tensor]:
     """Returns the trainable parameters by name; the clients share the others."""
     return {name: value for name, value in named_tensors(module).items() if value.requires_grad}
+
+
+def _names(module: nn.Module) -> dict[str, str]:
+    """Returns the name in ``_trained`` of each parameter, by all names that it has in layers.
+
+    Several layers may share a parameter.  A layer that is used twice has one name: torch would put
+    its parameters back in the wrong order otherwise.
+    """
+    first = {id(value): name for name, value in _trained(module).items()}
+    return {
+        name: first[id(value)]
+        for path, layer in module.named_modules()
+        for name, value in layer.named_parameters(prefix=path, recurse=False)
+        if id(value) in first
+    }
 
 
 def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD:

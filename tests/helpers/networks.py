@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,35 @@ class Shared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.bn(self.first(x)))
         return self.head(torch.tanh(self.bn(self.second(x))))  # type: ignore[no-any-return]
+
+
+class TwoPaths(nn.Module):
+    """One BN layer that the module has under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(5)
+        self.layers = nn.Sequential(
+            nn.Linear(6, 5), norm, nn.Tanh(), nn.Linear(5, 5), norm, nn.Tanh(), nn.Linear(5, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+class TwoStatistics(nn.Module):
+    """Two BN layers with one gamma and beta, and running statistics of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 5)
+        self.bn1, self.bn2 = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+        self.bn2.weight, self.bn2.bias = self.bn1.weight, self.bn1.bias
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.bn1(self.first(x)))
+        return self.head(torch.tanh(self.bn2(self.second(x))))  # type: ignore[no-any-return]
 
 
 class Branches(nn.Module):
@@ -95,6 +125,8 @@ CASES = {
     "2d": Case(lambda: _convolutional(nn.Conv2d, nn.BatchNorm2d, 3), (3, 5, 5)),
     "3d": Case(lambda: _convolutional(nn.Conv3d, nn.BatchNorm3d, 2), (2, 4, 4, 4)),
     "shared": Case(Shared, (6,)),
+    "two paths to one layer": Case(TwoPaths, (6,)),
+    "one gamma and beta": Case(TwoStatistics, (6,)),
     "branches": Case(Branches, (6,)),
     "not affine": Case(lambda: _dense(affine=False), (6,)),
     "no running statistics": Case(lambda: _dense(track_running_stats=False), (6,)),
@@ -231,3 +263,29 @@ class WithAuxiliary(nn.Module):
 
 def with_auxiliary(shape: tuple[int, ...], classes: int) -> nn.Module:
     return WithAuxiliary(math.prod(shape), classes)
+
+
+def two_statistics(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with BN layers of 64 values that share gamma and beta."""
+    network = small_networks.mlp(math.prod(shape), classes)
+    first, second = nn.BatchNorm1d(64), network.get_submodule("5")
+    first.weight, first.bias = second.weight, second.bias  # type: ignore[assignment]
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(shape), 64), first, *list(network.children())[3:]
+    )
+
+
+def weight_normed(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with torch's older weight normalization, which computes a weight in each pass."""
+    network = small_networks.mlp(math.prod(shape), classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(network.get_submodule("4"))
+    return network
+
+
+def old_spectral(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The mlp with torch's older spectral normalization."""
+    network = small_networks.mlp(math.prod(shape), classes)
+    nn.utils.spectral_norm(network.get_submodule("4"))
+    return network

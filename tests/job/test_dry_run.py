@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,8 @@ from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.config.schema import AlgorithmConfig, CohortConfig, Config, DataConfig, ModelConfig
 from fedtan_hpc.job.dry_run import dry_run
 from fedtan_hpc.models import factory
-from fedtan_hpc.training.vmap_clients import vmap_error
+from fedtan_hpc.training.local_step import Loss
+from fedtan_hpc.training.vmap_trial import vmap_error
 
 SHAPE = (3, 32, 32)
 
@@ -120,6 +122,18 @@ class OwnDict(OwnClass):
         return super().forward(x) if self.training else {}
 
 
+def own_with_lock() -> nn.Module:
+    network = OwnClass(classes=10)
+    network.stem[2].lock = threading.Lock()  # type: ignore[assignment]
+    return network
+
+
+def own_scripted() -> nn.Module:
+    network = OwnClass(classes=10)
+    network.stem = torch.jit.script(network.stem)  # type: ignore[assignment]
+    return network
+
+
 def own_dict_in_evaluation() -> nn.Module:
     return OwnDict(classes=10)
 
@@ -158,6 +172,25 @@ def test_a_network_that_fits_passes_and_leaves_no_trace(config: Config) -> None:
 def test_algorithms_about_batchnorm_need_some(algorithm: str) -> None:
     start = f"algorithm.name={algorithm}: allowed is one that does without BN layers"
     assert tells(job(here("own_network"), algorithm)).startswith(start)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
+def test_scripted_layers_are_named(algorithm: str) -> None:
+    line = tells(job(here("own_scripted"), algorithm))
+    assert "of which no part is TorchScript, and stem is; return it without torch.jit" in line
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedbn"])
+def test_a_network_that_cannot_be_copied_is_named_where_ranks_have_several_models(
+    algorithm: str,
+) -> None:
+    """Five clients on four ranks, or models of the clients."""
+    config = job(here("own_with_lock"), algorithm)
+    with pytest.raises(ConfigError, match=r"copy.deepcopy refuses stem.2, a ReLU: TypeError"):
+        dry_run(config, ranks=4)
+    if algorithm == "fedtan":
+        dry_run(config, ranks=5)
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg_gn", "fedavg_ln"])
@@ -342,5 +375,5 @@ def test_a_network_that_can_be_stacked_is_no_error() -> None:
     dry_run(replace(config, cohort=CohortConfig(mode=CohortMode.stacked)))
     model = convert_batchnorm(factory.build(ModelConfig(), (3, 4, 4), 5, seed=0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert vmap_error(model, torch.zeros(1, 3, 4, 4)) is None
+    assert vmap_error(model, torch.zeros(1, 3, 4, 4), Config(), Loss()) is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

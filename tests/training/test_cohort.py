@@ -319,11 +319,11 @@ def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> Non
     assert process_group.world_size() == 1
 
 
+@pytest.mark.parametrize("network", ["with_auxiliary", "two_statistics", "weight_normed"])
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fedbn"])
-def test_a_network_with_several_outputs_trains_alike_in_all_ways(algorithm: str) -> None:
-    """One after another, in lock-step, stacked and on two ranks; its auxiliary loss counts."""
-    target = "tests.helpers.networks:with_auxiliary"
-    model = ModelConfig(source=ModelSource.target, target=target)
+def test_unusual_networks_train_alike_in_all_ways(algorithm: str, network: str) -> None:
+    """One client after another, in lock-step, stacked and on two ranks."""
+    model = ModelConfig(source=ModelSource.target, target=f"tests.helpers.networks:{network}")
     options = config(algorithm, "some", model=model, rounds=2, eval_train_samples=200)
     state, records, _ = trained(options)
     stacked = replace(options, cohort=CohortConfig(mode=CohortMode.stacked, max_stacked=2))
@@ -333,8 +333,17 @@ def test_a_network_with_several_outputs_trains_alike_in_all_ways(algorithm: str)
             for mine, expected in zip(rounds, records, strict=True):
                 for figure in ("train_loss", "test_loss", "test_accuracy", "pooled_train_loss"):
                     assert getattr(mine, figure) == pytest.approx(getattr(expected, figure))
-    alone, _, _ = trained(replace(options, model=replace(model, output="logits")))
-    assert not torch.equal(alone["auxiliary.0.weight"], state["auxiliary.0.weight"])
+
+
+def test_an_auxiliary_loss_counts() -> None:
+    target = "tests.helpers.networks:with_auxiliary"
+    model = ModelConfig(source=ModelSource.target, target=target)
+    options = config("fedtan", "some", model=model, rounds=2)
+    both, alone = (
+        trained(replace(options, model=replace(model, output=name)))[0] for name in (None, "logits")
+    )
+    assert not torch.equal(alone["auxiliary.0.weight"], both["auxiliary.0.weight"])
+    assert not torch.equal(alone["body.1.weight"], both["body.1.weight"])
 
 
 @pytest.mark.parametrize("network", ["with_dropout", "drawing"])
