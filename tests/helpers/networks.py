@@ -266,13 +266,11 @@ def with_auxiliary(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 def two_statistics(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The mlp with BN layers of 64 values that share gamma and beta."""
-    network = small_networks.mlp(math.prod(shape), classes)
-    first, second = nn.BatchNorm1d(64), network.get_submodule("5")
-    first.weight, first.bias = second.weight, second.bias  # type: ignore[assignment]
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(math.prod(shape), 64), first, *list(network.children())[3:]
-    )
+    """A network with two BN layers that share gamma and beta."""
+    first, second = nn.BatchNorm1d(16), nn.BatchNorm1d(16)
+    second.weight, second.bias = first.weight, first.bias
+    layers = nn.Flatten(), nn.Linear(math.prod(shape), 16), first, nn.ReLU(), nn.Linear(16, 16)
+    return nn.Sequential(*layers, second, nn.ReLU(), nn.Linear(16, classes))
 
 
 def weight_normed(shape: tuple[int, ...], classes: int) -> nn.Module:
