@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from . import __version__
-from .config import help
+from .config import help, path_options
 from .config.errors import ConfigError, OutputClosedError, RunError, Stopped, format_option_error
 from .config.hydra_errors import explain, unknown, unreadable
 from .config.schema import Config
@@ -138,7 +138,11 @@ def compose_as(
     usage = io.StringIO()
     output = sys.stdout if launcher_env.rank_hint() == 0 else io.StringIO()  # for --help
     try:
-        with _command_line(words), redirect_stderr(usage), redirect_stdout(output):
+        with (
+            _command_line(path_options.quoted(words)),
+            redirect_stderr(usage),
+            redirect_stdout(output),
+        ):
             launch(composed.append)()
         return [_to_config(config, schema) for config in composed]
     except ConfigError:

@@ -28,6 +28,7 @@ from typing import Any
 from bench import benchmark
 from fedtan_hpc.config.enums import AlgorithmName
 from fedtan_hpc.config.errors import ConfigError, format_option_error
+from fedtan_hpc.config.path_options import expanded
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.reporting import options
@@ -117,7 +118,7 @@ def _networks(word: str) -> list[Network]:
 
 def _from_file(path: str) -> list[Network]:
     try:
-        networks, reason = network_model.read(Path(path)), "it has no network; fit on two ranks"
+        networks, reason = network_model.read(expanded(path)), "it has no network; fit on two ranks"
     except (OSError, ValueError) as error:
         networks, reason = [], getattr(error, "strerror", None) or str(error)
     if not networks:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ..config.dataset_info import KNOWN_DATASETS
 from ..config.enums import DataName
 from ..config.errors import ConfigError, format_option_error, one_line
+from ..config.path_options import expanded
 from ..config.schema import DataConfig
 from ..runtime.torchvision_import import import_torchvision
 
@@ -60,7 +61,7 @@ _FIRST_LABELS = {DataName.mnist: [5, 0, 4, 1, 9], DataName.fashion_mnist: [9, 0,
 
 def root_of(config: DataConfig) -> Path:
     """Returns the root folder of torchvision's layout."""
-    return Path("data" if config.root is None else config.root).expanduser().absolute()
+    return expanded("data" if config.root is None else config.root).absolute()
 
 
 def find(config: DataConfig) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config.errors import ConfigError, RunError, format_option_error
+from ..config.path_options import expanded
 from ..config.schema import Config
 from ..distributed import collectives, process_group
 from ..evaluation.records import RoundRecord
@@ -106,7 +107,7 @@ def _choose(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
             return chosen
     if config.resume in ("auto", "never"):
         return None
-    return _choose_named(Path(config.resume), config)
+    return _choose_named(expanded(config.resume), config)
 
 
 def _choose_named(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:

@@ -29,6 +29,7 @@ from typing import IO, Any
 import yaml
 from omegaconf import OmegaConf
 
+from ..config import path_options
 from ..config.enums import ModelSource
 from ..config.errors import ConfigError, FolderInUseError, format_option_error
 from ..config.schema import Config, to_dict
@@ -44,7 +45,7 @@ _WHERE_COMPUTED = ("comm", "threads", "device")
 def name(config: Config) -> Path:
     """Returns the option ``run_dir``, or runs/ and a name made from the other options."""
     if config.run_dir is not None:
-        return Path(config.run_dir)
+        return path_options.expanded(config.run_dir)
     options = {key: v for key, v in to_dict(config).items() if key not in NOT_IDENTIFYING}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
     is_target = config.model.source is ModelSource.target

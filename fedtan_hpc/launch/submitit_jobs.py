@@ -22,6 +22,7 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from ..config.errors import ConfigError, Stopped
+from ..config.path_options import expanded
 from ..config.schema import Config
 from ..config.submit_options import ClusterName, LaunchConfig, SubmitConfig
 from ..job import run_dir
@@ -123,10 +124,11 @@ def _quiet_children(launch: LaunchConfig) -> Iterator[None]:
 
 
 def _executor(launch: LaunchConfig) -> submitit.Executor:
+    logs = expanded(launch.folder)
     if launch.cluster is ClusterName.debug:
-        return submitit.DebugExecutor(launch.folder)
+        return submitit.DebugExecutor(logs)
     if launch.cluster is ClusterName.local:
-        local = submitit.LocalExecutor(launch.folder, max_num_timeout=_NEVER)
+        local = submitit.LocalExecutor(logs, max_num_timeout=_NEVER)
         local.update_parameters(
             tasks_per_node=launch.tasks_per_node,
             gpus_per_node=(launch.gpus_per_task or 0) * launch.tasks_per_node,
@@ -134,7 +136,7 @@ def _executor(launch: LaunchConfig) -> submitit.Executor:
             signal_delay_s=launch.signal_delay_s,
         )
         return local
-    slurm = submitit.AutoExecutor(launch.folder, "slurm", slurm_max_num_timeout=_NEVER)
+    slurm = submitit.AutoExecutor(logs, "slurm", slurm_max_num_timeout=_NEVER)
     slurm.update_parameters(**slurm_parameters(launch))
     return slurm
 
@@ -144,7 +146,7 @@ def slurm_parameters(launch: LaunchConfig) -> dict[str, Any]:
     options = (option.partition("=") for option in launch.sbatch)
     additional = {name: value or True for name, _, value in options}
     # With --signal=USR2 SLURM signals the ranks; if a user signals the script too, it stays.
-    setup = [*requeue.setup_lines(Path(launch.folder)), "trap : USR1"]
+    setup = [*requeue.setup_lines(expanded(launch.folder)), "trap : USR1"]
     if launch.cpus_per_task:  # since SLURM 22.05 srun does not take this from the job
         setup.append(f"export SRUN_CPUS_PER_TASK={launch.cpus_per_task}")
     parameters: dict[str, Any] = {

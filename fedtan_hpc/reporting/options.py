@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from .. import cli
+from ..config import path_options
 from ..config.errors import ConfigError, format_option_error
 from ..config.schema import Config
 from ..runtime import launcher_env
@@ -55,7 +56,7 @@ def folder(word: str) -> str:
     if not path.strip():
         allowed = "the name of a file or folder"
         raise ConfigError(format_option_error(name, path, allowed, "name it"))
-    return path
+    return str(path_options.expanded(path))
 
 
 def check_writable(path: Path) -> None:
