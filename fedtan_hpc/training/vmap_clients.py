@@ -10,7 +10,7 @@ Shapes: K clients, N samples of the largest batch, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..batchnorm.context import model_tag, normalised_by
 from ..batchnorm.conversion import batchnorm_layers
+from ..batchnorm.layer import FedTANBatchNorm
 from ..batchnorm.local_statistics import LocalStatistics, RunningStatistics
 from ..batchnorm.statistics_call import GlobalStatistics
 from ..distributed.model_average import named_tensors
@@ -55,7 +56,6 @@ class Stack:
     """
 
     _statistics_class = GlobalStatistics
-    _tag_of = staticmethod(model_tag)
 
     def __init__(self, model: nn.Module, runs: Sequence[LocalRun]) -> None:
         self._model = model
@@ -99,6 +99,9 @@ class Stack:
         if pooled:
             self._pool(gradients)
         self._step([(gradients, losses)])
+
+    def _tag_of(self, layers: Mapping[str, FedTANBatchNorm]) -> int:
+        return model_tag(layers)
 
     def local_step(self, max_stacked: int) -> None:
         """Takes a step with local statistics, in passes of at most ``max_stacked`` clients."""

@@ -5,12 +5,13 @@ Used by ``client_runners`` on a GPU and by ``job.dry_run``.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.layer import FedTANBatchNorm
 from ..batchnorm.statistics_call import GlobalStatistics
 from ..config.algorithms import RoundPlan, plan
 from ..config.schema import Config
@@ -62,7 +63,10 @@ class _UnsentStatistics(GlobalStatistics):
 
 class _TrialStack(Stack):
     _statistics_class = _UnsentStatistics
-    _tag_of = staticmethod(lambda layers: 0)
+
+    def _tag_of(self, layers: Mapping[str, FedTANBatchNorm]) -> int:
+        """Returns a tag that no other rank has to know."""
+        return 0
 
 
 def _client(number: int, sample: Tensor, size: int) -> Client:
