@@ -45,7 +45,7 @@ def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> C
     progress.round = progress.collectives = 0
     limit = timedelta(seconds=_TIMEOUT_FACTOR * timeout_seconds)
     if backend == "mpi":
-        _mpi().init_process_group()
+        _mpi().init_process_group(limit)
         return _open_channel(_rank_0_endpoint(rank), "fedtan_hpc", serves=rank == 0)
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         by_mpirun = launcher_env.detect().launcher in launcher_env.MPI_LAUNCHERS
@@ -92,8 +92,8 @@ def stop() -> None:
 
 def end_job(code: int) -> None:
     """Ends all processes of a job over MPI; without this they would wait for this one."""
-    if mpi := sys.modules.get(f"{__package__}.mpi.backend"):
-        mpi.abort(code)
+    if library := sys.modules.get(f"{__package__}.mpi.library"):
+        library.abort(code)
 
 
 class LostRankError(RunError):

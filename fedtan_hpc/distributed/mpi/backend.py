@@ -3,44 +3,71 @@
 FedTAN sends mostly small sums: over MPI's shared memory one takes some ten microseconds, over gloo
 a millisecond.  Contiguous tensors are sent without a copy, others as copies; tensors of half
 precision are summed in float32.  ``distributed.process_group`` uses this module.
+
+MPI is loaded when a process group starts: mpi4py's own start is left to programs that load MPI.
 """
 
-import time
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from . import library
-from .library import MPI
-from .process_group import create_group
+from ..rendezvous import free_endpoint
 
 NAME = "mpi4py"
 """Name of the backend in torch.distributed; torch's compiled MPI backend is called mpi."""
-_MESSAGE_SECONDS = 1.0
-"""Time for mpiexec to pass on the last message; MPICH drops what it reads after an abort."""
+_c10d: Any = dist
 
 
 def share(value: Any) -> Any:
     """Returns rank 0's ``value`` on every process of the launcher; needs no process group."""
+    from . import library
+
     library.initialise()
-    return MPI.COMM_WORLD.bcast(value)
+    return library.MPI.COMM_WORLD.bcast(value)
 
 
-def abort(code: int) -> None:
-    """Ends all processes of the job with exit code ``code``; without this they would hang."""
-    if MPI.Is_initialized() and not MPI.Is_finalized():
-        time.sleep(_MESSAGE_SECONDS)
-        MPI.COMM_WORLD.Abort(code)
-
-
-def init_process_group() -> None:
+def init_process_group(timeout: timedelta | None = None) -> None:
     """Makes all processes that mpirun started torch.distributed's default group, over MPI.
+
+    An operation that a rank does not join within ``timeout``, by default torch's 30 minutes, ends
+    with ``DistBackendError``; an all-reduce that blocks ends the job with a message.
 
     Raises ``LauncherError`` if the mpirun of another MPI started them.
     """
-    library.initialise()
+    world = _initialised_world()
     if NAME not in dist.Backend.backend_list:
+        from .process_group import create_group
+
         devices = ["cpu", "cuda"]
         dist.Backend.register_backend(NAME, create_group, extended_api=True, devices=devices)
-    world, store = MPI.COMM_WORLD, dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(NAME, store=store, rank=world.rank, world_size=world.size)
+        _skip_in_graphs()
+    store = _shared_store(world.rank)
+    dist.init_process_group(
+        NAME, store=store, rank=world.rank, world_size=world.size, timeout=timeout
+    )
+
+
+def _initialised_world() -> Any:
+    from . import library
+
+    library.initialise()
+    return library.MPI.COMM_WORLD
+
+
+def _shared_store(rank: int) -> Any:
+    """Returns a store of all ranks, in which groups of other backends find each other.
+
+    Rank 0 serves it.
+    """
+    host = free_endpoint()[0] if rank == 0 else ""
+    server = _c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    host, port = share((host, server.port) if server else None)
+    return server or _c10d.TCPStore(host, port, is_master=False, wait_for_workers=False)
+
+
+def _skip_in_graphs() -> None:
+    """Lets torch.compile call this package's functions instead of tracing into them."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.add(__package__)

@@ -3,8 +3,6 @@
 ``mpi.process_group`` passes every tensor through these functions.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,46 +23,61 @@ _OPERATIONS = {
     dist.ReduceOp.BXOR: MPI.BXOR,
 }
 _BOOL_OPERATIONS = {
-    **_OPERATIONS,
     dist.ReduceOp.SUM: MPI.LOR,
     dist.ReduceOp.MAX: MPI.LOR,
+    dist.ReduceOp.BOR: MPI.LOR,
     dist.ReduceOp.PRODUCT: MPI.LAND,
     dist.ReduceOp.MIN: MPI.LAND,
+    dist.ReduceOp.BAND: MPI.LAND,
+    dist.ReduceOp.BXOR: MPI.LXOR,
 }
+_BITWISE = (MPI.BAND, MPI.BOR, MPI.BXOR)
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def mpi_operation(operation: Any, tensor: Tensor) -> MPI.Op:
     """Returns MPI's name of torch's reduction; sums and products of bool are or and and.
 
-    Raises ``ValueError`` for a reduction that MPI does not have.
+    Raises ``ValueError`` for a reduction that MPI does not have, or not for the tensor's dtype.
     """
     table = _BOOL_OPERATIONS if tensor.dtype is torch.bool else _OPERATIONS
     for known, mpi_name in table.items():
         if operation == known:
+            if mpi_name in _BITWISE and (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(f"{_name(operation)} is for integers and bool, not {tensor.dtype}")
             return mpi_name
-    raise ValueError(f"MPI has no {operation}; multiply before summing")
+    remedy = "" if tensor.dtype is torch.bool else "; multiply before summing"
+    raise ValueError(f"MPI has no {_name(operation)} of {tensor.dtype}{remedy}")
 
 
-@contextmanager
-def mpi_buffer(tensor: Tensor, writes: bool = True, reduces: bool = False) -> Iterator[Any]:
-    """Yields ``tensor`` as MPI takes it: its memory if contiguous, else a copy of it.
+def _name(operation: Any) -> str:
+    return str(getattr(operation, "op", operation)).rpartition(".")[2]
 
-    With ``writes``, MPI's result in a copy is copied back.  With ``reduces``, MPI sees values that
-    it can add up, in float32 for half precision; otherwise it sees bytes to move.
+
+class MPIBuffer:
+    """A tensor as MPI takes it, in ``memory``: the tensor's memory if contiguous, else a copy.
+
+    With ``reduces``, MPI sees values that it can add up, in float32 for half precision; otherwise
+    it sees bytes to move.
     """
-    tensor = tensor.detach()
-    wide = tensor.float() if reduces and tensor.dtype in _HALF else tensor
-    contiguous = wide.contiguous().resolve_conj().resolve_neg()
-    yield _memory(contiguous) if reduces else raw_buffer(contiguous)
-    if writes and contiguous is not tensor:
-        tensor.copy_(contiguous)
+
+    __slots__ = ("_copy", "_tensor", "memory")
+
+    def __init__(self, tensor: Tensor, reduces: bool = False) -> None:
+        self._tensor = tensor = tensor.detach()
+        wide = tensor.float() if reduces and tensor.dtype in _HALF else tensor
+        self._copy = wide.contiguous().resolve_conj().resolve_neg()
+        self.memory = _memory(self._copy) if reduces else _bytes(self._copy)
+
+    def write_back(self) -> None:
+        """Writes what MPI has put into a copy to the tensor."""
+        if self._copy is not self._tensor:
+            self._tensor.copy_(self._copy)
 
 
-def raw_buffer(tensor: Tensor) -> Any:
+def _bytes(tensor: Tensor) -> Any:
     """Returns the bytes of a contiguous tensor for MPI."""
-    memory = tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-    return [_memory(memory), MPI.BYTE]
+    return [_memory(tensor.reshape(-1).view(torch.uint8)), MPI.BYTE]
 
 
 def _memory(tensor: Tensor) -> Any:

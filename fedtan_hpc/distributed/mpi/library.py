@@ -1,23 +1,48 @@
 """The MPI library: loaded by mpi4py, checked against the launcher, then initialised.
 
-All modules of ``mpi`` import ``MPI`` from here.
+The other modules of ``mpi`` import ``MPI`` from here.  Who imports this module must initialise MPI:
+mpi4py, once loaded, does not.  So ``backend`` loads it when a process group starts.
 """
 
 import os
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import mpi4py
 
 from ...config.errors import LauncherError, format_option_error
 from ...runtime.launcher_env import MPI_LAUNCHERS, detect
 
-mpi4py.rc(initialize=False, finalize=True)  # it may abort under another MPI's launcher
-with warnings.catch_warnings():
+
+@contextmanager
+def _initialised_later() -> Iterator[None]:
+    """Lets mpi4py load without MPI_Init, which may abort under another MPI's launcher."""
+    rc = mpi4py.rc
+    before = rc.initialize, rc.finalize
+    rc.initialize, rc.finalize = False, True
+    try:
+        yield
+    finally:
+        rc.initialize, rc.finalize = before
+
+
+with warnings.catch_warnings(), _initialised_later():
     warnings.simplefilter("ignore", RuntimeWarning)  # our own check says more
     from mpi4py import MPI
 
-__all__ = ["MPI", "check_launcher", "initialise"]
+__all__ = ["MPI", "abort", "check_launcher", "initialise"]
+
+_MESSAGE_SECONDS = 1.0
+"""Time for mpiexec to pass on the last message; MPICH drops what it reads after an abort."""
+
+
+def abort(code: int) -> None:
+    """Ends all processes of the job with exit code ``code``; without this they would hang."""
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        time.sleep(_MESSAGE_SECONDS)
+        MPI.COMM_WORLD.Abort(code)
 
 
 def initialise(variables: Mapping[str, str] = os.environ) -> None:

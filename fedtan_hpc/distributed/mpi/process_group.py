@@ -1,51 +1,50 @@
-"""torch.distributed's collectives as those of MPI; each one is complete when its call returns."""
+"""torch.distributed's process group over an MPI communicator; no method waits for other ranks.
 
-from collections.abc import Callable, Iterable
+The one exception is a sum that the caller waits for at once: MPI's blocking all-reduce is the
+fastest, and FedTAN's time is that of small sums.
+"""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.futures import Future
 
-from .buffers import mpi_buffer, mpi_operation, raw_buffer
+from .buffers import MPIBuffer, mpi_operation
+from .calls import collective
 from .library import MPI
+from .sparse import sum_sparse
+from .waiting import Guard, has_failed
+from .work import MPIWork, completed, failed, look_at_all, timed_out
 
 Tensors: TypeAlias = list[Tensor]
 
 _ProcessGroup: Any = dist.ProcessGroup
-_c10d: Any = torch._C._distributed_c10d
+_ZERO = timedelta(0)
 
 
 def create_group(options: Any, _: Any = None) -> Any:
-    """Returns a process group over MPI of the ranks in torch's ``options``, in their order."""
-    ranks = list(options.global_ranks_in_group)
-    world = MPI.COMM_WORLD
-    if not ranks or ranks == list(range(world.size)):
-        return _MPIGroup(world.Dup())
-    return _MPIGroup(world.Create_group(world.group.Incl(ranks)))
+    """Returns a process group over MPI of the ranks in torch's ``options``, in their order.
 
-
-def _done(result: Any) -> Any:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return _c10d._create_work_from_future(future)
+    Ends the job if a rank does not join within the time-out in ``options``.
+    """
+    ranks, world = list(options.global_ranks_in_group), MPI.COMM_WORLD
+    seconds = options.timeout.total_seconds()
+    title = f"new_group of rank {world.rank}"
+    with Guard(seconds, lambda: str(timed_out(title, seconds))):
+        if not ranks or ranks == list(range(world.size)):
+            comm = world.Dup()
+        else:
+            comm = world.Create_group(world.group.Incl(ranks))
+    return _MPIGroup(comm, options.timeout)
 
 
 def _copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(source.view_as(target))
-
-
-def _for_each(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the variant of ``collective`` that takes a list of outputs and one of inputs."""
-
-    def coalesced(group: Any, outputs: Tensors, inputs: Tensors, options: Any = None) -> Any:
-        for output, tensor in zip(outputs, inputs, strict=True):
-            collective(group, output, tensor, options)
-        return _done(outputs)
-
-    return coalesced
+        target.detach().copy_(source.view_as(target))
 
 
 class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
@@ -55,10 +54,13 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     one member; each member is one collective of MPI.
     """
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
         super().__init__(comm.rank, comm.size)
         self._comm = comm
+        self._timeout = timeout
         self._name = ""
+        # Messages of all_to_all must not meet those that the user sends.
+        self._all_to_all_tag = comm.Get_attr(MPI.TAG_UB)
 
     def getBackendName(self) -> str:
         return "mpi4py"
@@ -72,138 +74,224 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     group_name = property(getGroupName)
 
-    def allreduce(self, tensors: Tensors, options: Any) -> Any:
-        for tensor in tensors:
-            with mpi_buffer(tensor, reduces=True) as buffer:
-                operation = mpi_operation(options.reduceOp, tensor)
-                self._comm.Allreduce(MPI.IN_PLACE, buffer, operation)
-            self._finish_mean(tensor, options)
-        return _done(tensors)
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Sets how long an operation may take that is not given a time-out."""
+        self._timeout = timeout
 
-    allreduce_coalesced = allreduce
+    def _seconds(self, options: Any) -> float:
+        timeout = self._timeout if options is None else options.timeout
+        return (timeout if timeout > _ZERO else self._timeout).total_seconds()
+
+    def _title(self, name: str) -> str:
+        return f"{name} of rank {self._comm.rank} (group {self._name}, {self._comm.size} ranks)"
+
+    def _begin(self, name: str, options: Any = None) -> MPIWork:
+        look_at_all()
+        return MPIWork(self._title(name), self._seconds(options))
+
+    @collective("AllreduceOptions", 1, "op", "timeout")
+    def allreduce(self, tensors: Tensors, options: Any) -> Any:
+        if any(tensor.is_sparse for tensor in tensors):
+            for tensor in tensors:
+                sum_sparse(tensor, options.reduceOp, self._gather_rows)
+        elif getattr(options, "asyncOp", True):
+            return self._start_allreduce(tensors, options)
+        else:
+            for tensor in tensors:
+                self._sum_now(tensor, options)
+        return completed(tensors)
+
+    def _sum_now(self, tensor: Tensor, options: Any) -> None:
+        buffer = MPIBuffer(tensor, reduces=True)
+        operation, seconds = mpi_operation(options.reduceOp, tensor), self._seconds(options)
+        try:
+            with Guard(seconds, lambda: str(timed_out(self._title("all_reduce"), seconds))):
+                self._comm.Allreduce(MPI.IN_PLACE, buffer.memory, operation)
+        except MPI.Exception as error:
+            raise failed(self._title("all_reduce"), error) from None
+        buffer.write_back()
+        self._finish_mean(tensor, options)
+
+    def _start_allreduce(self, tensors: Tensors, options: Any) -> Any:
+        work = self._begin("all_reduce", options)
+        for tensor in tensors:
+            operation = mpi_operation(options.reduceOp, tensor)
+            memory = work.writes(tensor, reduces=True)
+            work.start(self._comm.Iallreduce, MPI.IN_PLACE, memory, operation)
+            work.then(partial(self._finish_mean, tensor, options))
+        return work.returns(tensors)
+
+    allreduce_coalesced = collective("AllreduceCoalescedOptions", 1)(_start_allreduce)
 
     def _finish_mean(self, tensor: Tensor, options: Any) -> None:
         if options.reduceOp == dist.ReduceOp.AVG:
-            tensor.div_(self._comm.size)
+            whole = not tensor.is_floating_point() and not tensor.is_complex()
+            tensor.detach().div_(self._comm.size, rounding_mode="trunc" if whole else None)
 
+    def _gather_rows(self, tensor: Tensor) -> Tensor:
+        """Returns the tensors of all ranks, stacked by rank."""
+        gathered = tensor.new_empty(self._comm.size, *tensor.shape)
+        self.all_gather_single(gathered, tensor).wait()
+        return gathered
+
+    @collective("BroadcastOptions", 1, "root", "timeout")
     def broadcast(self, tensors: Tensors, options: Any) -> Any:
+        work = self._begin("broadcast", options)
         for tensor in tensors:
-            with mpi_buffer(tensor) as buffer:
-                self._comm.Bcast(buffer, root=options.rootRank)
-        return _done(tensors)
+            work.start(self._comm.Ibcast, work.writes(tensor), root=options.rootRank)
+        return work.returns(tensors)
 
+    @collective("ReduceOptions", 1, "root", "op", "timeout")
     def reduce(self, tensors: Tensors, options: Any) -> Any:
-        is_root = self._comm.rank == options.rootRank
+        work, root = self._begin("reduce", options), options.rootRank
         for tensor in tensors:
-            with mpi_buffer(tensor, writes=is_root, reduces=True) as buffer:
-                operation = mpi_operation(options.reduceOp, tensor)
-                send, receive = (MPI.IN_PLACE, buffer) if is_root else (buffer, None)
-                self._comm.Reduce(send, receive, operation, root=options.rootRank)
-            if is_root:
-                self._finish_mean(tensor, options)
-        return _done(tensors)
+            operation = mpi_operation(options.reduceOp, tensor)
+            if self._comm.rank == root:
+                memory = work.writes(tensor, reduces=True)
+                work.start(self._comm.Ireduce, MPI.IN_PLACE, memory, operation, root=root)
+                work.then(partial(self._finish_mean, tensor, options))
+            else:
+                memory = work.reads(tensor, reduces=True)
+                work.start(self._comm.Ireduce, memory, None, operation, root=root)
+        return work.returns(tensors)
 
+    @collective("AllgatherOptions", 2, "timeout")
     def allgather(self, outputs: list[Tensors], inputs: Tensors, options: Any) -> Any:
         """Copies the input of rank r into the r-th tensor of the output."""
+        work = self._begin("all_gather", options)
         for output, tensor in zip(outputs, inputs, strict=True):
             gathered = tensor.new_empty(len(output), *tensor.shape)
-            self.all_gather_single(gathered, tensor)
-            _copy_all(output, gathered)
-        return _done(outputs)
+            self._start_gather_of_all(work, gathered, tensor)
+            work.then(partial(_copy_all, output, gathered))
+        return work.returns(outputs)
 
+    @collective("AllgatherOptions", 2)
     def allgather_coalesced(self, outputs: list[Tensors], inputs: Tensors, options: Any) -> Any:
         """Copies the inputs of rank r into the list outputs[r]."""
-        self.allgather([list(column) for column in zip(*outputs, strict=True)], inputs, options)
-        return _done(outputs)
+        columns = [list(column) for column in zip(*outputs, strict=True)]
+        return self.allgather(columns, inputs, options).returns(outputs)
 
-    def all_gather_single(self, output: Tensor, tensor: Tensor, options: Any = None) -> Any:
+    def _start_gather_of_all(self, work: MPIWork, output: Tensor, tensor: Tensor) -> None:
+        work.start(self._comm.Iallgather, work.reads(tensor), work.writes(output))
+
+    @collective("AllgatherOptions", 2, "timeout", listed=False)
+    def all_gather_single(self, output: Tensor, tensor: Tensor, options: Any) -> Any:
         """Copies the tensors of all ranks, by rank, into the one tensor ``output``."""
-        with mpi_buffer(output) as rows, mpi_buffer(tensor, writes=False) as row:
-            self._comm.Allgather(row, rows)
-        return _done(output)
+        work = self._begin("all_gather_single", options)
+        self._start_gather_of_all(work, output, tensor)
+        return work.returns(output)
 
-    _allgather_base = all_gather_single
-    all_gather_single_coalesced = _for_each(all_gather_single)
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    @collective("AllgatherOptions", 2)
+    def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, options: Any) -> Any:
+        """Is ``all_gather_single`` for each pair of an output and an input."""
+        work = self._begin("all_gather_single", options)
+        for output, tensor in zip(outputs, inputs, strict=True):
+            self._start_gather_of_all(work, output, tensor)
+        return work.returns(outputs)
 
+    @collective("GatherOptions", 2, "root", "timeout")
     def gather(self, outputs: list[Tensors], inputs: Tensors, options: Any) -> Any:
         """Copies the input of rank r into the r-th tensor of the root's output."""
-        is_root = self._comm.rank == options.rootRank
+        work, root = self._begin("gather", options), options.rootRank
         for number, tensor in enumerate(inputs):
-            gathered = tensor.new_empty(self._comm.size if is_root else 0, *tensor.shape)
-            with mpi_buffer(gathered) as rows, mpi_buffer(tensor, writes=False) as row:
-                self._comm.Gather(row, rows if is_root else None, root=options.rootRank)
-            if is_root:
-                _copy_all(outputs[number], gathered)
-        return _done(outputs)
+            rows = None
+            if self._comm.rank == root:
+                gathered = tensor.new_empty(self._comm.size, *tensor.shape)
+                rows = work.writes(gathered)
+                work.then(partial(_copy_all, outputs[number], gathered))
+            work.start(self._comm.Igather, work.reads(tensor), rows, root=root)
+        return work.returns(outputs)
 
+    @collective("ScatterOptions", 2, "root", "timeout")
     def scatter(self, outputs: Tensors, inputs: list[Tensors], options: Any) -> Any:
         """Copies the r-th tensor of the root's input into the output of rank r."""
-        is_root = self._comm.rank == options.rootRank
+        work, root = self._begin("scatter", options), options.rootRank
         for number, tensor in enumerate(outputs):
-            stacked = torch.stack(inputs[number]) if is_root else tensor.new_empty(0)
-            with mpi_buffer(stacked, writes=False) as rows, mpi_buffer(tensor) as row:
-                self._comm.Scatter(rows if is_root else None, row, root=options.rootRank)
-        return _done(outputs)
+            is_root = self._comm.rank == root
+            rows = work.reads(torch.stack(inputs[number])) if is_root else None
+            work.start(self._comm.Iscatter, rows, work.writes(tensor), root=root)
+        return work.returns(outputs)
 
+    @collective("ReduceScatterOptions", 2, "op", "timeout", listed=False)
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, options: Any) -> Any:
         """Overwrites the output of rank r with the reduction of the r-th part of all inputs."""
-        with (
-            mpi_buffer(output, reduces=True) as row,
-            mpi_buffer(tensor, writes=False, reduces=True) as rows,
-        ):
-            self._comm.Reduce_scatter_block(rows, row, mpi_operation(options.reduceOp, tensor))
-        self._finish_mean(output, options)
-        return _done(output)
+        work = self.reduce_scatter_single_coalesced([output], [tensor], options)
+        return work.returns(output)
 
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_single_coalesced = _for_each(reduce_scatter_single)
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    @collective("ReduceScatterOptions", 2)
+    def reduce_scatter_single_coalesced(
+        self, outputs: Tensors, inputs: Tensors, options: Any
+    ) -> Any:
+        """Is ``reduce_scatter_single`` for each pair of an output and an input."""
+        work = self._begin("reduce_scatter", options)
+        for output, tensor in zip(outputs, inputs, strict=True):
+            rows, row = work.reads(tensor, reduces=True), work.writes(output, reduces=True)
+            operation = mpi_operation(options.reduceOp, tensor)
+            work.start(self._comm.Ireduce_scatter_block, rows, row, operation)
+            work.then(partial(self._finish_mean, output, options))
+        return work.returns(outputs)
 
+    @collective("ReduceScatterOptions", 2, "op", "timeout")
     def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], options: Any) -> Any:
         stacked = [torch.stack(parts) for parts in inputs]
         return self.reduce_scatter_single_coalesced(outputs, stacked, options)
 
+    @collective("AllToAllOptions", 2, "timeout", listed=False)
     def alltoall(self, outputs: Tensors, inputs: Tensors, options: Any) -> Any:
         """Copies rank r's input for this rank into output r; each pair has its own shape."""
-        received = [output.new_empty(output.shape) for output in outputs]
-        sent = [tensor.detach().contiguous() for tensor in inputs]
-        requests = [self._comm.Irecv(raw_buffer(t), source=rank) for rank, t in enumerate(received)]
-        requests += [self._comm.Isend(raw_buffer(t), dest=rank) for rank, t in enumerate(sent)]
-        MPI.Request.Waitall(requests)
-        _copy_all(outputs, received)
-        return _done(outputs)
+        work, tag = self._begin("all_to_all", options), self._all_to_all_tag
+        for rank, tensor in enumerate(outputs):
+            work.start(self._comm.Irecv, work.writes(tensor), source=rank, tag=tag)
+        for rank, tensor in enumerate(inputs):
+            work.start(self._comm.Isend, work.reads(tensor), dest=rank, tag=tag)
+        return work.returns(outputs)
 
+    @collective("AllToAllOptions", 4, "timeout", listed=False)
     def all_to_all_single(
-        self, output: Tensor, tensor: Tensor, outs: list[int], ins: list[int], options: Any = None
+        self, output: Tensor, tensor: Tensor, outs: list[int], ins: list[int], options: Any
     ) -> Any:
         """Sends ``ins[r]`` rows to rank r, receives ``outs[r]``; equal parts without sizes."""
         size = self._comm.size
         outs = list(outs) or [len(output) // size] * size
         ins = list(ins) or [len(tensor) // size] * size
-        self.alltoall(list(output.split(outs)), list(tensor.split(ins)), options)
-        return _done(output)
+        work = self.alltoall(list(output.split(outs)), list(tensor.split(ins)), options)
+        return work.returns(output)
 
+    # Names in torch before 2.13.
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
 
     def send(self, tensors: Tensors, rank: int, tag: int = 0) -> Any:
-        """Returns when the tensors may be changed."""
+        """Sends; once the work is done the tensors may be changed."""
+        work = self._begin(f"send to rank {rank}")
         for tensor in tensors:
-            with mpi_buffer(tensor, writes=False) as buffer:
-                self._comm.Send(buffer, dest=rank, tag=tag)
-        return _done(tensors)
+            work.start(self._comm.Isend, work.reads(tensor), dest=rank, tag=tag)
+        return work.returns(tensors)
 
     def recv(self, tensors: Tensors, rank: int, tag: int = 0) -> Any:
-        for tensor in tensors:
-            with mpi_buffer(tensor) as buffer:
-                self._comm.Recv(buffer, source=rank, tag=tag)
-        return _done(tensors)
+        return self._receive(tensors, rank, tag, f"rank {rank}")
 
-    def barrier(self, opts: Any = None) -> Any:
-        self._comm.Barrier()
-        return _done([])
+    def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Any:
+        return self._receive(tensors, MPI.ANY_SOURCE, tag, "any rank")
+
+    def _receive(self, tensors: Tensors, source: int, tag: int, name: str) -> Any:
+        work = self._begin(f"recv from {name}")
+        for tensor in tensors:
+            work.start(self._comm.Irecv, work.writes(tensor), source=source, tag=tag)
+        return work.returns(tensors)
+
+    @collective("BarrierOptions", 0, "timeout")
+    def barrier(self, options: Any) -> Any:
+        work = self._begin("barrier", options)
+        work.start(self._comm.Ibarrier)
+        return work.returns([])
 
     def shutdown(self) -> None:
-        """Frees the communicator."""
-        if self._comm != MPI.COMM_NULL and not MPI.Is_finalized():
+        """Frees the communicator, unless messages are lost or under way."""
+        if look_at_all() or has_failed() or MPI.Is_finalized():
+            return
+        if self._comm != MPI.COMM_NULL:
             self._comm.Free()
