@@ -14,8 +14,6 @@ import torch.distributed as dist
 
 from ..rendezvous import free_endpoint
 
-NAME = "mpi4py"
-"""Name of the backend in torch.distributed; torch's compiled MPI backend is called mpi."""
 _c10d: Any = dist
 
 
@@ -36,9 +34,9 @@ def init_process_group(timeout: timedelta | None = None) -> None:
     Raises ``LauncherError`` if the mpirun of another MPI started them.
     """
     world = _initialised_world()
-    if NAME not in dist.Backend.backend_list:
-        from .process_group import create_group
+    from .process_group import NAME, create_group
 
+    if NAME not in dist.Backend.backend_list:
         devices = ["cpu", "cuda"]
         dist.Backend.register_backend(NAME, create_group, extended_api=True, devices=devices)
         _skip_in_graphs()

@@ -3,6 +3,7 @@
 ``mpi.process_group`` passes every tensor through these functions.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,6 +53,19 @@ def mpi_operation(operation: Any, tensor: Tensor) -> MPI.Op:
 
 def _name(operation: Any) -> str:
     return str(getattr(operation, "op", operation)).rpartition(".")[2]
+
+
+def finish_mean(tensor: Tensor, operation: Any, ranks: int) -> None:
+    """Makes a sum over ranks their mean if ``operation`` is AVG; towards zero for integers."""
+    if operation == dist.ReduceOp.AVG:
+        is_exact = tensor.is_floating_point() or tensor.is_complex()
+        tensor.detach().div_(ranks, rounding_mode=None if is_exact else "trunc")
+
+
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copies each source to the target of as many values."""
+    for target, source in zip(targets, sources, strict=True):
+        target.detach().copy_(source.view_as(target))
 
 
 class MPIBuffer:

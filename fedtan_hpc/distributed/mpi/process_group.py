@@ -4,26 +4,31 @@ The one exception is a sum that the caller waits for at once: MPI's blocking all
 fastest, and FedTAN's time is that of small sums.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .buffers import MPIBuffer, mpi_operation
+from .buffers import MPIBuffer, copy_all, finish_mean, mpi_operation
 from .calls import collective
 from .library import MPI
 from .sparse import sum_sparse
 from .waiting import Guard, has_failed
-from .work import MPIWork, completed, failed, look_at_all, timed_out
+from .work import MPIWork, ProfilerEvent, completed, failed, look_at_all, timed_out
 
 Tensors: TypeAlias = list[Tensor]
+_Parts: TypeAlias = Sequence[Tensor]
 
 _ProcessGroup: Any = dist.ProcessGroup
 _ZERO = timedelta(0)
+_profiler_enabled: Any = torch._C._autograd._profiler_enabled
+NAME = "mpi4py"
+"""Name of the backend in torch.distributed; torch's compiled MPI backend is called mpi."""
 
 
 def create_group(options: Any, _: Any = None) -> Any:
@@ -42,11 +47,6 @@ def create_group(options: Any, _: Any = None) -> Any:
     return _MPIGroup(comm, options.timeout)
 
 
-def _copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.detach().copy_(source.view_as(target))
-
-
 class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     """A communicator with the methods that torch.distributed calls, under torch's names.
 
@@ -63,7 +63,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
         self._all_to_all_tag = comm.Get_attr(MPI.TAG_UB)
 
     def getBackendName(self) -> str:
-        return "mpi4py"
+        return NAME
 
     def setGroupName(self, name: str) -> None:
         """Sets the name under which torch's functional collectives look the group up."""
@@ -85,16 +85,18 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     def _title(self, name: str) -> str:
         return f"{name} of rank {self._comm.rank} (group {self._name}, {self._comm.size} ranks)"
 
-    def _begin(self, name: str, options: Any = None) -> MPIWork:
+    def _begin(self, name: str, inputs: Any, options: Any = None, peer: str = "") -> MPIWork:
+        """Returns a work of which the profiler shows ``name`` and the sizes of ``inputs``."""
         look_at_all()
-        return MPIWork(self._title(name), self._seconds(options))
+        event = ProfilerEvent(f"{NAME}:{name}", inputs) if _profiler_enabled() else None
+        return MPIWork(self._title(name + peer), self._seconds(options), event)
 
     @collective("AllreduceOptions", 1, "op", "timeout")
     def allreduce(self, tensors: Tensors, options: Any) -> Any:
         if any(tensor.is_sparse for tensor in tensors):
             for tensor in tensors:
                 sum_sparse(tensor, options.reduceOp, self._gather_rows)
-        elif getattr(options, "asyncOp", True):
+        elif getattr(options, "asyncOp", True) or _profiler_enabled():
             return self._start_allreduce(tensors, options)
         else:
             for tensor in tensors:
@@ -110,23 +112,18 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
         except MPI.Exception as error:
             raise failed(self._title("all_reduce"), error) from None
         buffer.write_back()
-        self._finish_mean(tensor, options)
+        finish_mean(tensor, options.reduceOp, self._comm.size)
 
     def _start_allreduce(self, tensors: Tensors, options: Any) -> Any:
-        work = self._begin("all_reduce", options)
+        work = self._begin("all_reduce", tensors, options)
         for tensor in tensors:
             operation = mpi_operation(options.reduceOp, tensor)
             memory = work.writes(tensor, reduces=True)
             work.start(self._comm.Iallreduce, MPI.IN_PLACE, memory, operation)
-            work.then(partial(self._finish_mean, tensor, options))
+            work.then(partial(finish_mean, tensor, options.reduceOp, self._comm.size))
         return work.returns(tensors)
 
     allreduce_coalesced = collective("AllreduceCoalescedOptions", 1)(_start_allreduce)
-
-    def _finish_mean(self, tensor: Tensor, options: Any) -> None:
-        if options.reduceOp == dist.ReduceOp.AVG:
-            whole = not tensor.is_floating_point() and not tensor.is_complex()
-            tensor.detach().div_(self._comm.size, rounding_mode="trunc" if whole else None)
 
     def _gather_rows(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all ranks, stacked by rank."""
@@ -136,20 +133,20 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     @collective("BroadcastOptions", 1, "root", "timeout")
     def broadcast(self, tensors: Tensors, options: Any) -> Any:
-        work = self._begin("broadcast", options)
+        work = self._begin("broadcast", tensors, options)
         for tensor in tensors:
             work.start(self._comm.Ibcast, work.writes(tensor), root=options.rootRank)
         return work.returns(tensors)
 
     @collective("ReduceOptions", 1, "root", "op", "timeout")
     def reduce(self, tensors: Tensors, options: Any) -> Any:
-        work, root = self._begin("reduce", options), options.rootRank
+        work, root = self._begin("reduce", tensors, options), options.rootRank
         for tensor in tensors:
             operation = mpi_operation(options.reduceOp, tensor)
             if self._comm.rank == root:
                 memory = work.writes(tensor, reduces=True)
                 work.start(self._comm.Ireduce, MPI.IN_PLACE, memory, operation, root=root)
-                work.then(partial(self._finish_mean, tensor, options))
+                work.then(partial(finish_mean, tensor, options.reduceOp, self._comm.size))
             else:
                 memory = work.reads(tensor, reduces=True)
                 work.start(self._comm.Ireduce, memory, None, operation, root=root)
@@ -158,11 +155,11 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("AllgatherOptions", 2, "timeout")
     def allgather(self, outputs: list[Tensors], inputs: Tensors, options: Any) -> Any:
         """Copies the input of rank r into the r-th tensor of the output."""
-        work = self._begin("all_gather", options)
+        work = self._begin("all_gather", inputs, options)
         for output, tensor in zip(outputs, inputs, strict=True):
             gathered = tensor.new_empty(len(output), *tensor.shape)
             self._start_gather_of_all(work, gathered, tensor)
-            work.then(partial(_copy_all, output, gathered))
+            work.then(partial(copy_all, output, gathered))
         return work.returns(outputs)
 
     @collective("AllgatherOptions", 2)
@@ -177,14 +174,14 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("AllgatherOptions", 2, "timeout", listed=False)
     def all_gather_single(self, output: Tensor, tensor: Tensor, options: Any) -> Any:
         """Copies the tensors of all ranks, by rank, into the one tensor ``output``."""
-        work = self._begin("all_gather_single", options)
+        work = self._begin("_all_gather_base", [tensor], options)
         self._start_gather_of_all(work, output, tensor)
         return work.returns(output)
 
     @collective("AllgatherOptions", 2)
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, options: Any) -> Any:
         """Is ``all_gather_single`` for each pair of an output and an input."""
-        work = self._begin("all_gather_single", options)
+        work = self._begin("_all_gather_base", inputs, options)
         for output, tensor in zip(outputs, inputs, strict=True):
             self._start_gather_of_all(work, output, tensor)
         return work.returns(outputs)
@@ -192,20 +189,20 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("GatherOptions", 2, "root", "timeout")
     def gather(self, outputs: list[Tensors], inputs: Tensors, options: Any) -> Any:
         """Copies the input of rank r into the r-th tensor of the root's output."""
-        work, root = self._begin("gather", options), options.rootRank
+        work, root = self._begin("gather", inputs, options), options.rootRank
         for number, tensor in enumerate(inputs):
             rows = None
             if self._comm.rank == root:
                 gathered = tensor.new_empty(self._comm.size, *tensor.shape)
                 rows = work.writes(gathered)
-                work.then(partial(_copy_all, outputs[number], gathered))
+                work.then(partial(copy_all, outputs[number], gathered))
             work.start(self._comm.Igather, work.reads(tensor), rows, root=root)
         return work.returns(outputs)
 
     @collective("ScatterOptions", 2, "root", "timeout")
     def scatter(self, outputs: Tensors, inputs: list[Tensors], options: Any) -> Any:
         """Copies the r-th tensor of the root's input into the output of rank r."""
-        work, root = self._begin("scatter", options), options.rootRank
+        work, root = self._begin("scatter", list(chain(*inputs)), options), options.rootRank
         for number, tensor in enumerate(outputs):
             is_root = self._comm.rank == root
             rows = work.reads(torch.stack(inputs[number])) if is_root else None
@@ -223,12 +220,12 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
         self, outputs: Tensors, inputs: Tensors, options: Any
     ) -> Any:
         """Is ``reduce_scatter_single`` for each pair of an output and an input."""
-        work = self._begin("reduce_scatter", options)
+        work = self._begin("reduce_scatter", inputs, options)
         for output, tensor in zip(outputs, inputs, strict=True):
             rows, row = work.reads(tensor, reduces=True), work.writes(output, reduces=True)
             operation = mpi_operation(options.reduceOp, tensor)
             work.start(self._comm.Ireduce_scatter_block, rows, row, operation)
-            work.then(partial(self._finish_mean, output, options))
+            work.then(partial(finish_mean, output, options.reduceOp, self._comm.size))
         return work.returns(outputs)
 
     @collective("ReduceScatterOptions", 2, "op", "timeout")
@@ -239,12 +236,18 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("AllToAllOptions", 2, "timeout", listed=False)
     def alltoall(self, outputs: Tensors, inputs: Tensors, options: Any) -> Any:
         """Copies rank r's input for this rank into output r; each pair has its own shape."""
-        work, tag = self._begin("all_to_all", options), self._all_to_all_tag
-        for rank, tensor in enumerate(outputs):
-            work.start(self._comm.Irecv, work.writes(tensor), source=rank, tag=tag)
-        for rank, tensor in enumerate(inputs):
-            work.start(self._comm.Isend, work.reads(tensor), dest=rank, tag=tag)
+        work = self._begin("all_to_all", inputs, options)
+        self._start_exchange(work, outputs, inputs)
         return work.returns(outputs)
+
+    def _start_exchange(
+        self, work: MPIWork, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> None:
+        for rank, tensor in enumerate(outputs):
+            memory = work.writes(tensor)
+            work.start(self._comm.Irecv, memory, source=rank, tag=self._all_to_all_tag)
+        for rank, tensor in enumerate(inputs):
+            work.start(self._comm.Isend, work.reads(tensor), dest=rank, tag=self._all_to_all_tag)
 
     @collective("AllToAllOptions", 4, "timeout", listed=False)
     def all_to_all_single(
@@ -254,7 +257,8 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
         size = self._comm.size
         outs = list(outs) or [len(output) // size] * size
         ins = list(ins) or [len(tensor) // size] * size
-        work = self.alltoall(list(output.split(outs)), list(tensor.split(ins)), options)
+        work = self._begin("all_to_all", [tensor], options)
+        self._start_exchange(work, output.split(outs), tensor.split(ins))
         return work.returns(output)
 
     # Names in torch before 2.13.
@@ -266,26 +270,27 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     def send(self, tensors: Tensors, rank: int, tag: int = 0) -> Any:
         """Sends; once the work is done the tensors may be changed."""
-        work = self._begin(f"send to rank {rank}")
+        work = self._begin("send", tensors, peer=f" to rank {rank}")
         for tensor in tensors:
             work.start(self._comm.Isend, work.reads(tensor), dest=rank, tag=tag)
         return work.returns(tensors)
 
     def recv(self, tensors: Tensors, rank: int, tag: int = 0) -> Any:
-        return self._receive(tensors, rank, tag, f"rank {rank}")
+        return self._receive("recv", tensors, rank, tag)
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Any:
-        return self._receive(tensors, MPI.ANY_SOURCE, tag, "any rank")
+        return self._receive("recvAnySource", tensors, MPI.ANY_SOURCE, tag)
 
-    def _receive(self, tensors: Tensors, source: int, tag: int, name: str) -> Any:
-        work = self._begin(f"recv from {name}")
+    def _receive(self, name: str, tensors: Tensors, source: int, tag: int) -> Any:
+        peer = "" if source == MPI.ANY_SOURCE else f" from rank {source}"
+        work = self._begin(name, tensors, peer=peer)
         for tensor in tensors:
             work.start(self._comm.Irecv, work.writes(tensor), source=source, tag=tag)
         return work.returns(tensors)
 
     @collective("BarrierOptions", 0, "timeout")
     def barrier(self, options: Any) -> Any:
-        work = self._begin("barrier", options)
+        work = self._begin("barrier", [], options)
         work.start(self._comm.Ibarrier)
         return work.returns([])
 

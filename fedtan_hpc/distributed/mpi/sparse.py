@@ -23,8 +23,11 @@ def sum_sparse(tensor: Tensor, operation: Any, gather: Callable[[Tensor], Tensor
         torch.cat([rows[:count] for rows, count in zip(gather(padded), counts, strict=True)])
         for padded in (_padded(indices, max(counts)), _padded(values, max(counts)))
     )
-    total = torch.sparse_coo_tensor(all_indices.t(), all_values, tensor.shape)
-    tensor.detach().copy_(total.coalesce())
+    total = torch.sparse_coo_tensor(
+        all_indices.t(), all_values, tensor.shape, check_invariants=False
+    )
+    with torch.no_grad():  # detach() would give a tensor with entries of its own
+        tensor.copy_(total.coalesce())
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

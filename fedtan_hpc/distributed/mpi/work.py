@@ -25,6 +25,24 @@ _PAUSE_SECONDS = 5e-5
 """Time between two looks of the thread that completes futures."""
 
 
+class ProfilerEvent:
+    """An operation as torch's profiler shows it, from its start until MPI is done."""
+
+    def __init__(self, name: str, tensors: list[Any]) -> None:
+        event: Any = torch._C._profiler._RecordFunctionFast(name, tensors, {})
+        event.__enter__()
+        self._open = [event]
+
+    def end(self) -> None:
+        """Ends the event in another thread, by which the profiler tells that it is asynchronous.
+
+        The event ends when its object does: torch would note a second end in this thread.
+        """
+        ending = threading.Thread(target=self._open.clear)
+        ending.start()
+        ending.join()
+
+
 class MPIWork(_Work):  # type: ignore[misc]
     """The requests of one call, its result, and what is to be done once MPI is done.
 
@@ -32,7 +50,7 @@ class MPIWork(_Work):  # type: ignore[misc]
     tensors of different sizes, and if the operation takes longer than ``seconds``.
     """
 
-    def __init__(self, title: str, seconds: float) -> None:
+    def __init__(self, title: str, seconds: float, event: ProfilerEvent | None = None) -> None:
         super().__init__()
         self._title = title
         self._deadline, self._seconds = time.monotonic() + seconds, seconds
@@ -46,6 +64,7 @@ class MPIWork(_Work):  # type: ignore[misc]
         self._requests: list[MPI.Request] = []
         self._buffers: list[MPIBuffer] = []
         self._finish: list[Callable[[], object]] = []
+        self._event = event
 
     def reads(self, tensor: Tensor, reduces: bool = False) -> Any:
         """Returns the memory of ``tensor`` for MPI to read until the operation is done."""
@@ -127,6 +146,9 @@ class MPIWork(_Work):  # type: ignore[misc]
         with self._lock:
             self._buffers, self._finish = [], []
             future, self._unsettled = self._unsettled, None
+            event, self._event = self._event, None
+        if event is not None:
+            event.end()
         if future is not None and self._error is None:
             future.set_result(self._result)
         elif future is not None:
