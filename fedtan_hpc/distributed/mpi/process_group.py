@@ -19,7 +19,7 @@ from .calls import collective
 from .library import MPI
 from .sparse import sum_sparse
 from .waiting import Guard, has_failed
-from .work import MPIWork, ProfilerEvent, completed, failed, look_at_all, timed_out
+from .work import CompletedWork, MPIWork, ProfilerEvent, failed, look_at_all
 
 Tensors: TypeAlias = list[Tensor]
 _Parts: TypeAlias = Sequence[Tensor]
@@ -37,9 +37,7 @@ def create_group(options: Any, _: Any = None) -> Any:
     Ends the job if a rank does not join within the time-out in ``options``.
     """
     ranks, world = list(options.global_ranks_in_group), MPI.COMM_WORLD
-    seconds = options.timeout.total_seconds()
-    title = f"new_group of rank {world.rank}"
-    with Guard(seconds, lambda: str(timed_out(title, seconds))):
+    with Guard(lambda: (f"new_group of rank {world.rank}", options.timeout.total_seconds())):
         if not ranks or ranks == list(range(world.size)):
             comm = world.Dup()
         else:
@@ -93,28 +91,26 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     @collective("AllreduceOptions", 1, "op", "timeout")
     def allreduce(self, tensors: Tensors, options: Any) -> Any:
+        if getattr(options, "asyncOp", True) or tensors[0].is_sparse or _profiler_enabled():
+            return self._start_allreduce(tensors, options)
+        operation = options.reduceOp
+        try:
+            with Guard(lambda: (self._title("all_reduce"), self._seconds(options))):
+                for tensor in tensors:
+                    buffer = MPIBuffer(tensor, reduces=True)
+                    mpi_name = mpi_operation(operation, tensor)
+                    self._comm.Allreduce(MPI.IN_PLACE, buffer.memory, mpi_name)
+                    buffer.write_back()
+                    finish_mean(tensor, operation, self._comm.size)
+        except MPI.Exception as error:
+            raise failed(self._title("all_reduce"), error) from None
+        return CompletedWork(tensors)
+
+    def _start_allreduce(self, tensors: Tensors, options: Any) -> Any:
         if any(tensor.is_sparse for tensor in tensors):
             for tensor in tensors:
                 sum_sparse(tensor, options.reduceOp, self._gather_rows)
-        elif getattr(options, "asyncOp", True) or _profiler_enabled():
-            return self._start_allreduce(tensors, options)
-        else:
-            for tensor in tensors:
-                self._sum_now(tensor, options)
-        return completed(tensors)
-
-    def _sum_now(self, tensor: Tensor, options: Any) -> None:
-        buffer = MPIBuffer(tensor, reduces=True)
-        operation, seconds = mpi_operation(options.reduceOp, tensor), self._seconds(options)
-        try:
-            with Guard(seconds, lambda: str(timed_out(self._title("all_reduce"), seconds))):
-                self._comm.Allreduce(MPI.IN_PLACE, buffer.memory, operation)
-        except MPI.Exception as error:
-            raise failed(self._title("all_reduce"), error) from None
-        buffer.write_back()
-        finish_mean(tensor, options.reduceOp, self._comm.size)
-
-    def _start_allreduce(self, tensors: Tensors, options: Any) -> Any:
+            return CompletedWork(tensors)
         work = self._begin("all_reduce", tensors, options)
         for tensor in tensors:
             operation = mpi_operation(options.reduceOp, tensor)

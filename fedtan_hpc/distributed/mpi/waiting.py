@@ -40,6 +40,13 @@ def wait_until(is_done: Callable[[], bool], deadline: float) -> bool:
     return True
 
 
+def timeout_message(title: str, seconds: float) -> str:
+    """Returns what is said of an operation that not all its ranks have joined in ``seconds``."""
+    return (
+        f"{title} over MPI: Timed out after {seconds:g} s: a rank that it needs has not joined it"
+    )
+
+
 def note_failure(message: str) -> None:
     """Lets this process end all others when it ends: MPI_Finalize would wait for lost messages."""
     if not _failures:
@@ -66,20 +73,20 @@ class Guard:
     It guards the calls that must not take longer for being watched, each in a ``with`` statement.
     """
 
-    _calls: dict[int, tuple[float, Callable[[], str]]] = {}  # noqa: RUF012
+    _calls: dict[int, tuple[float, Callable[[], tuple[str, float]]]] = {}  # noqa: RUF012
     _thread: threading.Thread | None = None
 
-    __slots__ = ("_deadline", "_message")
+    __slots__ = ("_describe",)
 
-    def __init__(self, seconds: float, message: Callable[[], str]) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._message = message
+    def __init__(self, describe: Callable[[], tuple[str, float]]) -> None:
+        """``describe`` returns a title of the call, and how many seconds it may take."""
+        self._describe = describe
         if Guard._thread is None:
             Guard._thread = threading.Thread(target=_watch, daemon=True)
             Guard._thread.start()
 
     def __enter__(self) -> None:
-        Guard._calls[threading.get_ident()] = (self._deadline, self._message)
+        Guard._calls[threading.get_ident()] = (time.monotonic(), self._describe)
 
     def __exit__(self, *_: object) -> None:
         del Guard._calls[threading.get_ident()]
@@ -88,8 +95,9 @@ class Guard:
 def _watch() -> None:
     while True:
         time.sleep(_GUARD_SECONDS)
-        for deadline, message in list(Guard._calls.values()):
-            if time.monotonic() > deadline:
+        for begin, describe in list(Guard._calls.values()):
+            title, seconds = describe()
+            if time.monotonic() > begin + seconds:
                 with suppress(OSError):  # standard error may be closed
-                    os.write(2, f"\nfedtan_hpc: {message()}\n".encode())
+                    os.write(2, f"\nfedtan_hpc: {timeout_message(title, seconds)}\n".encode())
                 _end_world()

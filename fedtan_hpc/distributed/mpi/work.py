@@ -20,9 +20,32 @@ from .buffers import MPIBuffer
 from .library import MPI
 
 _Work: Any = dist.Work
-_c10d: Any = torch._C._distributed_c10d
 _PAUSE_SECONDS = 5e-5
 """Time between two looks of the thread that completes futures."""
+
+
+class CompletedWork(_Work):  # type: ignore[misc]
+    """The Work of an operation that has ended with ``result``."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self._result = result
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Returns True."""
+        return True
+
+    synchronize = is_completed = is_success = wait
+
+    def result(self) -> Any:
+        """Returns the tensors that the operation has written to."""
+        return self._result
+
+    def get_future(self) -> "Future[Any]":
+        """Returns a completed future of the result."""
+        future: Future[Any] = Future()
+        future.set_result(self._result)
+        return future
 
 
 class ProfilerEvent:
@@ -101,7 +124,7 @@ class MPIWork(_Work):  # type: ignore[misc]
             seconds = timeout.total_seconds()
             deadline = time.monotonic() + seconds
         if not waiting.wait_until(self.is_completed, deadline):
-            self._fail(timed_out(self._title, seconds))
+            self._fail(_noted(waiting.timeout_message(self._title, seconds)))
         if self._error is not None:
             raise self._error
         return True
@@ -169,7 +192,7 @@ class MPIWork(_Work):  # type: ignore[misc]
     def has_expired(self) -> bool:
         """Ends the work with an error if it has taken too long; returns whether it has ended."""
         if not self.is_completed() and time.monotonic() > self._deadline:
-            self._fail(timed_out(self._title, self._seconds))
+            self._fail(_noted(waiting.timeout_message(self._title, self._seconds)))
         return self._is_done
 
     def is_success(self) -> bool:
@@ -205,16 +228,13 @@ def look_at_all() -> int:
     return len(_in_flight)
 
 
-def timed_out(title: str, seconds: float) -> Exception:
-    """Returns the error of an operation that not all its ranks have joined in ``seconds``."""
-    return failed(title, f"Timed out after {seconds:g} s: a rank that it needs has not joined it")
-
-
 def failed(title: str, error: object) -> Exception:
     """Returns the error of an operation, and lets this process end the others when it ends."""
-    message = f"{title} over MPI: {error}"
-    if isinstance(error, MPI.Exception):
-        message += "; do all ranks call the same operation, with tensors of the same size?"
+    hint = "; do all ranks call the same operation, with tensors of the same size?"
+    return _noted(f"{title} over MPI: {error}{hint if isinstance(error, MPI.Exception) else ''}")
+
+
+def _noted(message: str) -> Exception:
     waiting.note_failure(message)
     return dist.DistBackendError(message)
 
@@ -233,10 +253,3 @@ def _complete_futures() -> None:
             works.append(_with_futures.get())
         works = [work for work in works if not work.has_expired()]
         time.sleep(_PAUSE_SECONDS)
-
-
-def completed(result: Any) -> Any:
-    """Returns the Work of an operation that has ended."""
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return _c10d._create_work_from_future(future)
