@@ -55,7 +55,7 @@ def collective_before_message() -> None:
     work = dist.all_reduce(total, async_op=True)
     if rank == 0:
         dist.send(torch.ones(1), dst=1)
-    future = work.get_future()  # type: ignore[union-attr]
+    future = work.get_future()
     assert torch.equal(future.then(lambda done: done.value()[0] + 1).wait(), torch.full((3,), 4.0))
 
 
