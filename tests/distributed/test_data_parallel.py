@@ -1,7 +1,6 @@
 """torch's wrappers around a converted model: DistributedDataParallel and FSDP2."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -28,10 +27,14 @@ def batch(rank: int) -> Tensor:
     return randn(SIZES[rank], 4, seed=rank) * (1 + rank) + rank
 
 
-def weighted_sum(weight: float, bucket: Any) -> Any:
+def weighted_sum(
+    weight: float,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """Returns sum_k p_k g_k, in place of DistributedDataParallel's mean."""
     work = dist.all_reduce(bucket.buffer().mul_(weight), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+    sums: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return sums
 
 
 def gradients_of_ddp() -> list[Tensor]:
