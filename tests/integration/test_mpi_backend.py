@@ -204,7 +204,8 @@ def test_ranks_that_differ_or_are_missing_end_the_program(
     done = loop(tmp_path, body)
     assert done.returncode != 0, done.stdout
     assert f"{name}" in done.stderr
-    assert " over MPI: " in done.stderr
+    # MPICH ends the program itself where an all-reduce that blocks gets too long a message.
+    assert " over MPI: " in done.stderr or "Fatal error in internal_Allreduce" in done.stderr
 
 
 def test_mpi4py_starts_mpi_for_others_as_ever(tmp_path: Path) -> None:

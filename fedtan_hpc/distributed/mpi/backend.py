@@ -34,7 +34,8 @@ def init_process_group(timeout: timedelta | None = None) -> None:
     Raises ``LauncherError`` if the mpirun of another MPI started them.
     """
     world = _initialised_world()
-    from .process_group import NAME, create_group
+    from .communicator import NAME
+    from .process_group import create_group
 
     if NAME not in dist.Backend.backend_list:
         devices = ["cpu", "cuda"]

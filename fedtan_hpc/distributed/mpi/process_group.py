@@ -5,30 +5,23 @@ fastest, and FedTAN's time is that of small sums.
 """
 
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .buffers import MPIBuffer, copy_all, finish_mean, mpi_operation
 from .calls import collective
+from .communicator import Communicator, profiler_enabled
 from .library import MPI
 from .sparse import sum_sparse
-from .waiting import Guard, has_failed
-from .work import CompletedWork, MPIWork, ProfilerEvent, failed, look_at_all
+from .waiting import Guard
+from .work import CompletedWork, MPIWork, failed
 
 Tensors: TypeAlias = list[Tensor]
 _Parts: TypeAlias = Sequence[Tensor]
-
-_ProcessGroup: Any = dist.ProcessGroup
-_ZERO = timedelta(0)
-_profiler_enabled: Any = torch._C._autograd._profiler_enabled
-NAME = "mpi4py"
-"""Name of the backend in torch.distributed; torch's compiled MPI backend is called mpi."""
 
 
 def create_group(options: Any, _: Any = None) -> Any:
@@ -45,57 +38,20 @@ def create_group(options: Any, _: Any = None) -> Any:
     return _MPIGroup(comm, options.timeout)
 
 
-class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
+class _MPIGroup(Communicator):
     """A communicator with the methods that torch.distributed calls, under torch's names.
 
     ``options`` are torch's.  Most collectives take lists of tensors, which seldom have more than
     one member; each member is one collective of MPI.
     """
 
-    def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
-        super().__init__(comm.rank, comm.size)
-        self._comm = comm
-        self._timeout = timeout
-        self._name = ""
-        # Messages of all_to_all must not meet those that the user sends.
-        self._all_to_all_tag = comm.Get_attr(MPI.TAG_UB)
-
-    def getBackendName(self) -> str:
-        return NAME
-
-    def setGroupName(self, name: str) -> None:
-        """Sets the name under which torch's functional collectives look the group up."""
-        self._name = name
-
-    def getGroupName(self) -> str:
-        return self._name
-
-    group_name = property(getGroupName)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Sets how long an operation may take that is not given a time-out."""
-        self._timeout = timeout
-
-    def _seconds(self, options: Any) -> float:
-        timeout = self._timeout if options is None else options.timeout
-        return (timeout if timeout > _ZERO else self._timeout).total_seconds()
-
-    def _title(self, name: str) -> str:
-        return f"{name} of rank {self._comm.rank} (group {self._name}, {self._comm.size} ranks)"
-
-    def _begin(self, name: str, inputs: Any, options: Any = None, peer: str = "") -> MPIWork:
-        """Returns a work of which the profiler shows ``name`` and the sizes of ``inputs``."""
-        look_at_all()
-        event = ProfilerEvent(f"{NAME}:{name}", inputs) if _profiler_enabled() else None
-        return MPIWork(self._title(name + peer), self._seconds(options), event)
-
     @collective("AllreduceOptions", 1, "op", "timeout")
     def allreduce(self, tensors: Tensors, options: Any) -> Any:
-        if getattr(options, "asyncOp", True) or tensors[0].is_sparse or _profiler_enabled():
+        if getattr(options, "asyncOp", True) or tensors[0].is_sparse or profiler_enabled():
             return self._start_allreduce(tensors, options)
         operation = options.reduceOp
         try:
-            with Guard(lambda: (self._title("all_reduce"), self._seconds(options))):
+            with Guard(lambda: (self.title("all_reduce"), self.seconds_of(options))):
                 for tensor in tensors:
                     buffer = MPIBuffer(tensor, reduces=True)
                     mpi_name = mpi_operation(operation, tensor)
@@ -103,7 +59,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
                     buffer.write_back()
                     finish_mean(tensor, operation, self._comm.size)
         except MPI.Exception as error:
-            raise failed(self._title("all_reduce"), error) from None
+            raise failed(self.title("all_reduce"), error) from None
         return CompletedWork(tensors)
 
     def _start_allreduce(self, tensors: Tensors, options: Any) -> Any:
@@ -111,7 +67,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
             for tensor in tensors:
                 sum_sparse(tensor, options.reduceOp, self._gather_rows)
             return CompletedWork(tensors)
-        work = self._begin("all_reduce", tensors, options)
+        work = self.begin("all_reduce", tensors, options)
         for tensor in tensors:
             operation = mpi_operation(options.reduceOp, tensor)
             memory = work.writes(tensor, reduces=True)
@@ -129,14 +85,14 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     @collective("BroadcastOptions", 1, "root", "timeout")
     def broadcast(self, tensors: Tensors, options: Any) -> Any:
-        work = self._begin("broadcast", tensors, options)
+        work = self.begin("broadcast", tensors, options)
         for tensor in tensors:
             work.start(self._comm.Ibcast, work.writes(tensor), root=options.rootRank)
         return work.returns(tensors)
 
     @collective("ReduceOptions", 1, "root", "op", "timeout")
     def reduce(self, tensors: Tensors, options: Any) -> Any:
-        work, root = self._begin("reduce", tensors, options), options.rootRank
+        work, root = self.begin("reduce", tensors, options), options.rootRank
         for tensor in tensors:
             operation = mpi_operation(options.reduceOp, tensor)
             if self._comm.rank == root:
@@ -151,7 +107,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("AllgatherOptions", 2, "timeout")
     def allgather(self, outputs: list[Tensors], inputs: Tensors, options: Any) -> Any:
         """Copies the input of rank r into the r-th tensor of the output."""
-        work = self._begin("all_gather", inputs, options)
+        work = self.begin("all_gather", inputs, options)
         for output, tensor in zip(outputs, inputs, strict=True):
             gathered = tensor.new_empty(len(output), *tensor.shape)
             self._start_gather_of_all(work, gathered, tensor)
@@ -170,14 +126,14 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("AllgatherOptions", 2, "timeout", listed=False)
     def all_gather_single(self, output: Tensor, tensor: Tensor, options: Any) -> Any:
         """Copies the tensors of all ranks, by rank, into the one tensor ``output``."""
-        work = self._begin("_all_gather_base", [tensor], options)
+        work = self.begin("_all_gather_base", [tensor], options)
         self._start_gather_of_all(work, output, tensor)
         return work.returns(output)
 
     @collective("AllgatherOptions", 2)
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, options: Any) -> Any:
         """Is ``all_gather_single`` for each pair of an output and an input."""
-        work = self._begin("_all_gather_base", inputs, options)
+        work = self.begin("_all_gather_base", inputs, options)
         for output, tensor in zip(outputs, inputs, strict=True):
             self._start_gather_of_all(work, output, tensor)
         return work.returns(outputs)
@@ -185,7 +141,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("GatherOptions", 2, "root", "timeout")
     def gather(self, outputs: list[Tensors], inputs: Tensors, options: Any) -> Any:
         """Copies the input of rank r into the r-th tensor of the root's output."""
-        work, root = self._begin("gather", inputs, options), options.rootRank
+        work, root = self.begin("gather", inputs, options), options.rootRank
         for number, tensor in enumerate(inputs):
             rows = None
             if self._comm.rank == root:
@@ -198,7 +154,10 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("ScatterOptions", 2, "root", "timeout")
     def scatter(self, outputs: Tensors, inputs: list[Tensors], options: Any) -> Any:
         """Copies the r-th tensor of the root's input into the output of rank r."""
-        work, root = self._begin("scatter", list(chain(*inputs)), options), options.rootRank
+        work, root = (
+            self.begin("scatter", list(chain(*inputs)), options, outputs),
+            options.rootRank,
+        )
         for number, tensor in enumerate(outputs):
             is_root = self._comm.rank == root
             rows = work.reads(torch.stack(inputs[number])) if is_root else None
@@ -216,7 +175,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
         self, outputs: Tensors, inputs: Tensors, options: Any
     ) -> Any:
         """Is ``reduce_scatter_single`` for each pair of an output and an input."""
-        work = self._begin("reduce_scatter", inputs, options)
+        work = self.begin("reduce_scatter", inputs, options)
         for output, tensor in zip(outputs, inputs, strict=True):
             rows, row = work.reads(tensor, reduces=True), work.writes(output, reduces=True)
             operation = mpi_operation(options.reduceOp, tensor)
@@ -232,7 +191,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
     @collective("AllToAllOptions", 2, "timeout", listed=False)
     def alltoall(self, outputs: Tensors, inputs: Tensors, options: Any) -> Any:
         """Copies rank r's input for this rank into output r; each pair has its own shape."""
-        work = self._begin("all_to_all", inputs, options)
+        work = self.begin("all_to_all", inputs, options, ())
         self._start_exchange(work, outputs, inputs)
         return work.returns(outputs)
 
@@ -253,7 +212,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
         size = self._comm.size
         outs = list(outs) or [len(output) // size] * size
         ins = list(ins) or [len(tensor) // size] * size
-        work = self._begin("all_to_all", [tensor], options)
+        work = self.begin("all_to_all", [tensor], options, ())
         self._start_exchange(work, output.split(outs), tensor.split(ins))
         return work.returns(output)
 
@@ -266,7 +225,7 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     def send(self, tensors: Tensors, rank: int, tag: int = 0) -> Any:
         """Sends; once the work is done the tensors may be changed."""
-        work = self._begin("send", tensors, peer=f" to rank {rank}")
+        work = self.begin_message("send", tensors, f" to rank {rank}")
         for tensor in tensors:
             work.start(self._comm.Isend, work.reads(tensor), dest=rank, tag=tag)
         return work.returns(tensors)
@@ -279,20 +238,11 @@ class _MPIGroup(_ProcessGroup):  # type: ignore[misc]
 
     def _receive(self, name: str, tensors: Tensors, source: int, tag: int) -> Any:
         peer = "" if source == MPI.ANY_SOURCE else f" from rank {source}"
-        work = self._begin(name, tensors, peer=peer)
+        work = self.begin_message(name, tensors, peer)
         for tensor in tensors:
             work.start(self._comm.Irecv, work.writes(tensor), source=source, tag=tag)
         return work.returns(tensors)
 
     @collective("BarrierOptions", 0, "timeout")
     def barrier(self, options: Any) -> Any:
-        work = self._begin("barrier", [], options)
-        work.start(self._comm.Ibarrier)
-        return work.returns([])
-
-    def shutdown(self) -> None:
-        """Frees the communicator, unless messages are lost or under way."""
-        if look_at_all() or has_failed() or MPI.Is_finalized():
-            return
-        if self._comm != MPI.COMM_NULL:
-            self._comm.Free()
+        return self.begin("barrier", [], options).returns([])  # all ranks must agree

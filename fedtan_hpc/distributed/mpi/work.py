@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from . import waiting
+from .agreement import Agreement
 from .buffers import MPIBuffer
 from .library import MPI
 
@@ -88,6 +89,11 @@ class MPIWork(_Work):  # type: ignore[misc]
         self._buffers: list[MPIBuffer] = []
         self._finish: list[Callable[[], object]] = []
         self._event = event
+        self._agreement: Agreement | None = None
+
+    def needs_agreement(self, agreement: Agreement) -> None:
+        """Lets the work fail once ranks turn out to call it in different ways."""
+        self._agreement = agreement
 
     def reads(self, tensor: Tensor, reduces: bool = False) -> Any:
         """Returns the memory of ``tensor`` for MPI to read until the operation is done."""
@@ -140,12 +146,16 @@ class MPIWork(_Work):  # type: ignore[misc]
                 try:
                     self._is_done = self._has_ended()
                 except Exception as error:
-                    self._error, self._is_done = failed(self._title, error), True
+                    self._end_with(failed(self._title, error))
         if self._is_done:
             self._settle()
         return self._is_done
 
     def _has_ended(self) -> bool:
+        if self._agreement is not None:
+            if not self._agreement.is_reached():
+                return False
+            self._agreement = None
         while self._requests and self._requests[-1].Test(self._status):
             self._requests.pop()
         if self._requests:
@@ -157,10 +167,13 @@ class MPIWork(_Work):  # type: ignore[misc]
     def _fail(self, error: Exception) -> None:
         with self._lock:
             if not self._is_done:
-                # MPI may still write to the buffers, so the work stays in flight for good.
-                _lost.append((self._requests, self._buffers, self._finish))
-                self._error, self._is_done = error, True
+                self._end_with(error)
         self._settle()
+
+    def _end_with(self, error: Exception) -> None:
+        # MPI may still write to the buffers, so these stay for good.
+        _lost.append((self._requests, self._buffers, self._agreement))
+        self._error, self._is_done = error, True
 
     def _settle(self) -> None:
         """Frees what the operation used and completes the future; without the lock, as callbacks
