@@ -88,11 +88,12 @@ def error_of(function: Callable[[], None]) -> str:
 
 
 def errors_of_unlike_models() -> dict[str, str]:
+    """Of widths that no other test has: the ranks remember what they have compared."""
     rank = dist.get_rank()
     models = {
-        "width": network(width=3 + rank),
-        "dtype": network().double() if rank else network(),
-        "head": network(classes=2 + rank),
+        "width": network(width=31 + rank),
+        "dtype": network(width=41).double() if rank else network(width=41),
+        "head": network(width=51, classes=2 + rank),
     }
     found = {f"step, {name}": error_of(lambda m=m: step(m)) for name, m in models.items()}  # type: ignore[misc]
     for name, module in models.items():
@@ -102,18 +103,18 @@ def errors_of_unlike_models() -> dict[str, str]:
 
 EXPECTED = {
     "step, width": "ValueError: the ranks' BN layers differ: "
-    "1 is 4 channels, float32 on rank 1 and 3 channels, float32 on rank 0",
+    "1 is 32 channels, float32 on rank 1 and 31 channels, float32 on rank 0",
     "step, dtype": "ValueError: the ranks' BN layers differ: "
-    "1 is 3 channels, float64 on rank 1 and 3 channels, float32 on rank 0",
+    "1 is 41 channels, float64 on rank 1 and 41 channels, float32 on rank 0",
     "step, head": "no error",
-    "average, width": "ValueError: the ranks' models differ: 0.bias is (4,) float32 on rank 1 and "
-    "(3,) float32 on rank 0; 0.weight is (4, 4) float32 on rank 1 and (3, 4) float32 on rank 0; "
-    "1.bias is (4,) float32 on rank 1 and (3,) float32 on rank 0; and 4 more",
-    "average, dtype": "ValueError: the ranks' models differ: 0.bias is (3,) float64 on rank 1 and "
-    "(3,) float32 on rank 0; 0.weight is (3, 4) float64 on rank 1 and (3, 4) float32 on rank 0; "
-    "1.bias is (3,) float64 on rank 1 and (3,) float32 on rank 0; and 5 more",
+    "average, width": "ValueError: the ranks' models differ: 0.bias is (32,) float32 on rank 1 and "
+    "(31,) float32 on rank 0; 0.weight is (32, 4) float32 on rank 1 and (31, 4) float32 on rank 0; "
+    "1.bias is (32,) float32 on rank 1 and (31,) float32 on rank 0; and 4 more",
+    "average, dtype": "ValueError: the ranks' models differ: 0.bias is (41,) float64 on rank 1 and "
+    "(41,) float32 on rank 0; 0.weight is (41, 4) float64 on rank 1 and (41, 4) float32 on rank 0; "
+    "1.bias is (41,) float64 on rank 1 and (41,) float32 on rank 0; and 5 more",
     "average, head": "ValueError: the ranks' models differ: 2.bias is (3,) float32 on rank 1 and "
-    "(2,) float32 on rank 0; 2.weight is (3, 3) float32 on rank 1 and (2, 3) float32 on rank 0",
+    "(2,) float32 on rank 0; 2.weight is (3, 51) float32 on rank 1 and (2, 51) float32 on rank 0",
 }
 
 
@@ -122,8 +123,8 @@ def test_what_differs_between_the_models_is_named_on_every_rank() -> None:
 
 
 def collectives_of_copies() -> list[int]:
-    module, found = network(width=6), []
-    for model in (module, module, copy.deepcopy(module), network(width=6)):
+    module, found = network(width=61), []
+    for model in (module, module, copy.deepcopy(module), network(width=61)):
         before = progress.collectives
         step(model)
         average_models([model, copy.deepcopy(model)], [0.25, 0.25])
@@ -145,7 +146,7 @@ def steps(models: Sequence[nn.Module], weight: float) -> None:
 def swapped(rank_0_has_more: bool) -> str:
     """Two models with equal layers, which rank 1 runs in the other order."""
     rank = dist.get_rank()
-    models = [network(width=5 + rank_0_has_more) for _ in range(2)]
+    models = [network(width=91 + rank_0_has_more) for _ in range(2)]
     if rank == 0 and rank_0_has_more:
         network()
     order = models if rank == 0 else models[::-1]
@@ -164,7 +165,7 @@ def test_ranks_that_convert_more_models_are_not_accused() -> None:
 
 def swapped_later() -> str:
     rank = dist.get_rank()
-    models = [network(width=7) for _ in range(2)]
+    models = [network(width=71) for _ in range(2)]
     for model in models:
         step(model)
     return error_of(lambda: step(models[rank]))
@@ -190,7 +191,7 @@ def test_ranks_may_have_unlike_numbers_of_clients() -> None:
 
 
 def steps_then_average(number: Sequence[int], is_first: bool) -> str:
-    rank, model = dist.get_rank(), network(width=8 + is_first)
+    rank, model = dist.get_rank(), network(width=81 + is_first)
     if not is_first:
         step(model)
         average_model(model, 0.5)
