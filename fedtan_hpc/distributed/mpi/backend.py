@@ -54,11 +54,22 @@ def _initialised_world() -> Any:
     return library.MPI.COMM_WORLD
 
 
-def _shared_store(rank: int) -> Any:
-    """Returns a store of all ranks, in which groups of other backends find each other.
+_stores: list[Any] = []
+"""The store of all ranks, kept until the process ends, and one view of it for each start."""
 
-    Rank 0 serves it.
+
+def _shared_store(rank: int) -> Any:
+    """Returns a store of all ranks with keys of this start alone.
+
+    Groups of other backends find each other in it.  Rank 0 serves it.
     """
+    if not _stores:
+        _stores.append(_open_store(rank))
+    _stores.append(_c10d.PrefixStore(f"start{len(_stores)}", _stores[0]))
+    return _stores[-1]
+
+
+def _open_store(rank: int) -> Any:
     host = free_endpoint()[0] if rank == 0 else ""
     server = _c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     host, port = share((host, server.port) if server else None)
