@@ -3,7 +3,6 @@
 A user's training loop and ``models`` convert; ``context`` and ``training`` ask for the layers.
 """
 
-import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
@@ -23,8 +22,8 @@ CONVERTIBLE: Kinds = dict.fromkeys(
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 )
 """BN layers that can be converted without losing any of their behaviour."""
-_conversions = itertools.count(1)
 _number_of_conversions = [0]
+"""Models that this process has converted."""
 
 
 def convert_batchnorm(module: nn.Module, kinds: Kinds | None = None) -> nn.Module:
@@ -52,7 +51,7 @@ def convert_batchnorm(module: nn.Module, kinds: Kinds | None = None) -> nn.Modul
                 raise ValueError(_unknown_kind(name, layer))
             layers[name] = layer, known[type(layer)]
     if layers:
-        _number_of_conversions[0] = next(_conversions)
+        _number_of_conversions[0] += 1
     for name, (layer, then) in layers.items():
         if getattr(layer, "process_group", None) is not None:
             warnings.warn(

@@ -115,10 +115,10 @@ def max_over_ranks(message: Tensor) -> Tensor:
     return message
 
 
-def all_gather(message: Tensor, group: Group = None) -> list[Tensor]:
-    """Returns the ``message`` of every rank of ``group``; all messages have one shape."""
-    gathered = [message.clone() for _ in range(world_size(group))]
-    _join(dist.all_gather, gathered, message, group=group)
+def all_gather(message: Tensor) -> list[Tensor]:
+    """Returns the ``message`` of every rank, by rank; all messages have one shape."""
+    gathered = [message.clone() for _ in range(world_size())]
+    _join(dist.all_gather, gathered, message)
     return gathered
 
 

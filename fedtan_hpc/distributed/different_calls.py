@@ -5,6 +5,7 @@ that something is wrong, but not what the other ranks do.  So each rank writes i
 store of the process group, without collectives, and reads those of the others.
 """
 
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -51,7 +52,8 @@ def different_calls(call: str, group: process_group.Group = None) -> RuntimeErro
     """Returns the error, with this rank's ``call`` and those of the group's other ranks."""
     rank = dist.get_rank()
     store = _c10d.distributed_c10d._get_default_store()
-    store.set(_key(rank), call)
+    with suppress(RuntimeError):  # the rank that serves the store may have ended
+        store.set(_key(rank), call)
     places = [f"rank {rank} at {call}"]
     for other in process_group.ranks(group):
         if other != rank:
@@ -61,10 +63,15 @@ def different_calls(call: str, group: process_group.Group = None) -> RuntimeErro
 
 
 def left_by_another(group: process_group.Group = None) -> bool:
-    """Returns whether another rank of the group has found that the ranks are at different calls."""
+    """Returns whether another rank of the group has found that the ranks are at different calls.
+
+    The answer is no if the store has ended with the rank that serves it: that rank is lost.
+    """
     store = _c10d.distributed_c10d._get_default_store()
     others = [_key(rank) for rank in process_group.ranks(group) if rank != dist.get_rank()]
-    return any(store.check([key]) for key in others)
+    with suppress(RuntimeError):
+        return any(store.check([key]) for key in others)
+    return False
 
 
 def _place(store: Any, rank: int) -> str:

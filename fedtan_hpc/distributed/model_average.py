@@ -77,7 +77,7 @@ def average_models(
     """
     if not len(modules) == len(weights) >= 1:
         raise ValueError("modules and weights must be equally many, and at least one")
-    tensors = averaged_tensors(modules[0])
+    tensors = _averaged_tensors(modules[0])
     _check_shards(tensors, group)
     if tensors:
         device = next(iter(tensors.values())).device
@@ -169,7 +169,7 @@ class ModelSum:
         return groups
 
 
-def averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
+def _averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns the tensors that an average changes, by name."""
     return {
         name: tensor

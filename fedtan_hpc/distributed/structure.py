@@ -24,7 +24,7 @@ _MOST_DIFFERENCES = 3
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the ranks found when they compared a structure."""
+    """The result of a comparison of the ranks' structures."""
 
     digest: int
     """A number below 2^48 that stands for the structure."""

@@ -135,7 +135,7 @@ def _check_run(config: Config, module: nn.Module) -> str:
     _check_scores(config, output)
     _check_scores(config, _output(config, module.eval()))
     if isinstance(output, Tensor) and config.model.output is not None:
-        allowed = "null, for the network returns a tensor"
+        allowed = "null, because the network returns a tensor"
         message = format_option_error("model.output", config.model.output, allowed, "leave it out")
         raise ConfigError(message)
     return OutputReader(config.model.output).describe(output)

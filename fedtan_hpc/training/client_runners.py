@@ -256,7 +256,7 @@ def _can_stack(models: ClientModels, dummy: Samples) -> bool:
     is_told = process_group.rank() == 0 and needs_copies(config, process_group.world_size())
     if error and is_told:
         how = "the clients of a rank run in lock-step or one after another"
-        line = f"cohort.mode={config.cohort.mode}: {how}, for they cannot be stacked"
+        line = f"cohort.mode={config.cohort.mode}: {how}, because they cannot be stacked"
         print(f"{line} ({one_line(error)})", file=sys.stderr, flush=True)
     return error is None
 

@@ -16,6 +16,7 @@ from fedtan_hpc import (
     federated_backward,
     federated_statistics,
 )
+from fedtan_hpc.distributed import collectives
 from fedtan_hpc.distributed.counters import progress
 from tests.batchnorm.layers import randn
 from tests.helpers.ranks import on_ranks
@@ -211,3 +212,28 @@ def test_ranks_at_different_calls_are_told_both_calls(number: list[int], is_firs
         assert message.startswith("RuntimeError: the ranks are at different calls: ")
         assert f"rank {early} at the average of the models" in message
         assert f"rank {1 - early} at BN layer 1 (forward)" in message
+
+
+class LostStore:
+    """A store whose server has ended with its rank."""
+
+    def check(self, keys: list[str]) -> bool:
+        raise RuntimeError("store: Broken pipe")
+
+    def set(self, key: str, text: str) -> None:
+        raise RuntimeError("store: Broken pipe")
+
+
+def error_of_a_lost_rank() -> str:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.distributed_c10d, "_get_default_store", LostStore)
+        patch.setattr(collectives, "_sum", fail)
+        return error_of(lambda: average_model(network(width=101), 0.5))
+
+
+def test_a_lost_rank_stays_the_error_if_its_store_is_lost_too() -> None:
+    for message in on_ranks(2, error_of_a_lost_rank):
+        assert message == "RuntimeError: Connection closed by peer"

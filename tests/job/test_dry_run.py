@@ -274,8 +274,10 @@ def test_networks_with_several_outputs_say_which_are_used(
 def test_an_output_is_named_only_if_there_are_several() -> None:
     assert dry_run(job(here("OwnClass"))) == []
     line = tells(job(replace(here("OwnClass"), output="logits")))
-    assert line == "model.output=logits: allowed is null, for the network returns a tensor; " + (
-        "leave it out"
+    assert (
+        line
+        == "model.output=logits: allowed is null, because the network returns a tensor; "
+        + ("leave it out")
     )
 
 

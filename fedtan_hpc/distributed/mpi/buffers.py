@@ -100,7 +100,7 @@ def _memory(tensor: Tensor) -> Any:
         return tensor.numpy()
     if not mpi_is_cuda_aware():
         raise RuntimeError(
-            "comm.backend=mpi was given a tensor on a GPU, and this MPI is not known to take such: "
+            "comm.backend=mpi was given a tensor on a GPU, and this MPI may not support CUDA: "
             f"use comm.backend=nccl or gloo, or set one of {', '.join(CUDA_AWARE)} if it does"
         )
     torch.cuda.current_stream().synchronize()  # MPI does not know streams

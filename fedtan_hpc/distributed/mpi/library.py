@@ -59,10 +59,10 @@ def initialise(variables: Mapping[str, str] = os.environ) -> None:
     check_launcher(version, variables, size)
     if detect(variables).world_size != size:  # srun without MPI, or no launcher
         allowed = f"a start by mpirun, or by `srun --mpi=...` in a way that {_name(version)} speaks"
-        remedy = "`srun --mpi=list` tells which there are, or set comm.backend=gloo"
+        remedy = "choose a way that `srun --mpi=list` prints, or set comm.backend=gloo"
         raise LauncherError(format_option_error("comm.backend", "mpi", allowed, remedy))
     if threads < MPI.THREAD_SERIALIZED:
-        allowed = "serialized or multiple, for clients of a rank run in several threads"
+        allowed = "serialized or multiple, because clients of a rank run in several threads"
         remedy = "initialise MPI with MPI_THREAD_MULTIPLE, or use comm.backend=gloo"
         raise LauncherError(format_option_error("MPI's thread level", threads, allowed, remedy))
 
