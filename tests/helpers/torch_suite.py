@@ -2,6 +2,7 @@
 
 torch starts new processes for each test of ``torch.testing._internal.distributed``.  Here a rank
 calls ``run`` for each test and gets a fresh default group each time, which takes milliseconds.
+torch's tests are loaded on those ranks alone: loading them freezes the flags of torch's backends.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.testing._internal import common_utils
 
 PASSED, SKIPPED = "passed", "skipped"
 _SECONDS = 30
@@ -106,7 +106,7 @@ def _run(test: Any, name: str, seconds: float) -> None:
         rank=test.rank,
         timeout=timedelta(seconds=seconds),
     )
-    common_utils.set_rng_seed()
+    import_module("torch.testing._internal.common_utils").set_rng_seed()
     test._barrier()
     getattr(test, name)()
     test._barrier()
