@@ -11,7 +11,9 @@ Shapes: x and y (N, C) or (N, C, ...).
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -56,6 +58,20 @@ def register(layer: CompiledLayer) -> Tensor:
     number = next(_numbers)
     _LAYERS[number] = layer
     return torch.tensor(number, device="cpu")
+
+
+def checkpoints_traced() -> AbstractContextManager[Any]:
+    """Lets the compiler trace layers under activation checkpointing.
+
+    Without it torch refuses them, because an exchange notes its number in ``_last_call``.  A
+    backward pass that runs a checkpointed layer again reads the number and notes none.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is traced before it is loaded
+    option = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # torch 2.9 and later
+    if dynamo is None or not hasattr(dynamo.config, option):
+        return nullcontext()
+    patch: AbstractContextManager[Any] = dynamo.config.patch({option: True})
+    return patch
 
 
 def forget(calls: Iterable[int]) -> None:

@@ -148,7 +148,8 @@ def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None
         layer._context, layer._has_context, layer._index = context, True, index
         layer.compiled_calls = []
     try:
-        yield
+        with compile_ops.checkpoints_traced():
+            yield
     finally:
         for layer, (outer_context, index, calls) in zip(layers, outer, strict=True):
             compile_ops.forget(layer.compiled_calls)

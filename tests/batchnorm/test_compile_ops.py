@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor.scheduler import BaseSchedulerNode, Scheduler
+from torch.utils.checkpoint import checkpoint
 
 import fedtan_hpc
 from fedtan_hpc import convert_batchnorm, federated_backward, federated_statistics
@@ -53,6 +54,19 @@ class Twice(Unused):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.into(x)
         y: Tensor = self.out(self.used(hidden) + self.used(hidden).tanh())
+        return y
+
+
+class Checkpointed(Unused):
+    """The backward pass runs two layers again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self._hidden, x, use_reentrant=False)
+        y: Tensor = self.out(hidden)
+        return y
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        y: Tensor = self.other(self.used(self.into(x)).relu())
         return y
 
 
@@ -104,7 +118,7 @@ def error_by_aot(network: type[nn.Module]) -> float:
     return worst(compiled, left_by(network, Loss(), samples))
 
 
-@pytest.mark.parametrize("network", [Unused, Twice])
+@pytest.mark.parametrize("network", [Unused, Twice, Checkpointed])
 def test_the_compiler_neither_drops_nor_merges_exchanges(network: type[nn.Module]) -> None:
     assert max(on_ranks(2, error_by_aot, network)) < 1e-12
 
