@@ -129,10 +129,10 @@ class ModelSum:
     def all_reduce(self, group: process_group.Group = None) -> None:
         """Adds up the sums of all ranks, in one collective per dtype.
 
-            A DTensor, as FSDP2 makes them, is averaged shard by shard.
+        A DTensor, as FSDP2 makes them, is averaged shard by shard.
 
         Raises ``ValueError`` on every rank if a weight is negative or not finite, or the weights
-            of all ranks do not sum to 1.
+        of all ranks do not sum to 1.
         """
         for message in self._messages:
             numbers = _TAG, _TAG**2, self._weight, self._bad_weights

@@ -20,7 +20,7 @@ from fedtan_hpc.config.algorithms import plan
 from fedtan_hpc.config.enums import PrecisionName
 from fedtan_hpc.config.schema import DataConfig, OptimizerConfig
 from fedtan_hpc.data import augmentation
-from fedtan_hpc.distributed import collectives, model_average
+from fedtan_hpc.distributed import collectives, model_average, process_group
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.runtime import transfer
 from fedtan_hpc.runtime.device import DevicePlacement
@@ -75,7 +75,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         Reads.headers += bool(statistics._unverified)
         statistics._unverified.clear()
 
-    def check_weights(header: Tensor, ranks: int) -> None:
+    def check_header(header: Tensor, group: process_group.Group) -> None:
         Reads.weights += 1
 
     def sgd_without_kernels(values: Any, rate: float, momentum: float, decay: float) -> Any:
@@ -85,7 +85,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         if hasattr(module, "send"):
             monkeypatch.setattr(module, "send", send)
     monkeypatch.setattr(collectives, "to_cpu", lambda message: message)
-    monkeypatch.setattr(model_average, "_check_weights", check_weights)
+    monkeypatch.setattr(model_average, "_check_header", check_header)
     monkeypatch.setattr(GlobalStatistics, "_verify", verify)
     monkeypatch.setattr(memory_budget, "free_bytes", lambda *_: None)
     monkeypatch.setattr(client_runners, "is_on_gpu", lambda model: True)
