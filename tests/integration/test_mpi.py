@@ -191,14 +191,13 @@ def test_mpirun_starts_a_job(backend: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_readmes_training_loop_runs_over_it(tmp_path: Path) -> None:
-    readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
-    loop = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)[0]
-    mpi = "from fedtan_hpc import mpi; mpi.init_process_group()"
-    assert mpi in readme
-    loop = loop.replace('dist.init_process_group("gloo")', mpi)
-    (tmp_path / "loop.py").write_text(loop, encoding="utf-8")
-    done = mpirun(2, "-m", "mpi4py", "loop.py", cwd=tmp_path)
+def test_the_training_loop_of_the_documents_runs(tmp_path: Path) -> None:
+    page = (commands.ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
+    loop = re.findall(r"```python\n(# mpi_loop\.py\n.*?)```", page, flags=re.DOTALL)[0]
+    assert "mpi.init_process_group()" in loop
+    assert "mpirun -n 2 python -m mpi4py mpi_loop.py" in page
+    (tmp_path / "mpi_loop.py").write_text(loop, encoding="utf-8")
+    done = mpirun(2, "-m", "mpi4py", "mpi_loop.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 0.6
 

@@ -252,22 +252,28 @@ def test_a_rank_that_is_killed_in_start_up_costs_the_start(
     assert same_models(slurm.folder / "run", undisturbed[SHORT])
 
 
+def recipes() -> list[str]:
+    """The lines of the ``bash`` blocks of docs/cluster.md that a SLURM without GPUs can run."""
+    page = (commands.ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    titles = ("Jobs with sbatch", "Jobs from Python", "Inside an allocation")
+    sections = (page.split(f"\n## {title}\n")[1].split("\n## ")[0] for title in titles)
+    blocks = (re.findall(r"```bash\n(.*?)```", section, re.DOTALL) for section in sections)
+    return [line for found in blocks for block in found for line in block.splitlines()]
+
+
+def test_there_are_recipes_for_every_way_to_start() -> None:
+    starts = [line.split()[0] for line in recipes()]
+    assert {"sbatch", "python", "srun", "torchrun", "mpirun"} == set(starts)
+    assert len(starts) >= 9
+
+
 @pytest.mark.timeout(900)
-def test_the_readmes_recipes_run(slurm: Slurm) -> None:
-    """Each line of the ``bash`` blocks runs as it stands, with three rounds; all jobs complete."""
-    readme = (commands.ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("\n## On a cluster\n")[1].split("\n## ")[0]
-    lines = [
-        line
-        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-        for line in block.splitlines()
-        if "dev_slurm" not in line
-    ]
-    assert len(lines) >= 8
+def test_the_recipes_run(slurm: Slurm) -> None:
+    """Each line runs as it stands, with three rounds; all jobs complete."""
     for name in ("slurm", "tools"):
         (slurm.folder / name).symlink_to(commands.ROOT / name)
     slurm.environment.update(MPI_VARIABLES)
-    for line in lines:
+    for line in recipes():
         if "jobs.py" not in line:
             line = line.replace(" clients=", " rounds=3 local_steps=1 clients=")
         said = slurm.call("bash", "-ec", line)
