@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .local_kernels import statistics_dtype
+from .messages import Derivatives
 from .statistics_call import LayerCall
 
 
@@ -126,11 +127,12 @@ def _(
 
 @torch.library.custom_op(f"fedtan_hpc::share_derivatives_{_VERSION}", mutates_args=(), **_CUTS)
 def _share_derivatives(sums_2C: Tensor, call_id: Tensor, count: int) -> Tensor:
-    """Returns s1 and s2 of ``global_kernels`` from this client's part of them."""
+    """Returns r s1 and r s2 of ``global_kernels`` from this client's part of them."""
     call = _CALLS.get(int(call_id))
     if call is None:
         raise RuntimeError("a compiled step's backward pass belongs inside federated_statistics")
-    sums = call.share_derivatives([count], sums_2C.unsqueeze(0))
+    first, second = sums_2C.unsqueeze(0).chunk(2, dim=1)
+    sums = call.share_derivatives([count], Derivatives(first, second, factor=None))
     return sums.to(sums_2C.dtype, copy=True).view(-1)
 
 
@@ -149,13 +151,13 @@ def _backward(ctx: Any, by_mean: Tensor, by_r: Tensor, _: Any) -> tuple[Tensor |
 
     This client's derivatives by the global mean and r are -r s1 and s2 / r, with its part of s1 and
     s2.  With mean = sum p m and variance = sum p (v + m^2) - mean^2, the sums over all clients give
-    -r (s1 + (m - mean) r s2) by m, and -r^2 s2 / 2 by v.
+    -r s1 - (m - mean) r^2 s2 by m, and -r^2 s2 / 2 by v.
     """
     local_mean, mean, r, call_id = ctx.saved_tensors
-    parts = torch.cat([-by_mean / r, by_r * r])
-    s1, s2 = _share_derivatives(parts, call_id, ctx.count).chunk(2)
-    slope = r * r * s2
-    return -r * s1 - (local_mean - mean) * slope, -0.5 * slope, None, None, None, None
+    parts = torch.cat([-by_mean, by_r * r * r])
+    first, second = _share_derivatives(parts, call_id, ctx.count).chunk(2)
+    slope = r * second
+    return -first - (local_mean - mean) * slope, -0.5 * slope, None, None, None, None
 
 
 _register: Callable[..., None] = share_moments.register_autograd

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import collectives, process_group, structure
+from ..distributed.lockstep import Lockstep
 from . import compile_ops
 from .conversion import batchnorm_layers, number_of_conversions
-from .layer import FedTANBatchNorm
-from .lockstep import Lockstep
-from .statistics_call import BatchNormContext, GlobalStatistics, merge
+from .layer import FedTANBatchNorm, move_running_statistics
+from .messages import merge
+from .statistics_call import BatchNormContext, GlobalStatistics
 
 
 def federated_statistics(
@@ -25,7 +26,7 @@ def federated_statistics(
     batches of any size; a rank with weight 0 takes part and adds nothing.  A BN layer costs one
     collective forward (two for float64 inputs) and one backward.  Without a process group this is
     the only client.  With activation checkpointing the backward pass belongs inside the context
-    too, because it runs layers again.
+    too, because it runs layers again.  Running statistics move when the context ends.
 
     Raises ``ValueError`` if the module has unconverted BN layers, or if the BN layers of the ranks
     differ (compared at the first use of such a model), and ``RuntimeError`` if the ranks are at
@@ -83,6 +84,7 @@ def _global_statistics(
     layers = batchnorm_layers(module)
     statistics = GlobalStatistics([float(weight)], group, list(layers), lockstep)
     statistics.model_tag = model_tag(layers, group)
+    statistics.move = move_running_statistics
     with normalised_by(module, statistics):
         try:
             yield

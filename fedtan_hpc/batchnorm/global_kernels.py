@@ -4,10 +4,10 @@ The loss is F = sum_k p_k F_k, and g = dF_k/dy is the derivative of client k's l
 moments, r = 1 / sqrt(variance + eps) and xhat = (x - mean) r, the chain rule through the moments
 (FedTAN, arXiv 2301.02982) gives
 
-    dx = r (gamma g - (s1 + xhat s2) / n_k)
+    dx = r gamma g - (r s1 + xhat r s2) / n_k
     s1 = sum_j p_j gamma_j sum g_j,   s2 = sum_j p_j gamma_j sum g_j xhat_j
 
-The clients exchange only the two sums s1 and s2 per channel in the backward pass.  Each client
+The clients exchange only r s1 and r s2, two sums per channel, in the backward pass.  Each client
 multiplies by its gamma, since models differ after the first step of a round.  dgamma = sum g xhat
 and dbeta = sum g are not shared.
 
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ..runtime.transfer import constant
 from .local_kernels import local_moments, local_sums, statistics_dtype
+from .messages import Derivatives
 from .statistics_call import LayerCall
 
 
@@ -41,8 +42,8 @@ class Normalise(torch.autograd.Function):
         The moments are kept as (1, C).  Local BN keeps (C,), so that activation checkpointing,
         which compares shapes, refuses to take one for the other in a backward pass.
         """
-        y, mean, r = normalise(x, gamma, beta, eps, call)
-        ctx.save_for_backward(x, gamma, mean.view(1, -1), r.view(1, -1))
+        y, mean, spread = normalise(x, gamma, beta, eps, call)
+        ctx.save_for_backward(x, gamma, mean.view(1, -1), spread.view(1, -1))
         ctx.call = call
         return y
 
@@ -60,22 +61,13 @@ class Normalise(torch.autograd.Function):
 def normalise(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, call: LayerCall
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y like x, and the mean and r that ``call`` shares, (C,) or (K, C)."""
-    counts = _counts(x, call)
+    """Returns y like x, and the shared mean and variance + eps, (C,) or (K, C) each."""
+    counts, wide = _counts(x, call), statistics_dtype(x)
     mean, variance = call.share_moments(counts, *local_moments(x, call.mask_KN, counts))
-    wide = statistics_dtype(x)
-    y = torch.batch_norm(
-        x,
-        None if gamma is None else gamma.to(wide),
-        None if beta is None else beta.to(wide),
-        _per_channel(mean, len(counts)),
-        _per_channel(variance, len(counts)),
-        training=False,
-        momentum=0.0,
-        eps=eps,
-        cudnn_enabled=False,
-    )
-    return y, mean, (variance + eps).rsqrt_()
+    spread = variance + eps
+    gamma, beta = (None if value is None else value.to(wide) for value in (gamma, beta))
+    mean_KC, spread_KC = (_per_channel(moment, len(counts)) for moment in (mean, spread))
+    return _affine(x, gamma, beta, mean_KC, spread_KC), mean, spread
 
 
 def derivatives(
@@ -88,29 +80,32 @@ def derivatives(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns dx like x, or empty; dgamma and dbeta, (K, C) each, in the dtype of gamma.
 
-    ``moments`` are the mean and r of ``normalise``; one collective.
+    ``moments`` are mean and variance + eps, as ``normalise`` returns them; one collective.
     """
     counts = _counts(x, call)
     clients = len(counts)
-    mean, r = (_per_channel(moment, clients) for moment in moments)
+    mean, spread = (_per_channel(moment, clients) for moment in moments)
+    r = spread.rsqrt()
     dbeta_KC, dgamma_KC = local_sums(g, x, mean, r, clients)
-    sums_K2C = torch.stack([dbeta_KC, dgamma_KC], dim=1)
-    if gamma is not None:
-        sums_K2C = sums_K2C * gamma.view(clients, 1, -1)
-    sums = call.share_derivatives(counts, sums_K2C.flatten(1))
-    dx = x.new_empty(0)
-    if needs_dx:
-        dx = _input_derivative(g, x, _coefficients(gamma, mean, r, _per_value(sums, counts)))
-        if call.mask_KN is not None:  # nothing flows back into padding
-            mask_NK = call.mask_KN.t().to(dx.dtype)
-            mask = mask_NK.view(*mask_NK.shape, *[1] * (x.dim() - 1))
-            dx = (dx.unflatten(1, (clients, -1)) * mask).flatten(1, 2)
+    factor = r if gamma is None else (r * gamma).to(r.dtype)
+    sums = Derivatives(dbeta_KC, dgamma_KC, factor.view(clients, -1))
+    shared = call.share_derivatives(counts, sums)
     dtype = dgamma_KC.dtype if gamma is None else gamma.dtype
-    return dx, dgamma_KC.to(dtype), dbeta_KC.to(dtype)
+    parameters = dgamma_KC.to(dtype), dbeta_KC.to(dtype)
+    if not needs_dx:
+        return x.new_empty(0), *parameters
+    first, second = _per_value(shared, counts).to(r.dtype)
+    dx = _affine(x.to(r.dtype), second, first, mean, spread)
+    dx = dx.addcmul_(g, factor.view(1, -1, *[1] * (x.dim() - 2))).to(x.dtype)
+    if call.mask_KN is not None:  # nothing flows back into padding
+        mask_NK = call.mask_KN.t().to(dx.dtype)
+        mask = mask_NK.view(*mask_NK.shape, *[1] * (x.dim() - 1))
+        dx = (dx.unflatten(1, (clients, -1)) * mask).flatten(1, 2)
+    return dx, *parameters
 
 
 def _per_value(sums: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns -s1 / n_k and -s2 / n_k, (2, K C), from shared sums (2C,) or local ones (K, 2C)."""
+    """Returns -r s1 / n_k and -r s2 / n_k, (2, K C); ``sums`` are (2C,), or (K, 2C) local ones."""
     if len(counts) == 1:  # dividing by a number is faster
         return sums.view(2, -1) / -max(counts[0], 1)
     n_K1 = constant(tuple(counts), sums.dtype, sums.device).clamp_min(1).unsqueeze(1)
@@ -118,21 +113,11 @@ def _per_value(sums: Tensor, counts: Sequence[int]) -> Tensor:
     return per_value_K2C.transpose(0, 1).flatten(1)
 
 
-def _coefficients(
-    gamma: Tensor | None, mean: Tensor, r: Tensor, per_value: Tensor
-) -> Sequence[Tensor]:
-    """Returns a, b, c of dx = a g + b x + c per channel, (K C,) each, in the dtype of r."""
-    first, second = (per_value.to(r.dtype) * r).unbind()
-    slope = second * r
-    scale = r if gamma is None else (r * gamma).to(r.dtype)
-    return scale, slope, torch.addcmul(first, slope, mean, value=-1)
-
-
-def _input_derivative(g: Tensor, x: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
-    """Returns dx like x, in two passes over it."""
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    scale, slope, offset = (value.view(shape) for value in coefficients)
-    return torch.addcmul(offset, x, slope).addcmul_(g, scale).to(x.dtype)
+def _affine(
+    x: Tensor, scale: Tensor | None, offset: Tensor | None, mean: Tensor, spread: Tensor
+) -> Tensor:
+    """Returns scale (x - mean) / sqrt(spread) + offset per channel, like x, with torch's kernel."""
+    return torch.native_batch_norm(x, scale, offset, mean, spread, False, 0.0, 0.0)[0]
 
 
 def _counts(x: Tensor, call: LayerCall) -> Sequence[int]:

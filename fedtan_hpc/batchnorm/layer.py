@@ -3,7 +3,7 @@
 ``context`` binds layers to a ``BatchNormContext``; ``running_norm`` derives FBN and HBN from it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import compile_ops
 from .global_kernels import Normalise
 from .local_kernels import AlignedGradient, needs_aligned_gradient, statistics_dtype
-from .statistics_call import BatchNormContext, LayerCall
+from .statistics_call import BatchNormContext, LayerCall, Moments
 from .vmap_autograd import StackedNormalise
 
 _BACKWARD_OUTSIDE = (
@@ -71,6 +71,7 @@ class FedTANBatchNorm(_BatchNorm):
 
     def _evaluate_in_context(self, x: Tensor) -> Tensor:
         assert self._context is not None
+        self._context.move_running_statistics()
         if not self._context.is_stacked:
             return self._normalise_locally(x)
         wide = x.to(statistics_dtype(x))  # torch's rule for vmap takes one dtype only
@@ -94,7 +95,7 @@ class FedTANBatchNorm(_BatchNorm):
     def next_call(self) -> LayerCall:
         """Begins the next use of the layer in its context."""
         assert self._context is not None
-        return self._context.call(self._index, self._update_running_statistics)
+        return self._context.call(self._index, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the context: copies and pickles do not belong to it."""
@@ -102,23 +103,6 @@ class FedTANBatchNorm(_BatchNorm):
         for name in ("_context", "_layer_id", "compiled_calls"):
             state.pop(name, None)
         return {**state, "_has_context": False}
-
-    def _update_running_statistics(self, mean_C: Tensor, variance_C: Tensor) -> None:
-        """Moves the buffers towards a mean and an unbiased variance; same bits on every rank.
-
-        It follows torch: each buffer may be absent, and nothing moves if the layer does not track.
-        The callers are custom autograd functions and operators, which record no gradient.
-        """
-        if not self.track_running_stats:
-            return
-        factor = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if factor is None:  # torch's cumulative average
-                factor = 1.0 / float(self.num_batches_tracked)
-        for buffer, target in ((self.running_mean, mean_C), (self.running_var, variance_C)):
-            if buffer is not None and factor:
-                buffer.lerp_(target.to(buffer.dtype), factor)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.former_class is not None:
@@ -140,3 +124,48 @@ class FedTANBatchNorm(_BatchNorm):
                     f"the input of a BN layer is {x.dtype} and its {name} is {value.dtype}: use "
                     "one dtype, or half precision inputs with float32 layers"
                 )
+
+
+@torch.no_grad()
+def move_running_statistics(moved: Sequence[Moments]) -> None:
+    """Moves the buffers of layers towards global moments; same bits on every rank.
+
+    It follows torch: each buffer may be absent, and nothing moves if the layer does not track.
+    All layers move together, in few operations; the uses of one layer follow each other.
+    """
+    while moved:
+        first: dict[FedTANBatchNorm, Moments] = {}
+        later = [each for each in moved if first.setdefault(each.owner, each) is not each]
+        _move({layer: each for layer, each in first.items() if layer.track_running_stats})
+        moved = later
+
+
+def _move(moments: Mapping[FedTANBatchNorm, Moments]) -> None:
+    counters = [layer.num_batches_tracked for layer in moments]
+    if present := [counter for counter in counters if counter is not None]:
+        torch._foreach_add_(present, 1)
+    for (factor, dtype), (buffers, targets) in _targets(moments).items():
+        torch._foreach_lerp_(buffers, [target.to(dtype) for target in targets], factor)
+
+
+def _targets(
+    moments_of: Mapping[FedTANBatchNorm, Moments],
+) -> dict[tuple[float, torch.dtype], tuple[list[Tensor], list[Tensor]]]:
+    """Returns buffers and the moments towards which they move, by momentum and dtype."""
+    groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    if not moments_of:
+        return groups
+    biased, corrections = zip(
+        *((m.variance, m.correction) for m in moments_of.values()), strict=True
+    )
+    variances = torch._foreach_mul(biased, corrections)
+    for (layer, moments), variance in zip(moments_of.items(), variances, strict=True):
+        factor = layer.momentum
+        if factor is None and layer.num_batches_tracked is not None:  # torch's cumulative average
+            factor = 1.0 / float(layer.num_batches_tracked)
+        for buffer, target in ((layer.running_mean, moments.mean), (layer.running_var, variance)):
+            if buffer is not None and factor:
+                buffers, targets = groups.setdefault((factor, buffer.dtype), ([], []))
+                buffers.append(buffer)
+                targets.append(target)
+    return groups

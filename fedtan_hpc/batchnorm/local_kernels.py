@@ -22,7 +22,7 @@ from ..runtime.transfer import constant
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of the statistics of ``x``: at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def local_moments(

@@ -8,6 +8,7 @@ Shapes: K clients, N samples of the largest batch, C channels.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from ..runtime.transfer import constant
 from .layer import FedTANBatchNorm
 from .local_kernels import RunningBuffers
-from .statistics_call import LayerCall, Update
+from .messages import Derivatives
+from .statistics_call import LayerCall, Moments
 
 _ALL = slice(None)
 
@@ -66,6 +68,12 @@ class RunningStatistics:
             layer.num_batches_tracked.copy_(self._counts_K[client_index])
 
 
+def move_stacks(moved: Sequence[Moments]) -> None:
+    """Moves the running statistics of stacks towards global moments."""
+    for running, mean_C, variance_C, correction in moved:
+        running.move(mean_C, variance_C * correction)
+
+
 def _buffers(layer: FedTANBatchNorm) -> list[Tensor]:
     """Returns the running mean and variance of ``layer``; none if it does not track them."""
     values = layer.running_mean, layer.running_var
@@ -84,12 +92,15 @@ class LocalStatistics:
     sizes: Sequence[int]
     is_stacked = True
 
-    def call(self, index: int, update: Update) -> LayerCall:
-        """Begins a use of layer ``index``; ignores ``update``, the stack's statistics move."""
+    def call(self, index: int, owner: Any) -> LayerCall:
+        """Begins a use of layer ``index``; the stack's running statistics move, not ``owner``'s."""
         running = self.running[index]
         by_torch = self.mask_KN is None and running.momentum is not None
         begin = partial(running.begin_batch, self.clients) if by_torch else None
         return _LocalCall(running, self.clients, self.mask_KN, self.sizes, begin)
+
+    def move_running_statistics(self) -> None:
+        """Does nothing: running statistics move in each use of a layer."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,6 @@ class _LocalCall:
         self.running.move(mean_KC, variance_KC * (n_K1 / (n_K1 - 1)), self.clients)
         return mean_KC, variance_KC
 
-    def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
-        """Returns the clients' sums as they are, in float64."""
-        return sums_K2C.double()
+    def share_derivatives(self, counts: Sequence[int], sums: Derivatives) -> Tensor:
+        """Returns each client's sums, multiplied by the factor, (K, 2C) in float64."""
+        return sums.scaled()

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conversion import batchnorm_layers, fedtan_class
-from .layer import FedTANBatchNorm
+from .layer import FedTANBatchNorm, move_running_statistics
 from .local_kernels import statistics_dtype
+from .statistics_call import Moments
 
 
 class RunningBatchNorm(FedTANBatchNorm):
@@ -35,7 +36,7 @@ class RunningBatchNorm(FedTANBatchNorm):
         others = [dim for dim in range(x.dim()) if dim != 1]
         variance_C, mean_C = torch.var_mean(wide, others, correction=0)
         second_C = variance_C.detach() + (mean_C.detach() - self._fixed[0]).square()
-        self._update_running_statistics(mean_C.detach(), second_C)
+        move_running_statistics([Moments(self, mean_C.detach(), second_C, 1.0)])
         return self._normalise_by(wide, mean_C, variance_C).to(x.dtype)
 
     def _normalise_by(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:

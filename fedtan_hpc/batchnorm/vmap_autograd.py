@@ -20,7 +20,7 @@ _SAME_INPUT = "stacked clients must differ in the input of a BN layer: it depend
 
 
 class StackedNormalise(torch.autograd.Function):
-    """BN of stacked clients; returns y, and the mean and r that the backward pass needs."""
+    """BN of stacked clients; returns y, and the moments that the backward pass needs."""
 
     @staticmethod
     def forward(*_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,9 +31,9 @@ class StackedNormalise(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps the input and the moments, nothing else of the input's size."""
         x, gamma, _, _, ctx.call = inputs
-        _, mean, r = output
-        ctx.mark_non_differentiable(mean, r)
-        ctx.save_for_backward(x, gamma, mean, r)
+        _, *moments = output
+        ctx.mark_non_differentiable(*moments)
+        ctx.save_for_backward(x, gamma, *moments)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,12 +61,13 @@ class StackedNormalise(torch.autograd.Function):
         gamma = _fold_parameter(gamma, in_dims[1], clients)
         beta = _fold_parameter(beta, in_dims[2], clients)
         if call.local_buffers is None:
-            y, mean, r = global_kernels.normalise(x, gamma, beta, eps, call)
+            y, *moments = global_kernels.normalise(x, gamma, beta, eps, call)
         else:
             buffers = call.local_buffers()
-            y, mean, r = local_kernels.normalise(x, gamma, beta, eps, buffers, clients)
+            y, *moments = local_kernels.normalise(x, gamma, beta, eps, buffers, clients)
+        mean, spread = moments
         moment_dim = None if mean.dim() == 1 else 0
-        return (y.unflatten(1, (clients, -1)), mean, r), (1, moment_dim, moment_dim)
+        return (y.unflatten(1, (clients, -1)), mean, spread), (1, moment_dim, moment_dim)
 
 
 class StackedDerivatives(torch.autograd.Function):
@@ -94,14 +95,14 @@ class StackedDerivatives(torch.autograd.Function):
         x: Tensor,
         gamma: Tensor | None,
         mean: Tensor,
-        r: Tensor,
+        spread: Tensor,
         call: LayerCall,
         needs_dx: bool,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
         """Returns dx (empty unless needed), dgamma and dbeta for all clients at once."""
         clients: int = info.batch_size
         g, x = _fold(g, in_dims[0], clients), _fold(x, in_dims[1], clients)
-        gamma, moments = _fold_parameter(gamma, in_dims[2], clients), (mean, r)
+        gamma, moments = _fold_parameter(gamma, in_dims[2], clients), (mean, spread)
         if call.local_buffers is None:
             result = global_kernels.derivatives(g, x, gamma, moments, call, needs_dx)
         else:

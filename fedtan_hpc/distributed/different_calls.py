@@ -5,12 +5,12 @@ that something is wrong, but not what the other ranks do.  So each rank writes i
 store of the process group, without collectives, and reads those of the others.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from . import process_group
 
@@ -32,7 +32,7 @@ def are_meant(error: BaseException) -> bool:
     return any(sign in str(error) for sign in _SIGNS)
 
 
-def check_tag(header: Tensor, tag: float, call: str, group: process_group.Group) -> None:
+def check_tag(header: Sequence[float], tag: float, call: str, group: process_group.Group) -> None:
     """Raises ``RuntimeError`` unless all ranks have sent the numbers ``tag`` and its square.
 
     ``header`` is the sum of the messages of all ranks, which are at ``call``.
@@ -43,9 +43,9 @@ def check_tag(header: Tensor, tag: float, call: str, group: process_group.Group)
         raise one_rank if ranks == 1 else different_calls(call, group)
 
 
-def have_tag(header: Tensor, tag: float, ranks: int) -> bool:
+def have_tag(header: Sequence[float], tag: float, ranks: int) -> bool:
     """Returns whether all messages in a sum have ``tag``: then its squares sum to R tag^2."""
-    return bool(header[:2].tolist() == [ranks * tag, ranks * tag**2])
+    return list(header[:2]) == [ranks * tag, ranks * tag**2]
 
 
 def different_calls(call: str, group: process_group.Group = None) -> RuntimeError:

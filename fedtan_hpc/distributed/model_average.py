@@ -205,8 +205,8 @@ def _ranks_of(tensor: Any) -> list[int]:
 
 def _check_header(header: Tensor, group: process_group.Group) -> None:
     ranks = process_group.world_size(group)
-    different_calls.check_tag(header, _TAG, _CALL, group)
-    total, bad = header[2:].tolist()
+    *tags, total, bad = header.tolist()
+    different_calls.check_tag(tags, _TAG, _CALL, group)
     tolerance = 1e-6 + ranks * torch.finfo(header.dtype).eps
     if bad:
         raise ValueError(f"{bad:.0f} weights on {ranks} ranks are negative or not finite")

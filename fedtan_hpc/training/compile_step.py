@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..batchnorm import compile_ops
 from ..batchnorm.context import normalised_by
-from ..batchnorm.statistics_call import LayerCall, Update
+from ..batchnorm.messages import Derivatives
+from ..batchnorm.statistics_call import LayerCall
 from ..config.algorithms import RoundPlan
 from ..config.errors import one_line
 from ..data.batching import Samples
@@ -132,7 +133,7 @@ class DryRunStatistics:
     local_buffers = None
     sizes: Sequence[int] = ()
 
-    def call(self, index: int, update: Update) -> LayerCall:
+    def call(self, index: int, owner: Any) -> LayerCall:
         """Returns the call for any layer."""
         return self
 
@@ -142,6 +143,9 @@ class DryRunStatistics:
         """Returns this rank's moments, (C,) each."""
         return mean_KC[0], variance_KC[0]
 
-    def share_derivatives(self, counts: Sequence[int], sums_K2C: Tensor) -> Tensor:
+    def share_derivatives(self, counts: Sequence[int], sums: Derivatives) -> Tensor:
         """Returns this rank's sums, (2C,) in float64."""
-        return sums_K2C[0].double()
+        return sums.scaled()[0]
+
+    def move_running_statistics(self) -> None:
+        """Does nothing: the running statistics stay as they are."""

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..batchnorm.context import model_tag, normalised_by
 from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.layer import FedTANBatchNorm
-from ..batchnorm.local_statistics import LocalStatistics, RunningStatistics
+from ..batchnorm.local_statistics import LocalStatistics, RunningStatistics, move_stacks
 from ..batchnorm.statistics_call import GlobalStatistics
 from ..distributed.model_average import named_tensors
 from ..runtime.transfer import constant, copy_all
@@ -90,7 +90,8 @@ class Stack:
             model_tag=self._tag_of(layers),
             mask_KN=batch.mask,
             sizes=batch.sizes,
-            updates=[running.move for running in self._running],
+            move=move_stacks,
+            owners=self._running,
             is_stacked=True,
         )
         with normalised_by(self._model, statistics):

@@ -5,14 +5,14 @@ Used by ``client_runners`` on a GPU and by ``job.dry_run``.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..batchnorm.layer import FedTANBatchNorm
-from ..batchnorm.statistics_call import GlobalStatistics
+from ..batchnorm.statistics_call import GlobalStatistics, Verify
 from ..config.algorithms import RoundPlan, plan
 from ..config.schema import Config
 from ..data.batching import Samples
@@ -57,7 +57,10 @@ class _UnsentStatistics(GlobalStatistics):
         """Returns the message of this rank."""
         return message
 
-    def verify_soon(self, header: Tensor, verify: Callable[[Tensor], None]) -> None:
+    def verify(self, header: Sequence[float], verify: Verify) -> None:
+        """Does nothing: the header is not that of all ranks."""
+
+    def verify_soon(self, header: Tensor, verify: Verify) -> None:
         """Does nothing: the header is not that of all ranks."""
 
 

@@ -41,7 +41,8 @@ def rounded_steps() -> dict[str, Values]:
         layer = convert_batchnorm(fill(nn.BatchNorm2d(3)).to(layer_dtype))
         x, g = (value.to(dtype) for value in client_data((3, 4, 4), 2)[rank])
         with federated_statistics(layer, TWO_WEIGHTS[rank]):
-            found[name] = run_layer(layer, x, g)
+            values = run_layer(layer, x, g)
+        found[name] = values | dict(layer.named_buffers())
     return found
 
 
@@ -92,7 +93,8 @@ def autocast_on_this_rank() -> tuple[Values, Tensor]:
     rank = dist.get_rank()
     layer = convert_batchnorm(fill(nn.BatchNorm1d(3)))
     with federated_statistics(layer, TWO_WEIGHTS[rank]):
-        return autocast_step(rank, layer)
+        values, inputs = autocast_step(rank, layer)
+    return values | dict(layer.named_buffers()), inputs
 
 
 def test_autocast_gives_torchs_types_and_the_pooled_problem_of_the_rounded_values() -> None:

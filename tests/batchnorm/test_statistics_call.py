@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtan_hpc.batchnorm.lockstep import Lockstep
-from fedtan_hpc.batchnorm.statistics_call import (
+from fedtan_hpc.batchnorm.messages import (
     HEADER,
     ClientWeights,
-    GlobalStatistics,
+    Derivatives,
     check_weights,
     merge,
     pack,
 )
+from fedtan_hpc.batchnorm.statistics_call import GlobalStatistics
 from fedtan_hpc.distributed.different_calls import check_tag, have_tag
+from fedtan_hpc.distributed.lockstep import Lockstep
 
 Exact: TypeAlias = tuple[Fraction, Fraction]
 """Mean and variance of one channel."""
@@ -53,19 +54,19 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), x.var(0, unbiased=False)
 
 
-def no_update(mean_C: Tensor, variance_C: Tensor) -> None:
-    """Stands for a layer without running statistics."""
+def packed(tag: float, weights: ClientWeights, values_KD: Tensor) -> Tensor:
+    return pack(torch.tensor([tag, tag * tag], dtype=torch.float64), weights, [values_KD])
 
 
 def combine(p: list[float], xs: list[Tensor], is_stacked: bool = False) -> Moments:
     """The global moments, from the sum of the clients' messages or from that of their stack."""
     if is_stacked:
-        call = GlobalStatistics(p, None, ["bn"]).call(0, no_update)
+        call = GlobalStatistics(p, None, ["bn"]).call(0, None)
         means, variances = zip(*map(moments, xs), strict=True)
         return call.share_moments([len(x) for x in xs], torch.stack(means), torch.stack(variances))
 
     def share(p_k: float, x: Tensor) -> Moments:
-        call = GlobalStatistics([p_k], None, ["bn"], lockstep).call(0, no_update)
+        call = GlobalStatistics([p_k], None, ["bn"], lockstep).call(0, None)
         mean_C, variance_C = moments(x)
         return call.share_moments([len(x)], mean_C.unsqueeze(0), variance_C.unsqueeze(0))
 
@@ -179,8 +180,8 @@ def test_float32_moments_lose_less_than_values_of_24_bits_have_lost(offset: floa
     context, exact = GlobalStatistics(p, None, ["bn"]), exact_from_moments(p, xs)
     means, variances = (torch.stack(each) for each in zip(*map(moments, xs), strict=True))
     weights = context.client_weights([len(x) for x in xs])
-    share = context.call(0, no_update)._share_in_one_exchange
-    _, mean_C, variance_C = share(weights, means, variances)
+    share = context.call(0, None)._share_in_one_exchange
+    mean_C, variance_C = share(weights, means, variances)[1].chunk(2)
     assert worst_error(mean_C, [mean for mean, _ in exact]) < 1e-15
     for value, (mean, variance) in zip(variance_C.tolist(), exact, strict=True):
         spacing = 2.0**-23 * 2.0 ** math.floor(math.log2(abs(mean) + variance))
@@ -190,18 +191,18 @@ def test_float32_moments_lose_less_than_values_of_24_bits_have_lost(offset: floa
 def summed(tags: list[int], p: list[float], values: list[Tensor]) -> Tensor:
     """The sum of the messages of ranks that have a client of four samples each."""
     rows = zip(tags, p, values, strict=True)
-    return merge_ranks([pack(tag, ClientWeights([w], [4]), v.unsqueeze(0)) for tag, w, v in rows])
+    return merge_ranks([packed(tag, ClientWeights([w], [4]), v.unsqueeze(0)) for tag, w, v in rows])
 
 
-def merge_ranks(packed: list[Tensor]) -> Tensor:
-    return torch.stack(packed).sum(0)
+def merge_ranks(sent: list[Tensor]) -> Tensor:
+    return torch.stack(sent).sum(0)
 
 
 def test_the_count_leaves_out_clients_without_weight() -> None:
     ones = torch.ones(1, 2)
-    packed = [pack(4, ClientWeights([w], [n]), ones) for w, n in ((0.4, 5), (0.0, 8), (0.6, 3))]
-    assert merge_ranks(packed)[:HEADER].tolist() == [12, 48, 5 + 3, 1.0]
-    assert pack(4, ClientWeights([0.4, 0.0, 0.6], [5, 8, 3]), torch.ones(3, 2))[2] == 5 + 3
+    sent = [packed(4, ClientWeights([w], [n]), ones) for w, n in ((0.4, 5), (0.0, 8), (0.6, 3))]
+    assert merge_ranks(sent)[:HEADER].tolist() == [12, 48, 5 + 3, 1.0]
+    assert packed(4, ClientWeights([0.4, 0.0, 0.6], [5, 8, 3]), torch.ones(3, 2))[2] == 5 + 3
 
 
 @pytest.mark.parametrize(
@@ -210,14 +211,14 @@ def test_the_count_leaves_out_clients_without_weight() -> None:
 )
 def test_a_client_that_takes_no_part_sends_zeros_whatever_it_holds(share: ClientWeights) -> None:
     broken = torch.full((1, CHANNELS), torch.nan, dtype=torch.float64)
-    assert pack(4, share, broken)[HEADER:].count_nonzero() == 0
+    assert packed(4, share, broken)[HEADER:].count_nonzero() == 0
 
 
 def test_derivatives_are_added_with_their_weights() -> None:
     p = [0.2, 0.5, 0.3]
     sums = torch.randn(3, 2 * CHANNELS, generator=torch.Generator().manual_seed(0)).double()
     expected = torch.tensor(p, dtype=torch.float64) @ sums
-    stacked = pack(5, ClientWeights(p, [4] * 3), sums)[HEADER:]
+    stacked = packed(5, ClientWeights(p, [4] * 3), sums)[HEADER:]
     torch.testing.assert_close(stacked, expected, rtol=1e-14, atol=1e-15)
     found = summed([5] * 3, p, list(sums))[HEADER:]
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-15)
@@ -235,9 +236,9 @@ def test_message_sizes(channels: int, dtype: torch.dtype) -> None:
             return message
 
     ones = torch.ones(1, channels, dtype=dtype)
-    call = Recording([1.0], None, ["bn"]).call(0, no_update)
+    call = Recording([1.0], None, ["bn"]).call(0, None)
     call.share_moments([4], ones, ones)
-    call.share_derivatives([4], ones.repeat(1, 2))
+    call.share_derivatives([4], Derivatives(ones, ones, ones))
     forward = [4 + channels] * 2 if dtype is torch.float64 else [4 + 2 * channels]
     assert sent == [(size, torch.float64) for size in (*forward, 4 + 2 * channels)]
 
@@ -246,10 +247,10 @@ def ranks_that_notice(tags: list[int], clients: int) -> int:
     """How many ranks' checks raise when rank k sends ``tags[k]``, with so many clients each."""
     weights = ClientWeights([1 / len(tags) / clients], [4])
     ones = torch.ones(1, 2)
-    packed = [merge([pack(tag, weights, ones)] * clients) for tag in tags]
+    sent = [merge([packed(tag, weights, ones)] * clients) for tag in tags]
     noticed = 0
     for tag in tags:
-        noticed += not have_tag(merge_ranks(packed)[:HEADER], tag, len(tags))
+        noticed += not have_tag(merge_ranks(sent)[:HEADER].tolist(), tag, len(tags))
     return noticed
 
 
@@ -271,20 +272,20 @@ def test_every_rank_notices_any_mix_of_tags(tags: str, ranks: int, clients: int)
 @pytest.mark.parametrize("mix", list(itertools.product([2, 3, 5], repeat=3)), ids=str)
 def test_clients_of_a_rank_at_different_layers_are_noticed(mix: tuple[int, ...]) -> None:
     weights, ones = ClientWeights([1 / 3], [4]), torch.ones(1, 2)
-    total = merge([pack(tag, weights, ones) for tag in mix])
+    total = merge([packed(tag, weights, ones) for tag in mix])
     for tag in mix:
         if len(set(mix)) == 1:
-            check_tag(total[:HEADER], tag, "", None)
+            check_tag(total[:HEADER].tolist(), tag, "", None)
         else:
             with pytest.raises(RuntimeError, match="clients of one rank are at different layers"):
-                check_tag(total[:HEADER], tag, "", None)
+                check_tag(total[:HEADER].tolist(), tag, "", None)
 
 
 def checked(p: list[float], counts: list[int]) -> None:
     """Check the message of clients with these weights and batch sizes."""
     ones = torch.ones(1, 2)
-    packed = [pack(2, ClientWeights([w], [n]), ones) for w, n in zip(p, counts, strict=True)]
-    check_weights(merge_ranks(packed)[:HEADER], len(p))
+    sent = [packed(2, ClientWeights([w], [n]), ones) for w, n in zip(p, counts, strict=True)]
+    check_weights(merge_ranks(sent)[:HEADER].tolist(), len(p))
 
 
 @pytest.mark.parametrize("excess", [0.0, 5e-7, -5e-7])

@@ -106,9 +106,8 @@ def test_stacked_clients_give_the_same(is_global: bool, dims: int, samples: int)
         running = [RunningStatistics(batchnorm_layers(layer)["(root)"], 2)]
         context = LocalStatistics(running, slice(None), None, (samples, samples))
         if is_global:
-            updates, names = [running[0].move], ["(root)"]
             context = GlobalStatistics(  # type: ignore[assignment]
-                [0.5, 0.5], None, names, sizes=(samples,) * 2, updates=updates, is_stacked=True
+                [0.5, 0.5], None, ["(root)"], sizes=(samples,) * 2, is_stacked=True
             )
         with normalised_by(layer, context):
             x, g = in_memory_order(x, of_x), in_memory_order(g, of_g)

@@ -9,7 +9,7 @@ from torch import nn
 
 from bench import benchmark, rounds, timing
 from fedtan_hpc.batchnorm.conversion import batchnorm_layers
-from fedtan_hpc.batchnorm.statistics_call import ClientWeights, pack
+from fedtan_hpc.batchnorm.messages import ClientWeights, pack
 from fedtan_hpc.config.enums import AlgorithmName, PrecisionName
 from fedtan_hpc.config.schema import AlgorithmConfig, Config
 from fedtan_hpc.distributed import counters
@@ -60,11 +60,11 @@ def methods(
 
 def _statistics(config: Config, channels: Sequence[int]) -> Iterator[int]:
     """Yields the bytes of each layer's messages: moments (two messages in float64), derivatives."""
-    client = ClientWeights([1.0], [2])
+    client, tag = ClientWeights([1.0], [2]), torch.zeros(2, dtype=torch.float64)
     is_double = config.precision is PrecisionName.float64
     for c in channels:
         for values in (c, c, 2 * c) if is_double else (2 * c, 2 * c):
-            yield pack(0, client, torch.zeros(1, values)).nbytes
+            yield pack(tag, client, [torch.zeros(1, values)]).nbytes
 
 
 def _sent_by(send: Callable[[], object]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 Each client's forward and backward pass is the ordinary one.  Where a client needs the other
 clients' statistics, it leaves its message and lets the next client run.  The last client sends the
 sum of all messages, and each client continues with the answer.  Clients may have batches of any
-size; the collectives and their order are those of a single client.  ``context`` uses it.
+size; the collectives and their order are those of a single client.  ``batchnorm`` uses it.
 
 On a GPU torch would run all backward passes in one thread, which cannot wait for itself; the
 clients' threads are told to run their backward passes themselves.
@@ -22,8 +22,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..distributed.different_calls import ON_ONE_RANK
 from ..runtime.global_random import GlobalStates
+from .different_calls import ON_ONE_RANK
 
 Result = TypeVar("Result")
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fedtan_hpc
-from fedtan_hpc.batchnorm.lockstep import Lockstep
 from fedtan_hpc.distributed import collectives, counters, process_group
+from fedtan_hpc.distributed.lockstep import Lockstep
 from tests.helpers import networks, pooled
 from tests.helpers.ranks import on_ranks
 
