@@ -28,7 +28,7 @@ class Operations(TorchDispatchMode):
     """Counts all operations but views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -41,7 +41,8 @@ class Operations(TorchDispatchMode):
 
 def counted(step: Callable[[], None]) -> Counter[str]:
     step()  # constants are made once
-    with Operations() as operations:
+    operations = Operations()
+    with operations:
         step()
     return operations.names
 
