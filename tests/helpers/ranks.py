@@ -6,6 +6,7 @@ then its world ends, and the next call starts a new one.
 
 The ranks are forked from a server that has loaded torch, and use gloo.  With TEST_BACKEND=mpi in
 the environment mpiexec starts them and they use MPI, so that all tests can run over both.
+``on_gpus`` gives each rank a GPU and uses NCCL.
 """
 
 from __future__ import annotations
@@ -60,6 +61,17 @@ def on_ranks(
         raise
 
 
+def on_gpus(
+    world_size: int, function: Callable[..., Result], *arguments: Any, seconds: float = 120
+) -> list[Result]:
+    """The results of ``function(*arguments)`` by rank, of new ranks; rank k has GPU k."""
+    world = ForkedWorld(world_size, "nccl")
+    try:
+        return world.call(function, arguments, seconds)
+    finally:
+        world.end()
+
+
 class World:
     """Processes with a process group, each waiting for the next function."""
 
@@ -77,13 +89,13 @@ class World:
         raise NotImplementedError
 
 
-class GlooWorld(World):
+class ForkedWorld(World):
     """Forked processes."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         self._folder = tempfile.mkdtemp()
         store = Path(self._folder) / "rendezvous"
-        started = [_start(rank, size, store) for rank in range(size)]
+        started = [_start(rank, size, store, backend) for rank in range(size)]
         self._processes = [process for process, _ in started]
         self._connections = [connection for _, connection in started]
 
@@ -130,7 +142,7 @@ MPI_VARIABLES = {
 
 
 def _world_of(size: int) -> World:
-    return MPIWorld(size) if os.environ.get("TEST_BACKEND") == "mpi" else GlooWorld(size)
+    return MPIWorld(size) if os.environ.get("TEST_BACKEND") == "mpi" else ForkedWorld(size)
 
 
 _WORLDS: dict[int, World] = {}
@@ -142,17 +154,19 @@ def _end_all() -> None:
         world.end()
 
 
-def _start(rank: int, size: int, store: Path) -> tuple[ForkServerProcess, Connection]:
+def _start(rank: int, size: int, store: Path, backend: str) -> tuple[ForkServerProcess, Connection]:
     ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+    process = CONTEXT.Process(target=_serve, args=(rank, size, store, backend, theirs), daemon=True)
     process.start()
     theirs.close()
     return process, ours
 
 
-def _serve(rank: int, size: int, store: Path, caller: Connection) -> None:
+def _serve(rank: int, size: int, store: Path, backend: str, caller: Connection) -> None:
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import GlooWorld, MPIWorld, RankFailed, World
+from tests.helpers.ranks import ForkedWorld, MPIWorld, RankFailed, World
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install -e '.[test]'")
 pytest.importorskip("expecttest", reason="torch's tests need it: pip install -e '.[test]'")
@@ -33,7 +33,7 @@ class Suite:
     """Ranks of one backend that run torch's tests one after another."""
 
     def __init__(self, backend: str, size: int) -> None:
-        self._start: Callable[[int], World] = MPIWorld if backend == "mpi4py" else GlooWorld
+        self._start: Callable[[int], World] = MPIWorld if backend == "mpi4py" else ForkedWorld
         self._backend, self._size = backend, size
         self._world: World | None = None
 
