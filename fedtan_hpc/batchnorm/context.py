@@ -65,9 +65,10 @@ def federated_backward(
         with federated_statistics(modules[0], weights[0], group):
             return [passes[0]()]
     lockstep = Lockstep(passes, lambda parts: collectives.sum_for_training(merge(parts), group))
+    tag = model_tag(batchnorm_layers(modules[0]), group)  # all are copies of one model
     with ExitStack() as stack:
         for module, weight in zip(modules, weights, strict=True):
-            stack.enter_context(_global_statistics(module, weight, group, lockstep))
+            stack.enter_context(_global_statistics(module, weight, group, lockstep, tag))
         return lockstep.run()
 
 
@@ -79,11 +80,15 @@ def _forward_and_backward(loss: Callable[[], Tensor]) -> Tensor:
 
 @contextmanager
 def _global_statistics(
-    module: nn.Module, weight: float, group: process_group.Group, lockstep: Lockstep[Tensor] | None
+    module: nn.Module,
+    weight: float,
+    group: process_group.Group,
+    lockstep: Lockstep[Tensor] | None,
+    tag: int | None = None,
 ) -> Iterator[None]:
     layers = batchnorm_layers(module)
     statistics = GlobalStatistics([float(weight)], group, list(layers), lockstep)
-    statistics.model_tag = model_tag(layers, group)
+    statistics.model_tag = model_tag(layers, group) if tag is None else tag
     statistics.move = move_running_statistics
     with normalised_by(module, statistics):
         try:

@@ -210,3 +210,19 @@ def test_threads_are_kept_for_later_steps() -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert os.waitstatus_to_exitcode(found[1]) == 0
+
+
+def test_models_of_one_rank_may_be_converted_one_by_one() -> None:
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+
+    x = torch.randn(6, 4, dtype=torch.float64)
+    models = [fedtan_hpc.convert_batchnorm(plain()) for _ in range(2)]
+    halves = [lambda m=m, x=x: m(x).square().sum() for m, x in zip(models, x.chunk(2), strict=True)]
+    fedtan_hpc.federated_backward(models, halves, [0.5, 0.5])
+    pooled = plain()
+    pooled(x).square().sum().backward()
+    for right, *found in zip(*(m.parameters() for m in (pooled, *models)), strict=True):
+        total = sum(value.grad for value in found if value.grad is not None)
+        torch.testing.assert_close(total, right.grad, rtol=1e-9, atol=1e-9)
