@@ -57,7 +57,9 @@ class ModelSource(Choice):
 
     builtin = "builtin"
     torchvision = "torchvision"
-    target = "target"
+    # A keyword cannot be assigned by name; import_ is the same choice in Python.
+    vars()["import"] = "import"
+    import_ = "import"
 
 
 class ModelName(Choice):

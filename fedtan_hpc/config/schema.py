@@ -100,7 +100,7 @@ class ModelConfig:
     """Group ``model``."""
 
     source: enums.ModelSource = enums.ModelSource.builtin
-    """Origin of the network: this package, torchvision, or model.target."""
+    """Origin of the network: this package, torchvision, or your code (model.target)."""
     name: str = "mlp"
     """Network: mlp, cnn, resnet20, resnet32, resnet56, vgg11_bn, or the name of torchvision's."""
     target: str | None = None

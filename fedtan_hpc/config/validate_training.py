@@ -29,7 +29,7 @@ def is_import_path(text: str) -> bool:
 
 
 def _network(config: Config) -> Iterator[str]:
-    target, is_import = config.model.target, config.model.source is ModelSource.target
+    target, is_import = config.model.target, config.model.source is ModelSource.import_
     if target is not None and not is_import:
         remedy = "leave it out or use model=import"
         yield format_option_error("model.target", target, "null unless model=import", remedy)

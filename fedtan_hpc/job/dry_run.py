@@ -230,6 +230,6 @@ def _check_group(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 def _network_error(config: Config, allowed: str, remedy: str) -> ConfigError:
     model = config.model
-    is_target = model.source is ModelSource.target
+    is_target = model.source is ModelSource.import_
     option, value = ("model.target", model.target) if is_target else ("model.name", model.name)
     return ConfigError(format_option_error(option, value, allowed, remedy))

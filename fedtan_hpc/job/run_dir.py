@@ -48,7 +48,7 @@ def name(config: Config) -> Path:
         return path_options.expanded(config.run_dir)
     options = {key: v for key, v in to_dict(config).items() if key not in NOT_IDENTIFYING}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
-    is_target = config.model.source is ModelSource.target
+    is_target = config.model.source is ModelSource.import_
     network = str(config.model.target).rpartition(":")[2] if is_target else config.model.name
     counts = f"{config.clients}clients-{config.local_steps}steps-seed{config.seed}"
     names = (config.algorithm.name, config.data.name, network, config.partition.name)
@@ -169,6 +169,8 @@ def completed(saved: Any) -> dict[str, Any]:
     """Returns ``saved`` options with the defaults of those that an older version did not have."""
     merged = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
     options: Any = OmegaConf.to_container(merged)
+    if options["model"]["source"] == "target":  # in version 0.2
+        options["model"]["source"] = str(ModelSource.import_)
     return options  # type: ignore[no-any-return]
 
 

@@ -37,7 +37,7 @@ def build(config: ModelConfig, shape: tuple[int, ...], classes: int, seed: int) 
         if config.source is ModelSource.torchvision:
             small = config.small_input
             module = torchvision_models.build(config.name, small, shape[0], classes)
-        elif config.source is ModelSource.target:
+        elif config.source is ModelSource.import_:
             module = import_target.build(config.target or "", shape, classes)
         else:
             name = ModelName(config.name)

@@ -99,7 +99,7 @@ _OWN_MODELS = (
 def title(settings: Mapping[str, str]) -> str:
     """Returns the data, the network, the partition and the work of a round in one line."""
     network = settings["model.name"]
-    if settings["model.source"] == ModelSource.target:
+    if settings["model.source"] == ModelSource.import_:
         network = settings["model.target"].rpartition(":")[2]
     names = ", ".join([settings["data.name"], network, settings["partition.name"]])
     return f"{names}, {settings['clients']} clients, {settings['local_steps']} local steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_every_choice_composes_to_valid_options(
     check(config)
     options = to_dict(config)
     if choice in ("import", "torchvision"):
-        assert options["model"]["source"] == {"import": "target"}.get(choice, choice)
+        assert options["model"]["source"] == choice
     elif group != "experiment":
         assert options[group]["name"] == choice
 
@@ -80,7 +81,10 @@ def test_a_sweep_composes_every_point(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_options_written_to_yaml_read_back_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    [config] = composed(monkeypatch, "data=synthetic", "data.shape=[3,8,8]", "optimizer.lr=1e-3")
+    network = ("model=import", "model.target=my_networks:small")
+    words = ("data=synthetic", "data.shape=[3,8,8]", "optimizer.lr=1e-3", *network)
+    [config] = composed(monkeypatch, *words)
+    assert pickle.loads(pickle.dumps(config)) == config
     text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
     assert (
         OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
@@ -148,6 +152,7 @@ WRONG = [
     (["model.name=resnet18"], "model.name", "resnet18"),
     (["model.name=timm"], "model.name", "timm"),
     (["model.source=timm"], "model.source", "timm"),
+    (["model.source=target"], "model.source", "target"),
     (["model.norm=batch"], "model.norm", "batch"),
     (["model.gamma=2"], "model.gamma", "2"),
     (["model.small_input=true"], "model.small_input", "true"),

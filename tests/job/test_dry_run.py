@@ -50,7 +50,7 @@ def job(
 
 
 def target(text: str) -> ModelConfig:
-    return ModelConfig(source=ModelSource.target, target=text)
+    return ModelConfig(source=ModelSource.import_, target=text)
 
 
 def here(name: str) -> ModelConfig:
@@ -225,7 +225,7 @@ def test_running_statistics_must_exist_to_judge_the_network_by(algorithm: str) -
 )
 def test_a_wrong_target_is_one_line(text: str, part: str) -> None:
     for gamma in GammaName:
-        options = ModelConfig(source=ModelSource.target, target=text, gamma=gamma)
+        options = ModelConfig(source=ModelSource.import_, target=text, gamma=gamma)
         line = tells(job(options))
         assert line.startswith(f"model.target={text}: allowed is ")
         assert part in line

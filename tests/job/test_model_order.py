@@ -39,7 +39,7 @@ def parts(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def state_after_training(algorithm: str, order: str) -> dict[str, Tensor]:
     os.environ["ORDER"] = order
-    target = ModelConfig(source=ModelSource.target, target="tests.job.test_model_order:parts")
+    target = ModelConfig(source=ModelSource.import_, target="tests.job.test_model_order:parts")
     options = iid_config(algorithm, model=target, clients=3)
     trainer = prepare(options, CPU)
     trainer.train([])

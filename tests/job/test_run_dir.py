@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from fedtan_hpc.config.enums import ModelSource
 from fedtan_hpc.config.errors import ConfigError, FolderInUseError
-from fedtan_hpc.config.schema import Config, OptimizerConfig, PartitionConfig
+from fedtan_hpc.config.schema import Config, ModelConfig, OptimizerConfig, PartitionConfig, to_dict
 from fedtan_hpc.job import run_dir
 from fedtan_hpc.job.run_dir import claimed
 from fedtan_hpc.job.run_dir import name as folder_name
@@ -34,6 +35,15 @@ def test_a_finished_run_of_other_options_is_a_mistake(tmp_path: Path) -> None:
     other = small(1, rounds=4, optimizer=OptimizerConfig(lr=0.2))
     with pytest.raises(ConfigError, match=r"another optimizer\.lr, rounds"):
         run_here(other, str(tmp_path))
+
+
+def test_a_run_of_version_0_2_with_an_imported_network_is_known() -> None:
+    """That version called the network's source target."""
+    config = Config(model=ModelConfig(source=ModelSource.import_, target="nets:small"))
+    saved = to_dict(config)
+    saved["model"]["source"] = "target"
+    assert run_dir.differences(saved, config) == []
+    assert run_dir.differences(saved, Config()) == ["model.source", "model.target"]
 
 
 def test_a_mistake_of_the_folder_reaches_every_rank(tmp_path: Path) -> None:

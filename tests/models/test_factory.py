@@ -82,7 +82,7 @@ def own_network(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
 
 
-OWN = ModelConfig(source=ModelSource.target, target=f"{__name__}:own_network")
+OWN = ModelConfig(source=ModelSource.import_, target=f"{__name__}:own_network")
 UNIFORM = ModelConfig(name="cnn", gamma=GammaName.uniform)
 SHUFFLE = ModelConfig(source=ModelSource.torchvision, name="shufflenet_v2_x0_5")
 

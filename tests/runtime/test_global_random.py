@@ -80,7 +80,7 @@ def test_the_caller_gets_its_states_back(kind: type[np.random.BitGenerator]) -> 
 
 
 def test_a_run_leaves_the_callers_states_alone(tmp_path: Path) -> None:
-    target = ModelConfig(source=ModelSource.target, target="tests.helpers.networks:drawing")
+    target = ModelConfig(source=ModelSource.import_, target="tests.helpers.networks:drawing")
     run = fedtan_hpc.run  # imports torch's parts, some of which draw numbers
     random.seed(1)
     np.random.seed(1)

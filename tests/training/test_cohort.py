@@ -323,7 +323,7 @@ def test_a_deep_network_trains_alike_on_one_and_two_ranks(tmp_path: Path) -> Non
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "fedbn"])
 def test_unusual_networks_train_alike_in_all_ways(algorithm: str, network: str) -> None:
     """One client after another, in lock-step, stacked and on two ranks."""
-    model = ModelConfig(source=ModelSource.target, target=f"tests.helpers.networks:{network}")
+    model = ModelConfig(source=ModelSource.import_, target=f"tests.helpers.networks:{network}")
     options = config(algorithm, "some", model=model, rounds=2, eval_train_samples=200)
     state, records, _ = trained(options)
     stacked = replace(options, cohort=CohortConfig(mode=CohortMode.stacked, max_stacked=2))
@@ -337,7 +337,7 @@ def test_unusual_networks_train_alike_in_all_ways(algorithm: str, network: str) 
 
 def test_an_auxiliary_loss_counts() -> None:
     target = "tests.helpers.networks:with_auxiliary"
-    model = ModelConfig(source=ModelSource.target, target=target)
+    model = ModelConfig(source=ModelSource.import_, target=target)
     options = config("fedtan", "some", model=model, rounds=2)
     both, alone = (
         trained(replace(options, model=replace(model, output=name)))[0] for name in (None, "logits")
@@ -350,7 +350,7 @@ def test_an_auxiliary_loss_counts() -> None:
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedavg"])
 def test_what_networks_draw_does_not_depend_on_the_ranks(algorithm: str, network: str) -> None:
     """It does not depend on the random state of the process either."""
-    model = ModelConfig(source=ModelSource.target, target=f"tests.helpers.networks:{network}")
+    model = ModelConfig(source=ModelSource.import_, target=f"tests.helpers.networks:{network}")
     options = config(algorithm, "some", model=model, rounds=3)
     torch.manual_seed(5)
     random.seed(5)

@@ -62,7 +62,7 @@ def test_compiled_steps_train_the_same_model(algorithm: str, clients: int) -> No
 
 def test_a_network_with_several_outputs_is_compiled() -> None:
     target = "tests.helpers.networks:with_auxiliary"
-    model = ModelConfig(source=ModelSource.target, target=target)
+    model = ModelConfig(source=ModelSource.import_, target=target)
     expected, _ = trained(iid_config(model=model, clients=1))
     state, compiled = trained(iid_config(model=model, clients=1, compile=True))
     assert compiled

@@ -166,7 +166,7 @@ def test_odd_networks_train_alike_in_every_way(network: str, method: str) -> Non
     """In lock-step, stacked, and on two ranks; a frozen parameter does not change."""
     options = config(
         method,
-        model=ModelConfig(source=ModelSource.target, target=f"tests.helpers.networks:{network}"),
+        model=ModelConfig(source=ModelSource.import_, target=f"tests.helpers.networks:{network}"),
         optimizer=OptimizerConfig(lr=0.05, momentum=0.9, weight_decay=0.01),
         cohort=CohortConfig(mode=CohortMode.sequential),
         rounds=4,

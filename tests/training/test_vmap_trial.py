@@ -99,7 +99,7 @@ FAILING = {
 def job(name: str, folder: Path, algorithm: str = "fedtan", **options: object) -> Config:
     return Config(
         algorithm=AlgorithmConfig(name=AlgorithmName(algorithm)),
-        model=ModelConfig(source=ModelSource.target, target=f"{__name__}:{name}"),
+        model=ModelConfig(source=ModelSource.import_, target=f"{__name__}:{name}"),
         clients=3,
         rounds=2,
         local_steps=2,
