@@ -1,4 +1,5 @@
-"""FedTAN on many ranks: federated training with exact global batch normalization statistics.
+"""fedtan_hpc trains one network on many clients' data, with exact global batch normalization
+statistics.
 
 For your training loop: ``convert_batchnorm``, ``federated_statistics``, ``average_model``, and with
 several clients on a rank ``federated_backward`` and ``average_models``.  For a whole job: ``run``

@@ -129,10 +129,16 @@ def compose_as(
     """Does what ``compose`` does, for another ``schema`` and its file ``entry`` of conf/."""
     words = sys.argv[1:] if words is None else list(words)
     _refuse_deletions(words)
+    if topics := [word.partition("=")[2] for word in words if word.startswith("--help=")]:
+        text = help.topic(topics[0], schema)
+        if launcher_env.rank_hint() == 0:
+            print(text)
+        return []
     # By default hydra prints several lines and exits with 1; with this it raises instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="schema", node=schema)
-    OmegaConf.register_new_resolver("manual", partial(help.text, schema), replace=True)
+    for part in (help.choices, help.overview):  # of the template of --help in conf/config.yaml
+        OmegaConf.register_new_resolver(part.__name__, partial(part, schema), replace=True)
     composed: list[DictConfig] = []
     launch = hydra.main(version_base="1.3", config_path=str(_conf()), config_name=entry)
     usage = io.StringIO()

@@ -47,6 +47,7 @@ main()
         ("clients=1", "device=cuda", "comm.backend=gloo"),
         ("clients=1", "run_dir=/dev/null/run"),
         ("--bogus",),
+        ("--help=modle",),
     ],
     ids=" ".join,
 )
@@ -148,20 +149,21 @@ def test_a_loss_that_is_not_finite_is_told_once(tmp_path: Path) -> None:
     assert done.stderr.count("fedtan_hpc: round 1: the training loss of clients") == 1
 
 
-def test_help_lists_options_and_choices(tmp_path: Path) -> None:
-    done = commands.job("--help", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("word", "text"), [("--help", "Choices, written"), ("--help=model", "model.target=null\n")]
+)
+def test_one_rank_shows_help(word: str, text: str, tmp_path: Path) -> None:
+    done = commands.ranks(2, word, cwd=tmp_path)
     assert done.returncode == 0
-    for text in (
-        "algorithm: centralised, fbn, fedavg, fedavg_gn",
-        "partition.classes_per_client=null\n      [a whole number or null] Classes",
-        "torchrun",
-    ):
-        assert text in done.stdout
+    assert done.stderr == ""
+    assert done.stdout.count(text) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_are_checked_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys, fedtan_hpc.cli as cli; sys.argv = ['x', 'rounds=3']; cli.compose(); "
+        "cli.compose(['--help=all']); "
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     done = commands.run("python", "-c", code, cwd=tmp_path)

@@ -1,6 +1,6 @@
 """Describes every option in words: default, allowed values and meaning, from the fields of Config.
 
-Used by ``--help``, by the README's table of options and by error messages.
+Used by ``--help``, by docs/options.md and by error messages.
 """
 
 import ast
@@ -14,9 +14,18 @@ from enum import EnumMeta
 from itertools import pairwise
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+
+from .errors import ConfigError, format_option_error
 from .schema import Config
 
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+UNGROUPED = "run"
+"""The name under which help has the options that belong to no group."""
+_OF_UNGROUPED = "Sets clients, rounds, batches, evaluation, device and files."
+_INDENT = 15
+"""Columns before the text that describes a group."""
 
 
 class Entry(NamedTuple):
@@ -28,29 +37,97 @@ class Entry(NamedTuple):
     meaning: str
 
 
-def entries(schema: Any = Config, prefix: str = "") -> Iterator[Entry]:
-    """Yields all options of ``schema`` in order; their names begin with ``prefix``."""
+class Group(NamedTuple):
+    """The description of a group of options; ``purpose`` is a sentence about the group."""
+
+    name: str
+    purpose: str
+    entries: list[Entry]
+
+
+def groups(schema: type[Any] = Config) -> list[Group]:
+    """Returns the options of ``schema`` by group; those without a group stand first, as ``run``."""
+    nested = {name: hint for name, hint in get_type_hints(schema).items() if is_dataclass(hint)}
+    return [
+        Group(UNGROUPED, _OF_UNGROUPED, list(_entries(schema, ""))),
+        *(
+            Group(name, " ".join(str(hint.__doc__).split()), list(_entries(hint, f"{name}.")))
+            for name, hint in nested.items()
+        ),
+    ]
+
+
+def entries(schema: type[Any] = Config) -> Iterator[Entry]:
+    """Yields all options of ``schema``, group by group."""
+    for group in groups(schema):
+        yield from group.entries
+
+
+def _entries(schema: Any, prefix: str) -> Iterator[Entry]:
+    """Yields the options of one dataclass without those of its groups."""
     defaults, hints, meanings = schema(), get_type_hints(schema), _docstrings(schema)
     for field in fields(schema):
-        option, hint = prefix + field.name, hints[field.name]
-        if is_dataclass(hint):
-            yield from entries(hint, f"{option}.")
-        else:
-            default = getattr(defaults, field.name)
-            default = "null" if default is None else str(default)
-            yield Entry(option, default, _in_words(hint), meanings[field.name])
+        if not is_dataclass(hint := hints[field.name]):
+            default = _as_yaml(getattr(defaults, field.name))
+            yield Entry(prefix + field.name, default, _in_words(hint), meanings[field.name])
 
 
-def text(schema: type[Any] = Config) -> str:
-    """Returns the part of ``--help`` that lists the options, as wide as the terminal allows."""
-    width = min(100, shutil.get_terminal_size().columns)
+def choices(schema: type[Any] = Config) -> str:
+    """Returns the part of ``--help`` with the choices of each group; hydra calls this.
+
+    Choices are YAML files of conf/ and of the user's ``--config-dir``.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    names = [field.name for field in fields(schema)]
+    found = {
+        name: sorted(loader.get_group_options(name, ObjectType.CONFIG))
+        for name in sorted(loader.list_groups(""))
+        if name in names or name == "experiment"
+    }
+    return "\n".join(_paragraph(name, ", ".join(files)) for name, files in found.items())
+
+
+def overview(schema: type[Any] = Config) -> str:
+    """Returns the part of ``--help`` with purpose and option names of each group."""
+    return "\n".join(
+        f"{_paragraph(group.name, group.purpose)}\n{_paragraph('', _names(group))}"
+        for group in groups(schema)
+    )
+
+
+def topic(name: str, schema: type[Any] = Config) -> str:
+    """Returns what ``--help=name`` prints: all about the options of a group, or of ``all`` groups.
+
+    Raises ``ConfigError`` if there is no such group.
+    """
+    known = {group.name: group for group in groups(schema)}
+    if name not in ("all", *known):
+        allowed = " | ".join(["all", *known])
+        raise ConfigError(format_option_error("--help", name, allowed, "choose one of these"))
+    shown = known.values() if name == "all" else [known[name]]
+    return "\n\n".join(f"{group.name}: {group.purpose}\n\n{_in_full(group)}" for group in shown)
+
+
+def _names(group: Group) -> str:
+    return ", ".join(entry.option.rpartition(".")[2] for entry in group.entries)
+
+
+def _in_full(group: Group) -> str:
     lines = []
-    for entry in entries(schema):
-        about = f"[{entry.allowed}] {entry.meaning}"
-        indent = " " * 6
+    for entry in group.entries:
         lines.append(f"  {entry.option}={entry.default}")
-        lines.append(textwrap.fill(about, width, initial_indent=indent, subsequent_indent=indent))
+        lines.append(_filled(f"[{entry.allowed}] {entry.meaning}", " " * 6, " " * 6))
     return "\n".join(lines)
+
+
+def _paragraph(head: str, text: str) -> str:
+    return _filled(text, f"  {head}".ljust(_INDENT), " " * _INDENT)
+
+
+def _filled(text: str, first_indent: str, indent: str) -> str:
+    """Returns ``text`` in lines as wide as the terminal allows."""
+    width = min(100, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, initial_indent=first_indent, subsequent_indent=indent)
 
 
 def allowed(option: str, schema: type[Any] = Config) -> str:
@@ -61,6 +138,12 @@ def allowed(option: str, schema: type[Any] = Config) -> str:
     if is_dataclass(hint):
         return f"set through its own options, such as {option}.{fields(hint)[0].name}"
     return _in_words(hint)
+
+
+def _as_yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _in_words(hint: Any) -> str:

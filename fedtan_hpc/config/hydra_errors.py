@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from .errors import ConfigError, format_option_error
-from .help import allowed, entries
+from .help import UNGROUPED, allowed, entries, groups
 from .schema import Config
 
 _CHOOSE = "choose one of these"
@@ -112,7 +112,9 @@ def _structured(options: Any, prefix: str) -> Any:
 
 
 def _wrong_type(option: str, value: object, schema: type[Config] = Config) -> str:
-    remedy = "see the options table of the README, or --help"
+    first = option.partition(".")[0]
+    group = first if first in [group.name for group in groups(schema)] else UNGROUPED
+    remedy = f"--help={group} says what it means"
     return format_option_error(option, value, allowed(option, schema), remedy)
 
 

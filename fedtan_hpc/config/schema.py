@@ -1,6 +1,7 @@
 """The options of a job: type, default, meaning and unit.
 
-``help`` makes ``--help`` and the README's table from the docstrings below the fields.
+``help`` makes ``--help`` and docs/options.md from the docstrings of the classes and of the fields.
+The docstring of a class completes "the group ...".
 """
 
 import math
@@ -14,10 +15,10 @@ from .dataset_info import KNOWN_DATASETS, TEST_SHARE, DatasetInfo
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
-    """Group ``algorithm``."""
+    """Chooses what BN layers normalise with and what is averaged."""
 
     name: enums.AlgorithmName = enums.AlgorithmName.fedtan
-    """Federated algorithm. README, section Methods: what each normalises with and averages."""
+    """Federated algorithm; docs/methods.md says what each normalises with and averages."""
     synchronised_steps: int | None = None
     """Local steps with global statistics, from a round's first. Only for fedtan; default 1."""
     synchronise_every: int | None = None
@@ -30,7 +31,7 @@ class AlgorithmConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ClientConfig:
-    """Group ``client``."""
+    """Adds a term to each client's loss."""
 
     proximal_mu: float = 0.0
     """FedProx: adds mu / 2 times the squared distance from a round's initial model to the loss."""
@@ -38,7 +39,7 @@ class ClientConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ServerConfig:
-    """Group ``server``: a step on averaged trainable parameters, not on running statistics."""
+    """Adds a server step on the averaged trainable parameters."""
 
     optimizer: enums.ServerOptimizerName = enums.ServerOptimizerName.none
     """FedOpt: server step on the round's mean change; none takes the clients' average itself."""
@@ -54,7 +55,7 @@ class ServerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Group ``data``.  Sizes that are null come from the data set."""
+    """Chooses the data set, the part in use, and augmentation."""
 
     name: enums.DataName = enums.DataName.digits
     """Data set. digits (1,797 real images, 8x8) and synthetic (Gaussian classes) need no files."""
@@ -97,7 +98,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """Group ``model``."""
+    """Chooses the network, its normalization layers and its output."""
 
     source: enums.ModelSource = enums.ModelSource.builtin
     """Origin of the network: this package, torchvision, or your code (model.target)."""
@@ -117,7 +118,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PartitionConfig:
-    """Group ``partition``."""
+    """Divides the training samples among the clients."""
 
     name: enums.PartitionName = enums.PartitionName.shards
     """Partition: iid, by label (shards, dirichlet), by size (quantity), or feature_shift."""
@@ -137,7 +138,7 @@ class PartitionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """Group ``optimizer``: SGD of the clients, which starts anew in every round."""
+    """Sets the clients' SGD, which starts anew in every round."""
 
     lr: float = 0.1
     """Learning rate of the first round."""
@@ -149,7 +150,7 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LrScheduleConfig:
-    """Group ``lr_schedule``."""
+    """Lowers the learning rate after chosen rounds."""
 
     milestones: list[int] = field(default_factory=list)
     """Rounds, ascending, after which the learning rate is multiplied by lr_schedule.gamma."""
@@ -159,7 +160,7 @@ class LrScheduleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CommConfig:
-    """Group ``comm``."""
+    """Sets the backend of collectives, and their time-out."""
 
     backend: enums.BackendName = enums.BackendName.auto
     """Backend of collectives. auto: nccl with one GPU per rank, mpi under mpirun, else gloo."""
@@ -169,7 +170,7 @@ class CommConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """Group ``checkpoint``."""
+    """Sets how often checkpoints are written and how many are kept."""
 
     every: int | None = 20
     """Rounds between checkpoints; null: only when a signal stops the run."""
@@ -179,7 +180,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CohortConfig:
-    """Group ``cohort``: how a rank trains the clients that it hosts in a round."""
+    """Sets how a rank trains the clients that it hosts in a round."""
 
     mode: enums.CohortMode = enums.CohortMode.auto
     """Local steps of a rank's clients: stacked (vmap) or sequential; auto: the faster of both."""

@@ -29,7 +29,7 @@ class ClusterName(Choice):
 
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
-    """Group ``launch``.  For options that are null the cluster decides."""
+    """Sets where the job runs and what the cluster gives to it."""
 
     cluster: ClusterName = ClusterName.slurm
     """slurm; local: this machine, in the background; debug: this process, as one rank."""

@@ -105,9 +105,3 @@ def test_a_wrong_name_is_one_line_with_its_remedy(word: str, start: str) -> None
     assert line.startswith(start)
     assert "; " in line
     assert "\n" not in line
-
-
-def test_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.compose(["--help"])
-    assert f"experiment: {', '.join(NAMES)}" in capsys.readouterr().out
