@@ -80,7 +80,7 @@ def write(comparison: Comparison, command: str) -> None:
     comparison_tables.write_csv(lines, out / "compare.csv")
     table = comparison_tables.table(lines)
     comparison_tables.write_markdown(table, lines, comparison, command)
-    comparison_plots.draw(lines, comparison_tables.title(comparison.settings), out)
+    comparison_plots.draw(lines, out)
     print("\n".join(["", *table, "", f"files: {out}/compare.md, compare.png, compare.csv"]))
 
 

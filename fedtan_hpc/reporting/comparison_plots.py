@@ -1,6 +1,6 @@
 """The curves of a comparison: accuracy and loss, against rounds and against megabytes.
 
-Used by ``compare``; the scaling tools take the colours of the algorithms from here.
+Used by ``compare``.
 """
 
 import itertools
@@ -13,29 +13,8 @@ from ..config.enums import AlgorithmName
 from . import pictures
 from .reports import Lines, Run
 
-_LOOKS = {
-    "fedtan": ("#0072B2", "o"),
-    "fedavg": ("#D55E00", "s"),
-    "centralised": ("#000000", "D"),
-    "fedavg_gn": ("#009E73", "^"),
-    "fedavg_ln": ("#56B4E9", "v"),
-    "fedbn": ("#CC79A7", "P"),
-    "silobn": ("#E69F00", "X"),
-    "fixbn": ("#882255", "<"),
-    "fbn": ("#999933", ">"),
-    "hbn": ("#332288", "p"),
-    "singleset": ("#7F7F7F", "h"),
-}
-"""Colour and marker of each algorithm; readers who see few colours have the markers."""
-_DASHES = ("-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)))
-"""Line styles of an algorithm's variants; a dotted line is a method that sends nothing."""
 _LOG_BYTES_RATIO, _LOG_LOSS_RATIO = 3.0, 8.0
 """Ratios of the largest to the smallest value above which an axis is logarithmic."""
-
-
-def look_of(algorithm: str) -> tuple[str, str]:
-    """Returns colour and marker of an algorithm, the same in all pictures."""
-    return _LOOKS[algorithm]
 
 
 class Curve(NamedTuple):
@@ -45,12 +24,12 @@ class Curve(NamedTuple):
     rounds: list[int]
     megabytes: list[float]
     values: dict[str, list[list[float]]]
-    style: dict[str, Any]
+    style: pictures.Style
 
 
-def draw(lines: Lines, title: str, out: Path) -> None:
+def draw(lines: Lines, out: Path) -> None:
     """Writes ``compare.png`` into ``out``."""
-    shape = {"sharex": "col", "sharey": "row", "figsize": (11, 7)}
+    shape = {"sharex": "col", "sharey": "row", "figsize": (10, 6.5)}
     with pictures.picture(out / "compare.png", 2, 2, **shape) as (figure, panels):
         curves = _curves(lines)
         figures = (("accuracy", "test accuracy, %"), ("loss", "test loss"))
@@ -59,37 +38,19 @@ def draw(lines: Lines, title: str, out: Path) -> None:
                 _draw(row, curve, name)
             row[0].set_ylabel(text)
         _axes(panels, curves)
-        figure.suptitle(title)
         several = any(len(runs) > 1 for runs in lines.values())
         note = "mean; band from worst to best seed" if several else None
-        pictures.legend_below(figure, panels[0][0], note)
+        pictures.legend_beside(figure, panels[0][0], note)
 
 
 def _curves(lines: Lines) -> list[Curve]:
     order = [str(name) for name in AlgorithmName]
     labels = sorted(lines, key=lambda label: (order.index(label.partition(",")[0]), label))
-    variants: dict[str, int] = {}
-    curves = []
-    for label in labels:
-        algorithm = label.partition(",")[0]
-        variant = variants[algorithm] = variants.get(algorithm, -1) + 1
-        curves.append(_curve(label, lines[label], _style(algorithm, variant)))
-    return curves
+    looks = zip(labels, pictures.styles(labels), strict=True)
+    return [_curve(label, lines[label], style) for label, style in looks]
 
 
-def _style(algorithm: str, variant: int) -> dict[str, Any]:
-    colour, marker = _LOOKS.get(algorithm, ("#666666", "*"))
-    filled = colour if variant == 0 else "white"
-    return {
-        "color": colour,
-        "linestyle": _DASHES[variant % len(_DASHES)],
-        "marker": marker,
-        "markersize": 5,
-        "markerfacecolor": filled,
-    }
-
-
-def _curve(label: str, runs: Sequence[Run], style: dict[str, Any]) -> Curve:
+def _curve(label: str, runs: Sequence[Run], style: pictures.Style) -> Curve:
     """Takes the evaluated rounds of the first seed; all seeds have the same."""
     sent = [list(itertools.accumulate(run.payloads)) for run in runs]
     indices = [n for n, r in enumerate(runs[0].records) if r["test_accuracy"] is not None]
@@ -104,8 +65,7 @@ def _curve(label: str, runs: Sequence[Run], style: dict[str, Any]) -> Curve:
 
 def _draw(panels: Sequence[Any], curve: Curve, name: str) -> None:
     """Draws a figure against rounds in the first panel and against megabytes in the second."""
-    every = max(1, len(curve.rounds) // 8)
-    style = {**curve.style, "markevery": every, "label": curve.label}
+    style = {**curve.style, "label": curve.label}
     pictures.band(panels[0], curve.rounds, curve.values[name], **style)
     if curve.megabytes[-1] > 0:
         pictures.band(panels[1], curve.megabytes, curve.values[name], **style)
@@ -127,10 +87,8 @@ def _axes(panels: Any, curves: Sequence[Curve]) -> None:
         _format_log_axis(panels[1][0].yaxis)
     dotted = "; dotted: nothing is sent" if len(sent) < len(curves) else ""
     panels[1][0].set_xlabel("round")
-    panels[1][1].set_xlabel(f"megabytes that a rank has put in{dotted}")
+    panels[1][1].set_xlabel(f"sent by a rank since the first round, MB{dotted}")
     panels[1][0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for panel in panels.flat:
-        panel.grid(alpha=0.3)
 
 
 def _format_log_axis(axis: Any) -> None:

@@ -21,7 +21,7 @@ from ..config.schema import Config, to_dict
 from ..config.validate import check
 from ..runtime import launcher_env
 from . import options
-from .pictures import picture
+from .pictures import GREY, picture
 
 if TYPE_CHECKING:  # numpy loads after the options are checked
     import numpy as np
@@ -51,9 +51,9 @@ def main(words: Sequence[str] | None = None) -> None:
         options.check_plotting()
         options.check_writable(path)
         counts = count(config)
-        print("\n".join(table(counts)))
+        print("\n".join([title(config), *table(counts)]))
         with options.written(path):
-            draw(counts, title(config), path)
+            draw(counts, path)
         print(f"picture: {path}")
 
 
@@ -96,7 +96,7 @@ def table(counts: Counts) -> Iterator[str]:
     )
 
 
-def draw(counts: Counts, title: str, path: Path) -> None:
+def draw(counts: Counts, path: Path) -> None:
     """Draws a field for each client and class, darker for more samples, and the clients' sizes."""
     from matplotlib.ticker import MaxNLocator
 
@@ -110,7 +110,6 @@ def draw(counts: Counts, title: str, path: Path) -> None:
         label = "samples of the class"
         colours = figure.colorbar(image, ax=bars, label=label, fraction=0.12, pad=0.08)
         colours.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.suptitle(title)
 
 
 def _draw_field(axes: Any, counts: Counts) -> Any:
@@ -129,6 +128,7 @@ def _draw_field(axes: Any, counts: Counts) -> Any:
                 colour = "white" if norm(number) > 0.55 else "black"
                 axes.text(label, client, number, color=colour, ha="center", va="center", size=8)
     axes.set(xlabel="class (white: no samples)", ylabel="client")
+    axes.grid(False)
     _set_ticks(axes.xaxis, counts.shape[1])
     _set_ticks(axes.yaxis, counts.shape[0])
     return image
@@ -137,9 +137,9 @@ def _draw_field(axes: Any, counts: Counts) -> Any:
 def _draw_sizes(axes: Any, counts: Counts) -> None:
     sizes = counts.sum(1)
     few = len(sizes) <= _MOST_SIZES
-    axes.barh(range(len(sizes)), sizes, color="#7F7F7F", height=0.8 if few else 1.0)
+    axes.barh(range(len(sizes)), sizes, color=GREY, height=0.8 if few else 1.0)
     axes.set(xlabel="samples", xlim=(0, 1.45 * sizes.max() if few else None))
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(False, axis="y")
     axes.locator_params(axis="x", nbins=2)
     axes.tick_params(axis="y", left=False, labelleft=False)
     for client, size in enumerate(sizes if few else []):

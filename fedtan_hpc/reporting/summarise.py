@@ -97,11 +97,13 @@ def _median(runs: Sequence[Run], key: str) -> float:
 def draw(lines: Lines, path: Path) -> None:
     """Draws accuracy against rounds: the mean of a line, and the band from worst to best seed."""
     with pictures.picture(path, figsize=(7, 4)) as (figure, axes):
-        for label, runs in lines.items():
+        looks = zip(lines.items(), pictures.styles(list(lines)), strict=True)
+        for (label, runs), style in looks:
             rounds = [record["round"] for record in runs[0].evaluated]
             curves = [[100 * record["test_accuracy"] for record in run.evaluated] for run in runs]
-            pictures.band(axes, rounds, curves, label=label, marker=".")
+            pictures.band(axes, rounds, curves, label=label, **style)
         axes.set(xlabel="round", ylabel="test accuracy, %")
-        axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        pictures.legend_below(figure, axes, "mean, band from worst to best seed")
+        several = any(len(runs) > 1 for runs in lines.values())
+        note = "mean; band from worst to best seed" if several else None
+        pictures.legend_beside(figure, axes, note)

@@ -20,9 +20,9 @@ def test_the_picture_and_the_table_are_of_the_job_s_partition(
     drawn = []
     draw = show_partition.draw
 
-    def noted(counts: show_partition.Counts, title: str, path: Path) -> None:
+    def noted(counts: show_partition.Counts, path: Path) -> None:
         drawn.append(counts)
-        draw(counts, title, path)
+        draw(counts, path)
 
     monkeypatch.setattr(show_partition, "draw", noted)
     out = tmp_path / "new" / "p.png"
@@ -35,7 +35,8 @@ def test_the_picture_and_the_table_are_of_the_job_s_partition(
     assert counts.sum() == len(labels)
     for client, part in enumerate(parts):
         assert [int((labels[part] == k).sum()) for k in range(10)] == counts[client].tolist()
-    lines = capsys.readouterr().out.splitlines()
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "digits: 30 clients, dirichlet, seed 3"
     sizes = [len(part) for part in parts]
     assert [int(line.split()[1]) for line in lines[1:21]] == sizes[:20]
     assert lines[21].strip() == "...  and 10 more clients"
@@ -50,7 +51,7 @@ def test_title_names_the_options() -> None:
 @pytest.mark.parametrize("shape", [(1, 2), (100, 100), (3, 100), (100, 2)], ids=str)
 def test_few_and_many_clients_and_classes_fit(shape: tuple[int, int], tmp_path: Path) -> None:
     counts = np.arange(shape[0] * shape[1]).reshape(shape) % 7 + 1
-    show_partition.draw(counts, "title", tmp_path / "p.png")
+    show_partition.draw(counts, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 5_000
     assert list(tmp_path.iterdir()) == [tmp_path / "p.png"]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib import pyplot
+from matplotlib import colors, pyplot
 
-from fedtan_hpc.reporting import comparison_plots, summarise
+from fedtan_hpc.config.enums import AlgorithmName
+from fedtan_hpc.reporting import comparison_plots, pictures, summarise
 from fedtan_hpc.reporting.reports import Run, flat
 from tests.helpers import commands
 
@@ -66,6 +68,44 @@ LABELS = {
 }
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [str(name) for name in AlgorithmName],
+        [f"{name}, local_steps={steps}" for name in AlgorithmName for steps in (1, 2, 3, 5)],
+        [f"fedtan, option={number}" for number in range(32)],
+        [f"partition={name}" for name in range(32)],
+    ],
+    ids=["algorithms", "variants", "many variants", "other labels"],
+)
+def test_no_two_lines_look_alike(labels: list[str]) -> None:
+    """Also where only grey is seen, or the markers are too small."""
+    found = [
+        (style["color"], str(style["linestyle"]), style["marker"])
+        for style in pictures.styles(labels)
+    ]
+    assert len(set(found)) == len({look[:2] for look in found}) == len(labels)
+    assert ":" not in [dash for _, dash, _ in found]
+
+
+LUMA = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in the brightness of a colour."""
+
+
+def test_neighbours_differ_in_brightness() -> None:
+    shades = [
+        sum(share * part for share, part in zip(LUMA, colors.to_rgb(style["color"]), strict=True))
+        for style in pictures.styles([f"number={number}" for number in range(8)])
+    ]
+    assert min(abs(a - b) for a, b in pairwise(shades)) > 0.15
+
+
+def test_an_algorithm_looks_the_same_everywhere() -> None:
+    [alone] = pictures.styles(["fedavg"])
+    assert pictures.styles(["fedtan", "fedavg"])[1] == alone
+    assert pictures.styles(["fedavg, local_steps=5", "fedtan"])[0] == alone
+
+
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("tool", ["summarise", "compare"])
 def test_no_legend_is_cut_off(
@@ -79,7 +119,7 @@ def test_no_legend_is_cut_off(
     if tool == "summarise":
         summarise.draw(lines, tmp_path / "summary.png")
     else:
-        comparison_plots.draw(lines, "title", tmp_path)
+        comparison_plots.draw(lines, tmp_path)
     [figure] = figures
     figure.draw_without_rendering()
     [legend] = figure.legends

@@ -10,8 +10,8 @@ from fedtan_hpc.runtime import atomic_files
 from scaling import plots
 
 _LABELS = {
-    "fedtan": "fedtan, 2 messages a layer",
-    "three_messages": "FedTAN as in the paper, 3 messages a layer",
+    "fedtan": "fedtan: 2 messages a layer",
+    "three_messages": "as in the paper: 3 messages a layer",
 }
 _TERMS = ("compute", "statistics", "gradients", "average", "waiting")
 _REMEDIES = ("local_steps", "batch_size", "synchronise_every")
@@ -134,18 +134,13 @@ def _time(seconds: float) -> str:
 def _draw(setting: Mapping[str, Any], rows: Rows, path: Path) -> None:
     """Draws efficiency against ranks: a panel for each network, a line for each method."""
     names = [network["name"] for network in setting["networks"]]
-    shape = {"figsize": (1.5 + 4.2 * len(names), 4.6), "sharey": True, "squeeze": False}
+    shape = {"figsize": (1.0 + 3.0 * len(names), 3.6), "sharey": True, "squeeze": False}
     with pictures.picture(path, 1, len(names), **shape) as (figure, [panels]):
         for axes, name in zip(panels, names, strict=True):
             of_network = [row for row in rows if row["network"] == name]
             plots.draw_methods(axes, of_network, "efficiency", _LABELS)
-            axes.axhline(100 * setting["target_efficiency"], color="#7F7F7F", ls=":", lw=1)
+            axes.axhline(100 * setting["target_efficiency"], color=pictures.GREY, ls=":", lw=1)
             axes.set_ylim(0, 103)
             axes.set_title(name)
-        panels[0].set_ylabel("efficiency, %")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        figure.suptitle(
-            f"Predicted: {setting['model']}, {setting['local_steps']} local steps of "
-            f"{_time(setting['step_seconds'])} a round"
-        )
+        panels[0].set_ylabel("predicted efficiency, %")
+        pictures.legend_beside(figure, panels[0], f"dotted: {_target(setting)}")

@@ -107,8 +107,8 @@ def _markdown(found: Rows, mode: str, command: str) -> Iterator[str]:
 
 
 def _draw(found: Rows, mode: str, path: Path) -> None:
-    columns = {"client_steps_a_second": "client steps a second", "efficiency": "efficiency, %"}
-    with pictures.picture(path, 1, 2, figsize=(10, 4.2)) as (figure, panels):
+    columns = {"client_steps_a_second": "client steps per second", "efficiency": "efficiency, %"}
+    with pictures.picture(path, 1, 2, figsize=(9, 3.8)) as (figure, panels):
         for axes, (column, label) in zip(panels, columns.items(), strict=True):
             plots.draw_methods(axes, found, column, {})
             axes.set_ylabel(label)
