@@ -30,12 +30,13 @@ from fedtan_hpc.runtime import launcher_env
 if TYPE_CHECKING:
     from fedtan_hpc.runtime.device import DevicePlacement
 
+OPTIONS = ("repeats",)
 KINDS = ("none", "beside", "waiting")
 
 
 def run(words: Sequence[str]) -> None:
     """Times all kinds of rounds, and prints."""
-    tool_options, job_words = options.split(words, ("repeats",))
+    tool_options, job_words = options.split(words, OPTIONS)
     config = options.composed(job_words)
     repeats = benchmark.repeats(tool_options, 15)
     check(config)

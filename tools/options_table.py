@@ -1,21 +1,54 @@
-"""Print the README's table of options, made from the fields of ``fedtan_hpc/config/schema.py``.
+"""Print docs/options.md, made from the fields of the package's classes of options.
 
-python tools/options_table.py
+python tools/options_table.py > docs/options.md
 """
 
 from collections.abc import Iterator
 
 from fedtan_hpc.config import help
+from fedtan_hpc.config.submit_options import SubmitConfig
+
+_INTRODUCTION = """# Options
+
+This page is for everyone who starts a job: it lists each option with its default, its allowed
+values and its meaning. `python -m fedtan_hpc --help=GROUP` shows the same in a terminal.
+
+- An option is written `name=value`, as in `rounds=20 optimizer.lr=0.05`. The part of a name before
+  the dot is the option's group.
+- `algorithm=`, `data=`, `model=`, `partition=` and `launch=` choose a file of `conf/`, which sets
+  options of its group: `algorithm=fedavg` sets `algorithm.name`. `experiment=` chooses a file with
+  options of all groups.
+- A list is written `data.shape=[3,32,32]`, and `null` means that an option has no value.
+- The shell needs quotes around spaces and brackets: `'lr_schedule.milestones=[60,80]'`.
+- With `-m`, commas make a sweep: `-m algorithm=fedtan,fedavg seed=0,1,2` runs six jobs in turn.
+- `--config-dir DIR experiment=NAME` reads your file `DIR/experiment/NAME.yaml`. It begins with the
+  line `# @package _global_` and has options in YAML.
+- `run_dir`, `resume`, `data.root` and `launch.folder` are paths. They arrive as the shell hands
+  them over, with any letters, and `~` is the home folder. In a sweep, a path with a comma needs
+  further quotes: `run_dir="'a,b'"`.
+- `--cfg job` shows the values of all options for a command line, and trains nothing.
+- A mistake is one line with the option, its value, the allowed values and a remedy. The exit code
+  is 2; torchrun turns it into 1.
+"""
 
 
-def rows() -> Iterator[str]:
-    """Yields the lines of the table in Markdown."""
-    yield "| option | default | allowed | meaning |"
-    yield "| --- | --- | --- | --- |"
-    for entry in help.entries():
-        allowed = entry.allowed.replace("|", "\\|")
-        yield f"| `{entry.option}` | `{entry.default}` | {allowed} | {entry.meaning} |"
+def page() -> Iterator[str]:
+    """Yields the lines of the page in Markdown."""
+    yield _INTRODUCTION.rstrip()
+    for group in help.groups(SubmitConfig):
+        yield f"\n## {group.name}\n\n{group.purpose}{_REMARKS.get(group.name, '')}\n"
+        yield "| option | default | allowed | meaning |"
+        yield "| --- | --- | --- | --- |"
+        for entry in group.entries:
+            allowed = entry.allowed.replace("|", "\\|")
+            yield f"| `{entry.option}` | `{entry.default}` | {allowed} | {entry.meaning} |"
+
+
+_REMARKS = {
+    help.UNGROUPED: " These options have no group: write `rounds=20`.",
+    "launch": " Only for `python -m fedtan_hpc.submit`.",
+}
 
 
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    print("\n".join(page()))

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import commands, slurm_user
+from tests.helpers import commands, documents, slurm_user
 from tests.helpers.ranks import MPI_VARIABLES
 from tests.helpers.slurm_user import SUBMIT, Slurm, rounds_of, same_models, wait_until
 
@@ -275,7 +275,7 @@ def test_the_recipes_run(slurm: Slurm) -> None:
     slurm.environment.update(MPI_VARIABLES)
     for line in recipes():
         if "jobs.py" not in line:
-            line = line.replace(" clients=", " rounds=3 local_steps=1 clients=")
+            line = f"{documents.split_at_operator(line)[0]} rounds=3 local_steps=1"
         said = slurm.call("bash", "-ec", line)
         slurm.jobs += re.findall(r"job (\d+\S*)", said)
         for job in slurm.jobs:
