@@ -17,7 +17,7 @@ Style: TypeAlias = dict[str, Any]
 
 GREY = "#7F7F7F"
 """Colour of lines and bars that are no method."""
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10,
     "figure.titlesize": 11,

@@ -210,8 +210,8 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     for block in to_run(page):
         if block.language == "python":
-            if name := documents.program(block):
-                (tmp_path / name).write_text(block.text, encoding="utf-8")
+            if (file := documents.program(block)) is not None:
+                (tmp_path / file).write_text(block.text, encoding="utf-8")
             continue
         for line in documents.lines_of(block):
             done = run(shortened(line), tmp_path)

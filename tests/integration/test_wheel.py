@@ -14,7 +14,7 @@ from tests.helpers import commands
 
 COMMANDS = {
     "job": (("fedtan_hpc", "algorithm=fedavg", "--cfg", "job"), "name: fedavg"),
-    "job, help": (("fedtan_hpc", "--help"), "algorithm=fedavg"),
+    "job, help": (("fedtan_hpc", "--help"), "algorithm=fedtan,fedavg"),
     "compare, help": (("fedtan_hpc.compare", "--help"), "-m fedtan_hpc.compare"),
     "overview, help": (("fedtan_hpc.overview", "--help"), "-m fedtan_hpc.overview"),
     "runs, help": (("fedtan_hpc.runs", "--help"), "-m fedtan_hpc.runs"),
