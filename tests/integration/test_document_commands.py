@@ -147,7 +147,7 @@ def shortened(line: str) -> str:
     words = set(shlex.split(command))
     added = [word for programs, more in SHORT.items() if words & set(programs) for word in more]
     if "synchronised_steps=" in line:  # as many local steps are needed
-        added.remove("local_steps=1")
+        added = [word for word in added if word != "local_steps=1"]
     return " ".join([command, *added, operator, rest]).strip()
 
 
@@ -190,6 +190,10 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
         ("python tools/compare.py 'seeds=[0,1,2,3]'", "python tools/compare.py 'seeds=[0,1]' {}"),
         ("mpirun -n 2 python -m fedtan_hpc  # so", "mpirun -n 2 python -m fedtan_hpc {}"),
         ("python -m fedtan_hpc.runs runs > a", "python -m fedtan_hpc.runs runs > a"),
+        (
+            "python -m fedtan_hpc a.synchronised_steps=2",
+            "python -m fedtan_hpc a.synchronised_steps=2 rounds=1",
+        ),
     ],
 )
 def test_commands_are_shortened(line: str, expected: str) -> None:
