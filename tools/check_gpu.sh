@@ -3,8 +3,8 @@
 #
 #   bash tools/check_gpu.sh OUT [step ...]
 #
-# Each step has a time limit and leaves OUT/STEP.txt; OUT/steps.txt and OUT/machine.txt sum up. About ten minutes in
-# all. Steps, in the order of their worth:
+# Each step has a time limit and leaves OUT/STEP.txt; OUT/steps.txt and OUT/machine.txt sum up. At most 16
+# minutes in all. Steps, in the order of their worth:
 #   nccl       a job on all GPUs, one rank each
 #   tests      pytest -m gpu
 #   round      a round against local steps, FedAvg, and torch's SyncBatchNorm with DistributedDataParallel
@@ -12,10 +12,11 @@
 #   allreduce  latency and bandwidth of the collectives
 #   fashion    Fashion-MNIST with ResNet-20; FASHION_ROOT is the folder of its files (default: data/, or a download)
 set -u
-cd "$(dirname "$0")/.." || exit 1
 [ $# -ge 1 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
 mkdir -p "$1" || exit 1
 out=$(realpath "$1"); shift
+[ -z "${FASHION_ROOT:-}" ] || FASHION_ROOT=$(realpath "$FASHION_ROOT")
+cd "$(dirname "$0")/.." || exit 1
 steps=${*:-nccl tests round cohort allreduce fashion}
 python=${PYTHON:-python}
 scratch=$(mktemp -d); trap 'rm -r "$scratch"' EXIT
@@ -35,6 +36,7 @@ run() { # STEP SECONDS COMMAND...
     echo "$step: exit code $code, $((SECONDS - began)) s of at most $limit s" | tee -a "$out/steps.txt"
 }
 ranks=("$python" -m torch.distributed.run --nproc-per-node)
+rm -f "$out/steps.txt"
 {
     date -u +%F
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

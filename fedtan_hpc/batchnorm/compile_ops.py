@@ -67,7 +67,7 @@ def checkpoints_traced() -> AbstractContextManager[Any]:
     Without it torch refuses them, because an exchange notes its number in ``_last_call``.  A
     backward pass that runs a checkpointed layer again reads the number and notes none.
     """
-    dynamo = sys.modules.get("torch._dynamo")  # nothing is traced before it is loaded
+    dynamo = sys.modules.get("torch._dynamo")  # torch.compile loads it, before the context
     option = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # torch 2.9 and later
     if dynamo is None or not hasattr(dynamo.config, option):
         return nullcontext()

@@ -46,11 +46,12 @@ def federated_backward(
 ) -> list[Tensor]:
     """Runs the forward and backward pass of all clients of this rank, with global statistics.
 
-    Client k has a module, a function ``losses[k]`` that runs it and returns the loss F_k (0-d), and
-    the weight p_k; the weights of all clients of all ranks sum to 1.  Gradients are added to the
-    modules' parameters.  Returns the losses, detached.  The clients run in lock-step: all of them
-    together cost as many collectives as one client, whatever the sizes of their batches.  A rank
-    without a client gives one module, a batch of one sample and the weight 0.
+    The modules of all ranks are copies of one model.  Client k has one, a function ``losses[k]``
+    that runs it and returns the loss F_k (0-d), and the weight p_k; the weights of all clients of
+    all ranks sum to 1.  Gradients are added to the modules' parameters.  Returns the losses,
+    detached.  The clients run in lock-step: all of them together cost as many collectives as one
+    client, whatever the sizes of their batches.  A rank without a client gives one module, a batch
+    of one sample and the weight 0.
 
     Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
     are not equally many, or a module serves two clients.  The clients run in threads, which inherit
@@ -61,11 +62,11 @@ def federated_backward(
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("every client needs a module of its own, for example a copy.deepcopy")
     passes = [partial(_forward_and_backward, loss) for loss in losses]
+    tag = model_tag(batchnorm_layers(modules[0]), group, are_copies=True)
     if len(modules) == 1:
-        with federated_statistics(modules[0], weights[0], group):
+        with _global_statistics(modules[0], weights[0], group, None, tag):
             return [passes[0]()]
     lockstep = Lockstep(passes, lambda parts: collectives.sum_for_training(merge(parts), group))
-    tag = model_tag(batchnorm_layers(modules[0]), group)  # all are copies of one model
     with ExitStack() as stack:
         for module, weight in zip(modules, weights, strict=True):
             stack.enter_context(_global_statistics(module, weight, group, lockstep, tag))
@@ -98,12 +99,17 @@ def _global_statistics(
             statistics.is_open = False
 
 
-def model_tag(layers: Mapping[str, FedTANBatchNorm], group: process_group.Group = None) -> int:
+def model_tag(
+    layers: Mapping[str, FedTANBatchNorm],
+    group: process_group.Group = None,
+    are_copies: bool = False,
+) -> int:
     """Returns the number that messages carry to tell the model of ``layers`` from others.
 
     At the first use of such a model the ranks compare its layers.  Models with equal layers differ
-    in the place at which ``convert_batchnorm`` took them.  These places tell models apart if all
-    ranks have converted equally many models until the first use, and only models of that time.
+    in the place at which ``convert_batchnorm`` took them, unless ``are_copies``: then they are
+    clients' copies of one model.  These places tell models apart if all ranks have converted
+    equally many models until the first use, and only models of that time.
 
     Raises ``ValueError`` if the ranks' layers differ, and ``RuntimeError`` if their models do.
     """
@@ -116,6 +122,8 @@ def model_tag(layers: Mapping[str, FedTANBatchNorm], group: process_group.Group 
     numbers = first._model_number, number_of_conversions()
     device = _device(first)
     agreement = structure.agree("BN layers", _CALL, described, group, device, numbers)
+    if are_copies:
+        return agreement.digest
     models, conversions = zip(*agreement.numbers, strict=True)
     told_apart = len(set(conversions)) == 1
     if told_apart and len(set(models)) > 1:
@@ -147,6 +155,8 @@ def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None
     """Lets ``context`` provide the statistics of ``module``'s BN layers."""
     layers = list(batchnorm_layers(module).values())
     outer = []
+    for around in {id(each): each for layer in layers if (each := layer._context)}.values():
+        around.move_running_statistics()  # in the order of the layers' uses
     for index, layer in enumerate(layers):
         if layer._layer_id is None:
             layer._layer_id = compile_ops.register(layer)

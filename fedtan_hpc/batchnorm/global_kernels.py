@@ -95,8 +95,13 @@ def derivatives(
     if not needs_dx:
         return x.new_empty(0), *parameters
     first, second = _per_value(shared, counts).to(r.dtype)
-    dx = _affine(x.to(r.dtype), second, first, mean, spread)
-    dx = dx.addcmul_(g, factor.view(1, -1, *[1] * (x.dim() - 2))).to(x.dtype)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    if x.dtype is r.dtype:
+        dx = _affine(x, second, first, mean, spread)
+    else:  # half precision, without a copy of x in the other dtype
+        slope = second * r
+        dx = torch.addcmul((first - slope * mean).view(shape), x, slope.view(shape))
+    dx = dx.addcmul_(g, factor.view(shape)).to(x.dtype)
     if call.mask_KN is not None:  # nothing flows back into padding
         mask_NK = call.mask_KN.t().to(dx.dtype)
         mask = mask_NK.view(*mask_NK.shape, *[1] * (x.dim() - 1))
@@ -117,6 +122,8 @@ def _affine(
     x: Tensor, scale: Tensor | None, offset: Tensor | None, mean: Tensor, spread: Tensor
 ) -> Tensor:
     """Returns scale (x - mean) / sqrt(spread) + offset per channel, like x, with torch's kernel."""
+    if x.numel() == 0:  # not all kernels take it
+        return torch.empty_like(x)
     return torch.native_batch_norm(x, scale, offset, mean, spread, False, 0.0, 0.0)[0]
 
 

@@ -3,8 +3,8 @@
 ``context`` binds layers to a ``BatchNormContext``; ``running_norm`` derives FBN and HBN from it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +71,9 @@ class FedTANBatchNorm(_BatchNorm):
 
     def _evaluate_in_context(self, x: Tensor) -> Tensor:
         assert self._context is not None
-        self._context.move_running_statistics()
         if not self._context.is_stacked:
+            if not torch.compiler.is_compiling():  # there the moments come while the graph runs
+                self._context.move_running_statistics()
             return self._normalise_locally(x)
         wide = x.to(statistics_dtype(x))  # torch's rule for vmap takes one dtype only
         return self._normalise_locally(wide).to(x.dtype)
@@ -95,7 +96,11 @@ class FedTANBatchNorm(_BatchNorm):
     def next_call(self) -> LayerCall:
         """Begins the next use of the layer in its context."""
         assert self._context is not None
-        return self._context.call(self._index, self)
+        tracked = None
+        if self.track_running_stats:
+            buffers = self.running_mean, self.running_var, self.num_batches_tracked
+            tracked = Tracked(*buffers, self.momentum)
+        return self._context.call(self._index, tracked)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the context: copies and pickles do not belong to it."""
@@ -126,46 +131,65 @@ class FedTANBatchNorm(_BatchNorm):
                 )
 
 
+class Tracked(NamedTuple):
+    """The running statistics of a layer at one use; each may be absent, as in torch."""
+
+    mean: Tensor | None
+    variance: Tensor | None
+    counter: Tensor | None
+    """Number of batches seen, 0-d."""
+    momentum: float | None
+    """None for torch's cumulative average."""
+
+    def buffers(self) -> list[Tensor]:
+        """Returns those that are present."""
+        return [value for value in self[:3] if value is not None]
+
+    def factor(self) -> float | None:
+        """Returns how far mean and variance move, after the counter has moved."""
+        if self.momentum is None and self.counter is not None:
+            return 1.0 / float(self.counter)
+        return self.momentum
+
+
 @torch.no_grad()
 def move_running_statistics(moved: Sequence[Moments]) -> None:
-    """Moves the buffers of layers towards global moments; same bits on every rank.
+    """Moves running statistics towards global moments; same bits on every rank.
 
-    It follows torch: each buffer may be absent, and nothing moves if the layer does not track.
-    All layers move together, in few operations; the uses of one layer follow each other.
+    The owners are ``Tracked``.  All move together, in few operations; the uses of one layer, and of
+    layers that share a buffer, follow each other.
     """
     while moved:
-        first: dict[FedTANBatchNorm, Moments] = {}
-        later = [each for each in moved if first.setdefault(each.owner, each) is not each]
-        _move({layer: each for layer, each in first.items() if layer.track_running_stats})
+        now, later, seen = list[Moments](), list[Moments](), set[int]()
+        for each in moved:
+            numbers = {id(buffer) for buffer in each.owner.buffers()}
+            (later if numbers & seen else now).append(each)
+            seen |= numbers
+        for device in {each.mean.device for each in now}:
+            _move([each for each in now if each.mean.device == device])
         moved = later
 
 
-def _move(moments: Mapping[FedTANBatchNorm, Moments]) -> None:
-    counters = [layer.num_batches_tracked for layer in moments]
-    if present := [counter for counter in counters if counter is not None]:
-        torch._foreach_add_(present, 1)
-    for (factor, dtype), (buffers, targets) in _targets(moments).items():
-        torch._foreach_lerp_(buffers, [target.to(dtype) for target in targets], factor)
-
-
-def _targets(
-    moments_of: Mapping[FedTANBatchNorm, Moments],
-) -> dict[tuple[float, torch.dtype], tuple[list[Tensor], list[Tensor]]]:
-    """Returns buffers and the moments towards which they move, by momentum and dtype."""
+def _move(moved: Sequence[Moments]) -> None:
+    counters = [each.owner.counter for each in moved if each.owner.counter is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
     groups: dict[tuple[float, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    if not moments_of:
-        return groups
-    biased, corrections = zip(
-        *((m.variance, m.correction) for m in moments_of.values()), strict=True
-    )
-    variances = torch._foreach_mul(biased, corrections)
-    for (layer, moments), variance in zip(moments_of.items(), variances, strict=True):
-        factor = layer.momentum
-        if factor is None and layer.num_batches_tracked is not None:  # torch's cumulative average
-            factor = 1.0 / float(layer.num_batches_tracked)
-        for buffer, target in ((layer.running_mean, moments.mean), (layer.running_var, variance)):
+    for each, variance in zip(moved, _unbiased_variances(moved), strict=True):
+        owner, factor = each.owner, each.owner.factor()
+        for buffer, target in ((owner.mean, each.mean), (owner.variance, variance)):
             if buffer is not None and factor:
                 buffers, targets = groups.setdefault((factor, buffer.dtype), ([], []))
                 buffers.append(buffer)
-                targets.append(target)
-    return groups
+                targets.append(target.to(buffer.dtype))
+    for (factor, _), (buffers, targets) in groups.items():
+        torch._foreach_lerp_(buffers, targets, factor)
+
+
+def _unbiased_variances(moved: Sequence[Moments]) -> Sequence[Tensor]:
+    """Returns the variances times n / (n - 1); n are numbers on a CPU, and tensors on a GPU."""
+    counts, variances = [each.count for each in moved], [each.variance for each in moved]
+    if isinstance(counts[0], Tensor):
+        n_L = torch.stack(counts)
+        return torch._foreach_mul(variances, list((n_L / (n_L - 1)).unbind()))
+    return torch._foreach_mul(variances, [1.0 if n is None else n / (n - 1) for n in counts])

@@ -1,6 +1,6 @@
 """Local steps of stacked clients: each client has the statistics of its batch.
 
-``training.vmap_clients`` uses both classes without an underscore, in the stack of a rank.
+``training.vmap_clients`` uses what has no underscore, in the stack of a rank.
 
 Shapes: K clients, N samples of the largest batch, C channels.
 """
@@ -70,8 +70,8 @@ class RunningStatistics:
 
 def move_stacks(moved: Sequence[Moments]) -> None:
     """Moves the running statistics of stacks towards global moments."""
-    for running, mean_C, variance_C, correction in moved:
-        running.move(mean_C, variance_C * correction)
+    for running, mean_C, variance_C, n in moved:
+        running.move(mean_C, variance_C * (n / (n - 1)))
 
 
 def _buffers(layer: FedTANBatchNorm) -> list[Tensor]:

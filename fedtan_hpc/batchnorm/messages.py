@@ -8,7 +8,8 @@ A message is float64: a header [t, t^2, n, P], then the values of the channels.
   with a weight above 0.  A weight that is negative or not finite makes P NaN; an empty batch of a
   client with a weight above 0 makes n infinite.
 
-All ranks read the same sum, and so all raise the same error.  ``statistics_call`` uses this module.
+All ranks read the same sum, and so all raise the same error.  ``statistics_call`` packs and checks
+messages, ``context`` merges them; the kernels hand over ``Derivatives``.
 
 Shapes: K clients that this rank stacks (1 if it does not), C channels, D values of a message.
 """
@@ -94,7 +95,8 @@ def pack(
     """
     header = constant(weights.header, torch.float64, tag.device)
     clients = len(parts[0])
-    if clients == 1:  # torch.cat converts the values on the way
+    in_one = clients == 1 and tag.device.type == "cpu"
+    if in_one:  # torch.cat converts the values on the way, on a CPU in one operation
         message = torch.cat([tag, header, *(part[0] for part in parts)])
         values_KD = message[HEADER:].unsqueeze(0)
     else:
@@ -102,7 +104,9 @@ def pack(
     if prepare is not None:
         prepare(values_KD)
     weights.weigh(values_KD)
-    return message if clients == 1 else torch.cat([tag, header, values_KD.sum(0)])
+    if in_one:
+        return message
+    return torch.cat([tag, header, values_KD[0] if clients == 1 else values_KD.sum(0)])
 
 
 def merge(messages: Sequence[Tensor]) -> Tensor:

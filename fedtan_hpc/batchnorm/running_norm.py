@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conversion import batchnorm_layers, fedtan_class
-from .layer import FedTANBatchNorm, move_running_statistics
+from .layer import FedTANBatchNorm, Tracked, move_running_statistics
 from .local_kernels import statistics_dtype
 from .statistics_call import Moments
 
@@ -36,7 +36,10 @@ class RunningBatchNorm(FedTANBatchNorm):
         others = [dim for dim in range(x.dim()) if dim != 1]
         variance_C, mean_C = torch.var_mean(wide, others, correction=0)
         second_C = variance_C.detach() + (mean_C.detach() - self._fixed[0]).square()
-        move_running_statistics([Moments(self, mean_C.detach(), second_C, 1.0)])
+        tracked = Tracked(
+            self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
+        )
+        move_running_statistics([Moments(tracked, mean_C.detach(), second_C, None)])
         return self._normalise_by(wide, mean_C, variance_C).to(x.dtype)
 
     def _normalise_by(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:

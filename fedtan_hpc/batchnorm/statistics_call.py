@@ -33,12 +33,15 @@ class Moments(NamedTuple):
     """Global moments of one use of a layer, towards which its running statistics move."""
 
     owner: Any
-    """The layer, or a stack's running statistics of it."""
+    """The running statistics: a ``layer.Tracked``, or those of a stack."""
     mean: Tensor
     variance: Tensor
     """Biased, like ``mean`` (C,)."""
-    correction: Any
-    """n / (n - 1), the factor that makes the variance unbiased: a number, or a 0-d tensor."""
+    count: Any
+    """n, values per channel, by which the variance becomes unbiased: a number, or 0-d.
+
+    None if the variance is already what it has to be.
+    """
 
 
 Verify = Callable[[Sequence[float]], None]
@@ -82,7 +85,7 @@ class BatchNormContext(Protocol):
         """Whether the layers run under ``torch.func.vmap``, with all clients of a stack at once."""
 
     def call(self, index: int, owner: Any) -> LayerCall:
-        """Begins the next use of layer ``index``; ``owner`` has its running statistics."""
+        """Begins the next use of layer ``index``; ``owner`` has its running statistics, if any."""
 
     def move_running_statistics(self) -> None:
         """Moves running statistics that wait for the end of the context."""
@@ -113,7 +116,7 @@ class GlobalStatisticsCall:
         share = self._share_in_two_exchanges if is_double else self._share_in_one_exchange
         n, moments = share(weights, mean_KC, variance_KC)
         mean_C, variance_C = moments.to(mean_KC.dtype).chunk(2)
-        self.context.move_soon(Moments(self.owner, mean_C, variance_C, n / (n - 1)))
+        self.context.move_soon(Moments(self.owner, mean_C, variance_C, n))
         return mean_C, variance_C
 
     def _share_in_one_exchange(
@@ -198,8 +201,7 @@ class GlobalStatistics:
     """The context of a synchronised step: this rank's weights p_k, and the ranks that take part.
 
     On a CPU the header of each message is checked at once.  On a GPU, where reading a value waits
-    for the device, all headers are checked together when the context ends.  A step that fails
-    leaves the running statistics as they were.
+    for the device, all headers are checked together when the context ends.
     """
 
     weights: Sequence[float]
@@ -271,7 +273,8 @@ class GlobalStatistics:
 
     def move_soon(self, moments: Moments) -> None:
         """Notes the moments of a use; running statistics move when the context ends."""
-        self._moved.append(moments)
+        if moments.owner is not None:
+            self._moved.append(moments)
         if len(self._moved) > _MAX_CALLS:
             self.move_running_statistics()
 

@@ -1,6 +1,6 @@
 """The global generators of torch, ``random`` and ``numpy.random``: seeded, kept and restored.
 
-A network may draw from any of them.  ``training`` seeds them in each step, ``batchnorm.lockstep``
+A network may draw from any of them.  ``training`` seeds them in each step, ``distributed.lockstep``
 gives each client its own sequence, and whatever runs a network gives the caller its states back.
 """
 

@@ -102,7 +102,7 @@ class Stack:
         self._step([(gradients, losses)])
 
     def _tag_of(self, layers: Mapping[str, FedTANBatchNorm]) -> int:
-        return model_tag(layers)
+        return model_tag(layers, are_copies=True)
 
     def local_step(self, max_stacked: int) -> None:
         """Takes a step with local statistics, in passes of at most ``max_stacked`` clients."""

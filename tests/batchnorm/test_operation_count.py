@@ -1,6 +1,6 @@
 """How many tensor operations a synchronised step adds to a local one.
 
-On a GPU each is a launch of some microseconds, whatever the size of its tensors.
+Each takes some microseconds, whatever the size of its tensors: on a GPU it is a launch or a few.
 """
 
 from __future__ import annotations

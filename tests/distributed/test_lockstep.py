@@ -226,3 +226,18 @@ def test_models_of_one_rank_may_be_converted_one_by_one() -> None:
     for right, *found in zip(*(m.parameters() for m in (pooled, *models)), strict=True):
         total = sum(value.grad for value in found if value.grad is not None)
         torch.testing.assert_close(total, right.grad, rtol=1e-9, atol=1e-9)
+
+
+def one_by_one(picks: list[list[list[int]]]) -> None:
+    """Each rank converts three models one by one, and trains clients on some in each round."""
+    models = [fedtan_hpc.convert_batchnorm(networks.network("branches")) for _ in range(3)]
+    batches = networks.batches("branches", 3)
+    for chosen in picks:
+        mine = chosen[dist.get_rank()]
+        losses = [partial(loss_of, models[k], *batches[k]) for k in mine]
+        weight = 1 / sum(map(len, chosen))
+        fedtan_hpc.federated_backward([models[k] for k in mine], losses, [weight] * len(mine))
+
+
+def test_ranks_may_take_other_copies_in_each_round() -> None:
+    on_ranks(2, one_by_one, [[[0, 2], [1]], [[1], [0, 2]], [[2], [0]]])
