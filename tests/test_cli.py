@@ -63,6 +63,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(overrides: tuple[str, ...], tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_point_of_a_sweep_that_diverges_does_not_stop_the_others(tmp_path: Path) -> None:
     swept = ("-m", "clients=2", *SHORT, "optimizer.lr=1e38,0.1", "run_dir=lr${optimizer.lr}")
     for folder in ("one", "two"):
@@ -130,6 +131,7 @@ def test_a_sweep_runs_every_point_in_one_start(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_job_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULT)
     overrides = ("clients=2", *SHORT, "run_dir=here")

@@ -84,6 +84,7 @@ def inductor_and_eager() -> tuple[list[Values], list[Values]]:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs g++")
+@pytest.mark.slow
 def test_the_default_backend_compiles_to_the_same_numbers() -> None:
     for compiled, eager in ranks.on_ranks(2, inductor_and_eager):
         for measured, expected in zip(compiled, eager, strict=True):

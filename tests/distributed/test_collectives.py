@@ -31,6 +31,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_process_may_start_many_times(tmp_path: Path) -> None:
     """A sweep does so; one rank may already start again while the other still stops."""
     (tmp_path / "starts.py").write_text(SCRIPT, encoding="utf-8")

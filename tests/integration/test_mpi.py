@@ -290,6 +290,7 @@ def test_mpi_without_mpirun_is_a_mistake(tmp_path: Path) -> None:
     assert done.stderr.count("fedtan_hpc: comm.backend=mpi: ") == 1
 
 
+@pytest.mark.slow
 def test_a_plain_job_imports_no_mpi(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['x', 'rounds=1', 'local_steps=1', 'run_dir=here']; "

@@ -78,6 +78,7 @@ def test_a_command_runs_in_an_empty_folder(name: str, python: Path, tmp_path: Pa
     assert text in run(python, "-m", *words, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_comparison_is_run_listed_and_shown(python: Path, tmp_path: Path) -> None:
     words = ("methods=[fedavg]", "seeds=[0]", "rounds=1", "local_steps=1", "out=all")
     assert "| fedavg | 1 |" in run(python, "-m", "fedtan_hpc.compare", *words, cwd=tmp_path)

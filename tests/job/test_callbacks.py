@@ -300,6 +300,7 @@ def test_the_display_stays_beside_the_callbacks_of_the_command_line(tmp_path: Pa
     assert "test accuracy" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_callback_that_fails_ends_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "follower.py").write_text(FOLLOWER)
     words = (*SHORT, "checkpoint.every=1", "callbacks=[follower:Failing]")

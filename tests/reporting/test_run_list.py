@@ -163,6 +163,7 @@ def test_the_queue_is_asked_for_submitted_runs_alone(
     assert run_list.main([str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_is_listed_while_it_runs_and_when_it_is_done(tmp_path: Path) -> None:
     """By the job's own command line."""
     words = ["clients=2", "local_steps=1", "rounds=100000", "eval_every=1000", "run_dir=run"]

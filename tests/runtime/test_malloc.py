@@ -44,6 +44,7 @@ def faults_of_a_step(folder: Path, *words: str) -> float:
 
 
 @needs_glibc
+@pytest.mark.slow
 def test_a_step_reuses_the_memory_that_the_last_one_freed(tmp_path: Path) -> None:
     """60 MiB are 15,360 pages of 4 KiB, or 30 of 2 MiB where the system uses huge pages."""
     returned = faults_of_a_step(tmp_path, "return")

@@ -31,6 +31,7 @@ def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
     assert "| fedtan | gloo | false |" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_files_of_all_ranks_count_for_a_checkpoint(tmp_path: Path) -> None:
     """The clients' whole models, which lie on the disk in files of each rank."""
     words = ("clients=8", "local_steps=1", "repeats=1", "algorithm=singleset")

@@ -28,6 +28,7 @@ def predicted(folder: Path, *words: str) -> list[dict[str, Any]]:
     return predict_scaling.predict(request)[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_fit_a_network_and_a_prediction_reads_it(tmp_path: Path) -> None:
     words = ("torchrun", "--nproc-per-node", "2", commands.tool("fit_network.py"))
     done = commands.forked(*words, "out=n.json", "repeats=1", cwd=tmp_path)
@@ -45,6 +46,7 @@ def test_two_ranks_fit_a_network_and_a_prediction_reads_it(tmp_path: Path) -> No
     assert row["statistics_seconds"] > 4 * network.alpha_s
 
 
+@pytest.mark.slow
 def test_a_prediction_is_compared_with_rounds(tmp_path: Path) -> None:
     """A busy machine says nothing on the size of the error, which the test leaves out."""
     words = ("torchrun", "--nproc-per-node", "2", commands.tool("validate_prediction.py"))

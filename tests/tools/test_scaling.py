@@ -78,6 +78,7 @@ def test_a_mistake_is_told_before_anything_runs(words: list[str], message: str) 
     assert caught.value.mistakes[0].startswith(message)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
     words = [*SHORT, "optimizer.lr=1e30"]
     with pytest.raises(RunError, match=r"bad: fedtan_hpc: round \d: the training loss .* finite"):
