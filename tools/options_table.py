@@ -17,7 +17,7 @@ values and its meaning. `python -m fedtan_hpc --help=GROUP` shows the same in a 
   the dot is the option's group.
 - `algorithm=`, `data=`, `model=`, `partition=` and `launch=` choose a file of `conf/`, which sets
   options of its group: `algorithm=fedavg` sets `algorithm.name`. `experiment=` chooses a file with
-  options of all groups.
+  options of all groups: `quick`, `digits_shards`, `fashion_shards` and three `paper_...`.
 - A list is written `data.shape=[3,32,32]`, and `null` means that an option has no value.
 - The shell needs quotes around spaces and brackets: `'lr_schedule.milestones=[60,80]'`.
 - With `-m`, commas make a sweep: `-m algorithm=fedtan,fedavg seed=0,1,2` runs six jobs in turn.

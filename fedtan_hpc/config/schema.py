@@ -111,7 +111,7 @@ class ModelConfig:
     output: str | None = None
     """Name or number of the output that is the class scores; null: logits, out, or the first."""
     norm: enums.NormName | None = None
-    """Replacement for the BN layers: bn, gn, ln or none; null: the algorithm's choice."""
+    """Replacement for BN; null: the algorithm's. Only for fedavg, centralised and singleset."""
     gamma: enums.GammaName = enums.GammaName.ones
     """Initial scales of normalization layers: ones, or uniform in 0 to 1 (authors' code)."""
 

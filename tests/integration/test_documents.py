@@ -97,6 +97,7 @@ def test_sentences_are_short(page: Path) -> None:
 def test_nothing_waits_to_be_filled_in_or_cannot_be_understood(page: Path) -> None:
     text = " ".join(read(page).replace("`", "").split())
     assert not [words for words in ("@@", "TODO", "TBD", *UNREADABLE) if words in text]
+    assert not re.findall(r"^[A-Z]+_[A-Z_]+$|\| [A-Z]{5,} \|", read(page), re.MULTILINE)
 
 
 @each_page
