@@ -192,4 +192,4 @@ def _unbiased_variances(moved: Sequence[Moments]) -> Sequence[Tensor]:
     if isinstance(counts[0], Tensor):
         n_L = torch.stack(counts)
         return torch._foreach_mul(variances, list((n_L / (n_L - 1)).unbind()))
-    return torch._foreach_mul(variances, [1.0 if n is None else n / (n - 1) for n in counts])
+    return torch._foreach_mul(variances, [n / (n - 1) for n in counts])

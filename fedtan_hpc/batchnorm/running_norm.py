@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conversion import batchnorm_layers, fedtan_class
-from .layer import FedTANBatchNorm, Tracked, move_running_statistics
+from .layer import FedTANBatchNorm
 from .local_kernels import statistics_dtype
-from .statistics_call import Moments
 
 
 class RunningBatchNorm(FedTANBatchNorm):
@@ -36,11 +35,22 @@ class RunningBatchNorm(FedTANBatchNorm):
         others = [dim for dim in range(x.dim()) if dim != 1]
         variance_C, mean_C = torch.var_mean(wide, others, correction=0)
         second_C = variance_C.detach() + (mean_C.detach() - self._fixed[0]).square()
-        tracked = Tracked(
-            self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
-        )
-        move_running_statistics([Moments(tracked, mean_C.detach(), second_C, None)])
+        self._move_running_statistics(mean_C.detach(), second_C)
         return self._normalise_by(wide, mean_C, variance_C).to(x.dtype)
+
+    @torch.no_grad()
+    def _move_running_statistics(self, mean_C: Tensor, second_C: Tensor) -> None:
+        """Moves the buffers by torch's rule; the compiler takes it into the graph of the step."""
+        if not self.track_running_stats:
+            return
+        factor = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if factor is None:  # torch's cumulative average
+                factor = 1.0 / float(self.num_batches_tracked)
+        for buffer, target in ((self.running_mean, mean_C), (self.running_var, second_C)):
+            if buffer is not None and factor:
+                buffer.lerp_(target.to(buffer.dtype), factor)
 
     def _normalise_by(self, x: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
         mean, variance = self._fixed_moments(x)

@@ -38,10 +38,7 @@ class Moments(NamedTuple):
     variance: Tensor
     """Biased, like ``mean`` (C,)."""
     count: Any
-    """n, values per channel, by which the variance becomes unbiased: a number, or 0-d.
-
-    None if the variance is already what it has to be.
-    """
+    """n, values per channel, by which the variance becomes unbiased: a number, or 0-d."""
 
 
 Verify = Callable[[Sequence[float]], None]
