@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -308,11 +309,16 @@ def leave(code: int) -> None:
     raise Left(code)
 
 
-@pytest.mark.parametrize(("overrides", "option", "value"), WRONG, ids=lambda v: str(v))
+def most_are_slow() -> Iterator[Any]:
+    """All wrong options; one in twelve is tried by default."""
+    for number, (overrides, *_) in enumerate(WRONG):
+        marks = pytest.mark.slow if number % 12 else ()
+        yield pytest.param(overrides, id=str(overrides), marks=marks)
+
+
+@pytest.mark.parametrize("overrides", most_are_slow())
 def test_rank_0_alone_speaks_and_exits_with_2(
     overrides: list[str],
-    option: str,
-    value: str | None,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
