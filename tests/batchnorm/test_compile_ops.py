@@ -216,7 +216,8 @@ def test_code_on_disk_is_not_taken_for_that_of_other_rules(
     old = commands.run("python", "step.py", cwd=tmp_path, seconds=200)
     rules_file = package / "batchnorm" / "compile_ops.py"
     rules = rules_file.read_text()
-    rules_file.write_text(rules.replace("return -r * s1", "return -2 * r * s1"))
+    assert "return -first" in rules
+    rules_file.write_text(rules.replace("return -first", "return -2 * first"))
     new = commands.run("python", "step.py", cwd=tmp_path, seconds=200)
     assert "[[" in old.stdout, old.stderr
     assert "[[" in new.stdout, new.stderr
