@@ -183,11 +183,11 @@ def test_a_killed_rank_costs_the_rounds_since_the_last_checkpoint(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_ranks_killed_at_random_moments_cost_nothing(tmp_path: Path) -> None:
     """Ten kills hit start-up, rounds and writing alike, all before the run is complete."""
     more = ("rounds=3000", "checkpoint.every=10", "eval_every=500")
-    assert finished(start(TORCHRUN, tmp_path, "whole", "", *more))[0] == 0
+    assert finished(start(TORCHRUN, tmp_path, "whole", "", *more), 300)[0] == 0
     process = start((*TORCHRUN, "--max-restarts", "10"), tmp_path, "hit", "", *more)
     rng = random.Random(0)
     killed: set[int] = set()
@@ -198,7 +198,7 @@ def test_ranks_killed_at_random_moments_cost_nothing(tmp_path: Path) -> None:
             victim = rng.choice(workers)
             os.kill(victim, signal.SIGKILL)
             killed.add(victim)
-    code, errors = finished(process, 300)
+    code, errors = finished(process, 400)
     assert code == 0, errors
     assert rounds_of(tmp_path / "hit") == list(range(1, 3001))
     assert same_models(tmp_path / "hit", tmp_path / "whole")
