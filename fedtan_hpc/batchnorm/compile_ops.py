@@ -68,7 +68,7 @@ def checkpoints_traced() -> AbstractContextManager[Any]:
     backward pass that runs a checkpointed layer again reads the number and notes none.
     """
     dynamo = sys.modules.get("torch._dynamo")  # torch.compile loads it, before the context
-    option = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # torch 2.9 and later
+    option = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # absent in older versions
     if dynamo is None or not hasattr(dynamo.config, option):
         return nullcontext()
     patch: AbstractContextManager[Any] = dynamo.config.patch({option: True})

@@ -22,6 +22,27 @@ _BACKWARD_OUTSIDE = (
 )
 
 
+class Tracked(NamedTuple):
+    """The running statistics of a layer at one use; each may be absent, as in torch."""
+
+    mean: Tensor | None
+    variance: Tensor | None
+    counter: Tensor | None
+    """Number of batches seen, 0-d."""
+    momentum: float | None
+    """None for torch's cumulative average."""
+
+    def buffers(self) -> list[Tensor]:
+        """Returns those that are present."""
+        return [value for value in self[:3] if value is not None]
+
+    def factor(self) -> float | None:
+        """Returns how far mean and variance move, after the counter has moved."""
+        if self.momentum is None and self.counter is not None:
+            return 1.0 / float(self.counter)
+        return self.momentum
+
+
 class FedTANBatchNorm(_BatchNorm):
     """Batch normalization of (N, C) or (N, C, ...) that is local, or global inside a context.
 
@@ -96,11 +117,14 @@ class FedTANBatchNorm(_BatchNorm):
     def next_call(self) -> LayerCall:
         """Begins the next use of the layer in its context."""
         assert self._context is not None
-        tracked = None
-        if self.track_running_stats:
-            buffers = self.running_mean, self.running_var, self.num_batches_tracked
-            tracked = Tracked(*buffers, self.momentum)
-        return self._context.call(self._index, tracked)
+        return self._context.call(self._index, self._tracked())
+
+    def _tracked(self) -> Tracked | None:
+        """Returns the running statistics as they are now; None if the layer does not track."""
+        if not self.track_running_stats:
+            return None
+        buffers = self.running_mean, self.running_var, self.num_batches_tracked
+        return Tracked(*buffers, self.momentum)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the context: copies and pickles do not belong to it."""
@@ -129,27 +153,6 @@ class FedTANBatchNorm(_BatchNorm):
                     f"the input of a BN layer is {x.dtype} and its {name} is {value.dtype}: use "
                     "one dtype, or half precision inputs with float32 layers"
                 )
-
-
-class Tracked(NamedTuple):
-    """The running statistics of a layer at one use; each may be absent, as in torch."""
-
-    mean: Tensor | None
-    variance: Tensor | None
-    counter: Tensor | None
-    """Number of batches seen, 0-d."""
-    momentum: float | None
-    """None for torch's cumulative average."""
-
-    def buffers(self) -> list[Tensor]:
-        """Returns those that are present."""
-        return [value for value in self[:3] if value is not None]
-
-    def factor(self) -> float | None:
-        """Returns how far mean and variance move, after the counter has moved."""
-        if self.momentum is None and self.counter is not None:
-            return 1.0 / float(self.counter)
-        return self.momentum
 
 
 @torch.no_grad()

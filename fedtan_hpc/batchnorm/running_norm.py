@@ -41,14 +41,13 @@ class RunningBatchNorm(FedTANBatchNorm):
     @torch.no_grad()
     def _move_running_statistics(self, mean_C: Tensor, second_C: Tensor) -> None:
         """Moves the buffers by torch's rule; the compiler takes it into the graph of the step."""
-        if not self.track_running_stats:
+        tracked = self._tracked()
+        if tracked is None:
             return
-        factor = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if factor is None:  # torch's cumulative average
-                factor = 1.0 / float(self.num_batches_tracked)
-        for buffer, target in ((self.running_mean, mean_C), (self.running_var, second_C)):
+        if tracked.counter is not None:
+            tracked.counter.add_(1)
+        factor = tracked.factor()
+        for buffer, target in ((tracked.mean, mean_C), (tracked.variance, second_C)):
             if buffer is not None and factor:
                 buffer.lerp_(target.to(buffer.dtype), factor)
 

@@ -163,20 +163,11 @@ class GlobalStatisticsCall:
         context, device = self.context, parts[0].device
         place = f"BN layer {self.layer} ({_STEPS[step]})"
         tag = (context.model_tag + 3 * self.number + step) % TAGS
-        message = context.sum(pack(context.tag(tag, device), weights, parts, prepare), place)
-        verify = partial(self._verify, tag, place)
-        header = message[:HEADER]
-        if device.type == "cpu":  # numbers are faster than tensors, and nothing waits for them
-            numbers = header.tolist()
-            context.verify(numbers, verify)
-            n, total = numbers[2:]
-        else:
-            context.verify_soon(header, verify)
-            n, total = header[2:].unbind()
+        tags = constant((tag, tag * tag), torch.float64, device)
+        message = context.sum(pack(tags, weights, parts, prepare), place)
+        n, total = context.read_header(message[:HEADER], partial(self._verify, tag, place))
         values = message[HEADER:]
-        if is_mean and not (isinstance(total, float) and total == 1.0):
-            values.div_(total)
-        return n, values
+        return n, values.div_(total) if is_mean else values
 
     def _verify(self, tag: int, place: str, header: Sequence[float]) -> None:
         ranks = process_group.world_size(self.context.group)
@@ -242,25 +233,22 @@ class GlobalStatistics:
             self._weights_by_counts[key] = ClientWeights(self.weights, key)
         return self._weights_by_counts[key]
 
-    def tag(self, tag: int, device: torch.device) -> Tensor:
-        """Returns t and t^2 on the device."""
-        return constant((tag, tag * tag), torch.float64, device)
-
     def sum(self, message: Tensor, place: str) -> Tensor:
         """Returns the sum over the clients of this rank and of all ranks; one collective."""
         if self.lockstep is None:
             return collectives.sum_for_training(message, self.group, call=place)
         return self.lockstep.exchange(message).clone()  # the other clients read it too
 
-    def verify(self, header: Sequence[float], verify: Verify) -> None:
-        """Checks the header of a sum."""
-        verify(header)
-
-    def verify_soon(self, header: Tensor, verify: Verify) -> None:
-        """Checks a header on a GPU together with all others: reading one waits for the device."""
+    def read_header(self, header: Tensor, verify: Verify) -> Sequence[Any]:
+        """Checks the header of a sum; returns n and P, as numbers on a CPU, else 0-d."""
+        if header.device.type == "cpu":
+            numbers = header.tolist()
+            verify(numbers)
+            return numbers[2:]
         self._unverified.append((header, verify))
         if not self.is_open or len(self._unverified) > _MAX_CALLS:
             self._verify()
+        return header[2:].unbind()
 
     def close(self) -> None:
         """Moves the running statistics; raises the first error that the delayed checks find."""
