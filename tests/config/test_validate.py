@@ -316,7 +316,7 @@ def most_are_slow() -> Iterator[Any]:
         yield pytest.param(overrides, id=str(overrides), marks=marks)
 
 
-@pytest.mark.parametrize("overrides", most_are_slow())
+@pytest.mark.parametrize("overrides", list(most_are_slow()))
 def test_rank_0_alone_speaks_and_exits_with_2(
     overrides: list[str],
     monkeypatch: pytest.MonkeyPatch,
