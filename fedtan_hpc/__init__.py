@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .batchnorm.conversion import convert_batchnorm, revert_batchnorm
     from .batchnorm.layer import FedTANBatchNorm
     from .config.schema import Config
+    from .data.federated_data import FederatedData
     from .distributed.model_average import average_model, average_models
     from .evaluation.callbacks import RoundCallback, RunInfo
     from .evaluation.records import RoundRecord, Summary
@@ -26,6 +27,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Config",
     "FedTANBatchNorm",
+    "FederatedData",
     "RoundCallback",
     "RoundRecord",
     "RunInfo",
@@ -43,6 +45,7 @@ __all__ = [
 _MODULE_OF = {
     "Config": "config.schema",
     "FedTANBatchNorm": "batchnorm.layer",
+    "FederatedData": "data.federated_data",
     "RoundCallback": "evaluation.callbacks",
     "RoundRecord": "evaluation.records",
     "RunInfo": "evaluation.callbacks",

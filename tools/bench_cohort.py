@@ -107,7 +107,7 @@ def round_of(
         batch_size=batch_size,
     )
     model = network(config, (3, 32, 32), 10).to(device)
-    cohort = host(config, model, hosted[0].samples[:1])
+    cohort = host(config, model, Samples(inputs[0, :1], labels[0, :1]))
     context = RoundContext(1, 0.01, plan(config, 1))
     if mode == "alone":
         alone = [[replace(client, weight=1.0)] for client in hosted]

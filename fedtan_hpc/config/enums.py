@@ -43,6 +43,17 @@ class DataName(Choice):
     cifar10 = "cifar10"
     cifar100 = "cifar100"
     synthetic = "synthetic"
+    folder = "folder"
+    vars()["import"] = "import"  # a keyword; import_ is the same choice in Python
+    import_ = "import"
+
+
+class LoadingName(Choice):
+    """Where the samples of a rank's clients lie during training."""
+
+    auto = "auto"
+    device = "device"
+    stream = "stream"
 
 
 class NormalisationName(Choice):
@@ -50,6 +61,7 @@ class NormalisationName(Choice):
 
     training = "training"
     imagenet = "imagenet"
+    none = "none"
 
 
 class ModelSource(Choice):
@@ -97,6 +109,7 @@ class PartitionName(Choice):
     dirichlet = "dirichlet"
     quantity = "quantity"
     feature_shift = "feature_shift"
+    natural = "natural"
 
 
 class ShiftName(Choice):

@@ -154,6 +154,8 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) is list:
         texts = get_args(hint) == (str,)
         return "a list of texts such as [a,b]" if texts else "a list of whole numbers such as [1,2]"
+    if get_origin(hint) is dict:
+        return "names with values such as {a: 1, b: text}"
     return "null" if hint is type(None) else _PLAIN[hint]
 
 

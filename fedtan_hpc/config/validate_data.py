@@ -6,31 +6,186 @@ Used by ``validate``.
 import math
 from collections.abc import Iterator
 
-from .dataset_info import MINIMUM_SAMPLES
-from .enums import DataName, NormalisationName, PartitionName, ShiftName
+from .dataset_info import MINIMUM_SAMPLES, DatasetInfo
+from .enums import (
+    DataName,
+    LoadingName,
+    ModelName,
+    ModelSource,
+    NormalisationName,
+    PartitionName,
+    ShiftName,
+)
 from .errors import format_option_error
 from .schema import Config, DataConfig, PartitionConfig
+from .validate_training import is_import_path
 
 _LARGEST_SAMPLE = 10**8
 """Values of one sample, over channels and pixels."""
+_LARGEST_SIDE = 10_000
+_MOST_WORKERS = 256
 _WITHOUT_FILES = (DataName.digits, DataName.synthetic)
 
 
 def data_mistakes(config: Config) -> Iterator[str]:
-    """Yields one line for each mistake."""
+    """Yields one line for each mistake; sizes of the user's data are checked when they are open."""
+    yield from _own(config.data)
+    yield from _loading(config.data)
+    yield from _image_steps(config.data)
+    if config.partition.name is PartitionName.feature_shift:
+        yield from _strength(config.partition)
+    if config.partition.name is PartitionName.natural and not config.data.is_own:
+        allowed = f"one of the others with data={config.data.name}, which has no clients of its own"
+        remedy = "use data=folder or data=import, or another partition"
+        yield format_option_error("partition.name", "natural", allowed, remedy)
+    if not config.data.is_own:
+        yield from _built_in(config)
+
+
+def _built_in(config: Config) -> Iterator[str]:
     sizes = [*_synthetic(config.data), *_subsets(config.data)]
     yield from sizes
     yield from _images(config.data)
-    if config.partition.name is PartitionName.feature_shift:
-        yield from _strength(config.partition)
+    if not sizes:
+        yield from partition_mistakes(config, config.data.info())
+
+
+def partition_mistakes(config: Config, info: DatasetInfo) -> Iterator[str]:
+    """Yields a line for each option that a data set of so many samples and classes forbids."""
     if config.partition.name is PartitionName.shards:
-        yield from _shards(config)
-    samples = config.data.info().train
+        yield from _shards(config, info.classes)
+    samples = info.train
     most = samples // MINIMUM_SAMPLES
-    if not sizes and config.clients > most >= 1:
+    if config.clients > max(most, 1) and config.partition.name is not PartitionName.natural:
         allowed = f"{most} at most, for {MINIMUM_SAMPLES} of {samples} training samples each"
         remedy = "use fewer clients or more data"
         yield format_option_error("clients", config.clients, allowed, remedy)
+
+
+def own_data_mistakes(config: Config, info: DatasetInfo, natural: int | None) -> Iterator[str]:
+    """Yields a line for each option that the user's open data forbid.
+
+    ``natural`` is the number of clients that the data name, if they do.
+    """
+    data, shape = config.data, info.shape
+    is_image = isinstance(shape, tuple) and [type(size) for size in shape] == [int] * 3
+    yield from _natural(config, natural)
+    yield from _sizes_in_use(data, info)
+    if not is_image:
+        what = f"the inputs have the shape {shape}, not (channels, height, width)"
+        for option in ("flip", "crop_padding", "random_resized_crop", "colour_jitter"):
+            if value := getattr(data, option):
+                remedy = f"leave it out, because {what}"
+                yield format_option_error(f"data.{option}", value, "null or false", remedy)
+        if config.partition.name is PartitionName.feature_shift:
+            allowed = f"another partition, because {what}"
+            yield format_option_error("partition.name", "feature_shift", allowed, "use iid")
+        if not (config.model.source is ModelSource.import_ or _takes(config, shape)):
+            allowed = f"mlp or your own, because {what}"
+            remedy = "use model=import model.target=package.module:callable"
+            yield format_option_error("model.name", config.model.name, allowed, remedy)
+    elif data.crop_padding >= min(shape[1:]):
+        allowed = f"fewer pixels than an image has on a side, {min(shape[1:])}"
+        yield format_option_error("data.crop_padding", data.crop_padding, allowed, "leave it out")
+
+
+def _takes(config: Config, shape: object) -> bool:
+    """Whether the network is the mlp, and the inputs are single tensors, which it flattens."""
+    is_mlp = config.model.source is ModelSource.builtin and config.model.name == ModelName.mlp
+    return is_mlp and isinstance(shape, tuple) and all(isinstance(size, int) for size in shape)
+
+
+def _natural(config: Config, natural: int | None) -> Iterator[str]:
+    if config.partition.name is not PartitionName.natural:
+        return
+    if natural is None:
+        allowed = "one of the others, because the data name no clients"
+        remedy = "return a FederatedData with clients, or use a folder for each client"
+        yield format_option_error("partition.name", "natural", allowed, remedy)
+    elif config.clients not in (natural, Config().clients):
+        allowed = f"the number of clients in the data, {natural}"
+        yield format_option_error("clients", config.clients, allowed, "leave it out")
+    elif (config.clients_per_round or 1) > natural:
+        allowed = f"1 to the number of clients in the data, {natural}"
+        remedy = f"set clients_per_round={natural} or leave it out"
+        yield format_option_error("clients_per_round", config.clients_per_round, allowed, remedy)
+
+
+def _sizes_in_use(data: DataConfig, info: DatasetInfo) -> Iterator[str]:
+    """Checks that a subset could be drawn."""
+    for option, size in (("train_samples", info.train), ("test_samples", info.test)):
+        value = getattr(data, option)
+        if value is not None and value != size:
+            allowed = f"1 to the number that the data have, {size}"
+            yield format_option_error(f"data.{option}", value, allowed, "leave it out")
+
+
+def _own(data: DataConfig) -> Iterator[str]:
+    """Target, options and folder of the user's own data."""
+    is_import = data.name is DataName.import_
+    if is_import and not is_import_path(data.target or ""):
+        value = "null" if data.target is None else data.target
+        remedy = "for example data.target=my_data:hospitals"
+        yield format_option_error("data.target", value, "package.module:callable", remedy)
+    if not is_import and data.target is not None:
+        remedy = "leave it out or use data=import"
+        yield format_option_error("data.target", data.target, "null unless data=import", remedy)
+    if not is_import and data.options:
+        remedy = "leave it out or use data=import"
+        yield format_option_error("data.options", data.options, "{} unless data=import", remedy)
+    if data.name is DataName.folder and not (data.root or "").strip():
+        allowed, remedy = "the folder of the images", "for example data.root=~/scans"
+        yield format_option_error("data.root", data.root or "null", allowed, remedy)
+    for option in ("image_size", "resize"):
+        value = getattr(data, option)
+        if value is not None and not data.is_own:
+            allowed = "null unless data=folder or data=import"
+            yield format_option_error(f"data.{option}", value, allowed, "leave it out")
+        elif value is not None and not 1 <= value <= _LARGEST_SIDE:
+            allowed = f"pixels, 1 to {_LARGEST_SIDE}"
+            yield format_option_error(f"data.{option}", value, allowed, f"try data.{option}=224")
+    if data.resize is not None and data.resize < (data.image_size or 0):
+        allowed = f"data.image_size, {data.image_size}, or more"
+        yield format_option_error("data.resize", data.resize, allowed, "leave it out")
+    if data.resize is not None and data.image_size is None:
+        allowed = "null without data.image_size"
+        yield format_option_error("data.resize", data.resize, allowed, "set data.image_size too")
+
+
+def _loading(data: DataConfig) -> Iterator[str]:
+    if data.workers is not None and not 0 <= data.workers <= _MOST_WORKERS:
+        allowed = f"processes, 0 to {_MOST_WORKERS}"
+        yield format_option_error("data.workers", data.workers, allowed, "try data.workers=2")
+    elif data.workers is not None and data.loading is LoadingName.device:
+        allowed = "null with data.loading=device, which reads all samples at the start"
+        remedy = "leave it out or use data.loading=stream"
+        yield format_option_error("data.workers", data.workers, allowed, remedy)
+
+
+def _image_steps(data: DataConfig) -> Iterator[str]:
+    """Augmentation of single images."""
+    if data.transform is not None and not is_import_path(data.transform):
+        remedy = "for example data.transform=my_data:blur"
+        yield format_option_error(
+            "data.transform", data.transform, "package.module:callable", remedy
+        )
+    if not 0 <= data.colour_jitter <= 1:
+        remedy = "try data.colour_jitter=0.4"
+        yield format_option_error("data.colour_jitter", data.colour_jitter, "0 to 1", remedy)
+    if data.name in _WITHOUT_FILES:
+        for option in ("random_resized_crop", "colour_jitter"):
+            if getattr(data, option):
+                value = str(getattr(data, option)).lower()
+                allowed = f"{'0' if option == 'colour_jitter' else 'false'} with data={data.name}"
+                remedy = "leave it out, because its samples are no images of 8 bits"
+                yield format_option_error(f"data.{option}", value, allowed, remedy)
+    if data.random_resized_crop and data.is_own and data.image_size is None:
+        allowed, remedy = "false without data.image_size", "set data.image_size, for example to 224"
+        yield format_option_error("data.random_resized_crop", "true", allowed, remedy)
+    if data.is_own and data.crop_padding < 0:
+        yield format_option_error(
+            "data.crop_padding", data.crop_padding, "pixels >= 0", "leave it out"
+        )
 
 
 def _synthetic(data: DataConfig) -> Iterator[str]:
@@ -75,6 +230,9 @@ def _images(data: DataConfig) -> Iterator[str]:
         remedy = "name a folder or leave it out"
         yield format_option_error("data.root", data.root, "the name of a folder, or null", remedy)
     synthetic = data.name is DataName.synthetic
+    if data.normalisation is NormalisationName.none and data.name in _WITHOUT_FILES:
+        allowed = f"training with data={data.name}"
+        yield format_option_error("data.normalisation", "none", allowed, "leave it out")
     if data.normalisation is NormalisationName.imagenet and (synthetic or shape[0] != 3):
         reason = "which has no pixels" if synthetic else "whose images do not have 3 channels"
         allowed = f"training with data={data.name}, {reason}"
@@ -99,9 +257,9 @@ def _strength(partition: PartitionConfig) -> Iterator[str]:
         yield format_option_error("partition.strength", strength, allowed, remedy)
 
 
-def _shards(config: Config) -> Iterator[str]:
+def _shards(config: Config, classes: int) -> Iterator[str]:
     """Checks that each client can have its classes, and that the clients can use all classes."""
-    per_client, classes = config.partition.classes_per_client, config.data.info().classes
+    per_client = config.partition.classes_per_client
     if per_client is None:
         return
     option, fewest = "partition.classes_per_client", -(-classes // max(config.clients, 1))

@@ -51,6 +51,8 @@ def _builtin(config: Config) -> Iterator[str]:
         remedy = ", or ".join([*near, f"for torchvision's model=torchvision model.name={name}"])
         yield format_option_error("model.name", name, " | ".join(names), remedy)
         return
+    if config.data.is_own:
+        return
     shape = config.data.info().shape
     if name != ModelName.mlp and len(shape) == 3 and min(shape[1:]) < _LEAST_PIXELS:
         allowed = f"{_LEAST_PIXELS} pixels or more in both directions with model={name}"

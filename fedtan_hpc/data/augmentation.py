@@ -1,19 +1,28 @@
-"""Random flips and crops of training images, applied on the device.  Used by ``training``.
+"""Random changes of training images.
+
+Flips and crops of equal images are drawn for a whole round and applied to batches on the device;
+``training`` uses them.  ``ImageSteps`` changes single images on the CPU, before they are a batch;
+``items`` and ``datasets`` use it.
 
 Shapes: E local steps with batches of B images of C channels and H x W pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..config.schema import DataConfig
-from ..runtime import random_streams
+from ..runtime import import_path, random_streams
+from ..runtime.torchvision_import import import_torchvision
 from ..runtime.transfer import send
+
+_JITTER_PARTS = ("brightness", "contrast", "saturation")
 
 
 @dataclass(frozen=True)
@@ -83,3 +92,72 @@ def crop_images(inputs_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor
     windows_BCyxHW = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view of all crops
     samples_B = torch.arange(batch_size, device=inputs_BCHW.device)
     return windows_BCyxHW[samples_B, :, offsets_B2[:, 0], offsets_B2[:, 1]]
+
+
+@dataclass(frozen=True)
+class ImageSteps:
+    """What happens to an input by itself: in training, and in evaluation (without randomness).
+
+    Images are PIL images or tensors (C, H, W), which have one size afterwards if one is asked for.
+    """
+
+    transform: Callable[[Any], Any] | None
+    """The user's, the first step in training."""
+    random_steps: Callable[[Any], Any] | None
+    fixed_steps: Callable[[Any], Any] | None
+    """The first step in evaluation; in training, unless a random cut takes its place."""
+
+    @property
+    def are_random(self) -> bool:
+        """Whether a training input may differ from step to step."""
+        return self.transform is not None or self.random_steps is not None
+
+    def transformed(self, value: Any) -> Any:
+        """Returns what the user's transform makes of an input, in training."""
+        return value if self.transform is None else self.transform(value)
+
+    def trained(self, value: Any) -> Any:
+        """Returns the input for a training step; draws from the global generators."""
+        return self.evaluated(value) if self.random_steps is None else self.random_steps(value)
+
+    def evaluated(self, value: Any) -> Any:
+        """Returns the input for evaluation."""
+        return value if self.fixed_steps is None else self.fixed_steps(value)
+
+
+def image_steps_of(config: DataConfig) -> ImageSteps:
+    """Returns the steps that the options describe; raises ``ConfigError`` for a wrong transform."""
+    transform = None
+    if config.transform is not None:
+        option = "data.transform"
+        transform = import_path.resolve(option, config.transform, "an input", may_be_module=True)
+    wants_steps = config.random_resized_crop or config.colour_jitter or config.image_size
+    if not wants_steps:
+        return ImageSteps(transform, None, None)
+    import_torchvision()
+    from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+    size, fixed, drawn = config.image_size, [], []
+    if size is not None:
+        fixed = [v2.Resize(config.resize or size, antialias=True), v2.CenterCrop(size)]
+    drawn = list(fixed)
+    if config.random_resized_crop:
+        drawn = [_resized_crop(v2, size)]
+    if config.colour_jitter:
+        drawn.append(v2.ColorJitter(**dict.fromkeys(_JITTER_PARTS, config.colour_jitter)))
+    is_random = config.random_resized_crop or config.colour_jitter
+    return ImageSteps(
+        transform, v2.Compose(drawn) if is_random else None, v2.Compose(fixed) if fixed else None
+    )
+
+
+def _resized_crop(v2: Any, size: int | None) -> Any:
+    """Returns a random cut that is scaled to ``size``, or to the size of its image."""
+    if size is not None:
+        return v2.RandomResizedCrop(size, antialias=True)
+
+    def to_own_size(image: Any) -> Any:
+        height, width = v2.functional.get_size(image)
+        return v2.RandomResizedCrop((height, width), antialias=True)(image)
+
+    return v2.Lambda(to_own_size)

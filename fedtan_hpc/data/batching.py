@@ -1,33 +1,130 @@
-"""Samples, and the batches that a client draws from them in a round.  Used by ``training``."""
+"""Samples, data sets, and the batches that a client draws in a round.  Used by ``training``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..config.enums import SamplingName
+from ..config.schema import Config
 from ..runtime import random_streams
+from .partition import Indices
+
+_EVALUATION_VALUES = 2**24
+"""Most input values of an evaluation batch."""
+_EVALUATION_BATCH = 1024
+"""Most samples of an evaluation batch."""
+
+
+class Draw(NamedTuple):
+    """Where in training a batch is drawn; random transforms of its samples follow from it."""
+
+    client: int
+    round: int
+    step: int
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs (N, C, H, W) in a floating-point type and labels (N,) in int64, on one device."""
+    """Inputs in a floating-point type and labels (N,) in int64, on one device.
 
-    inputs: Tensor
+    Inputs are a tensor (N, ...), such as images (N, C, H, W), or a dict or tuple of such tensors.
+    """
+
+    inputs: Any
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor | slice) -> Samples:
-        return Samples(self.inputs[indices], self.labels[indices])
+        return self.map_inputs(lambda values: values[indices], self.labels[indices])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the samples."""
+        return self.labels.device
+
+    def map_inputs(
+        self, function: Callable[[Tensor], Tensor], labels: Tensor | None = None
+    ) -> Samples:
+        """Returns samples with ``function`` of each tensor of the inputs, and other ``labels``."""
+        return Samples(tree_map(function, self.inputs), self.labels if labels is None else labels)
+
+    def batch(self, draw: Draw, indices: Tensor) -> Samples:
+        """Returns the samples at ``indices``; does not depend on where they are drawn."""
+        return self[indices]
+
+    def evaluation_batch_size(self) -> int:
+        """Returns how many such samples are evaluated at once."""
+        leaves, _ = tree_flatten(self.inputs)
+        values: int = sum(leaf[0].numel() for leaf in leaves if len(leaf))
+        return max(1, min(_EVALUATION_BATCH, _EVALUATION_VALUES // max(1, values)))
+
+    def evaluation_batches(self) -> Iterator[Samples]:
+        """Returns the samples in batches for evaluation, in their order."""
+        size = self.evaluation_batch_size()
+        return (self[start : start + size] for start in range(0, len(self), size))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Samples:
-        """Copies the samples to ``device`` and converts the inputs to ``dtype``, if it is given."""
-        return Samples(self.inputs.to(device, dtype), self.labels.to(device))
+        """Copies the samples to ``device``; converts floating-point inputs to ``dtype``."""
+
+        def sent(values: Tensor) -> Tensor:
+            wide = dtype if values.is_floating_point() else None
+            return values.to(device, wide, non_blocking=values.is_pinned())
+
+        return self.map_inputs(sent, self.labels.to(device))
+
+
+class ClientSamples(Protocol):
+    """The samples of a client, in memory or read batch by batch."""
+
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the batches."""
+
+    def batch(self, draw: Draw, indices: Tensor) -> Samples:
+        """Returns the samples at ``indices``, 0 to N - 1, for the step of ``draw``."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All labels and the split are in memory; ``read`` returns inputs for given indices."""
+
+    labels_N: Indices
+    train: Indices
+    test: Indices
+    shape: Any
+    """Shape of a sample, such as (C, H, W); a dict or tuple of shapes if the inputs are that."""
+    classes: int
+    read: Callable[[Indices, Draw | None], Any]
+    """Returns inputs on the CPU: with random transforms for a training step, or without."""
+    keep: Callable[[Indices], None] | None = None
+    """Reads samples that stay in memory; None if no transform is random, and ``take`` may do so."""
+    clients: Sequence[Indices] | None = None
+    """Training samples of each natural client, if there are such."""
+    client_tests: Mapping[int, Indices] = field(default_factory=dict)
+    """Test samples of those natural clients that have such."""
+    sample_bytes: int = 0
+    """Bytes of a sample's input in memory; 0 if not known."""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether inputs have the shape (C, H, W)."""
+        return isinstance(self.shape, tuple) and list(map(type, self.shape)) == [int] * 3
+
+    def take(self, indices: Indices, draw: Draw | None = None) -> Samples:
+        """Returns the samples at ``indices`` of the whole data set, on the CPU."""
+        return Samples(self.read(indices, draw), torch.from_numpy(self.labels_N[indices]))
 
 
 @dataclass(frozen=True)
@@ -43,6 +140,11 @@ class BatchSampler:
     steps: int
     seed: int
     sampling: SamplingName = SamplingName.shuffled
+
+    @classmethod
+    def of(cls, config: Config) -> BatchSampler:
+        """Returns the sampler that the options describe."""
+        return cls(config.batch_size, config.local_steps, config.seed, config.sampling)
 
     def draw(self, samples: int, client: int, round_number: int) -> Tensor:
         """Returns indices (E, B), 0 to ``samples`` - 1; they depend on seed, client and round."""

@@ -4,15 +4,18 @@ Used by ``training`` and ``evaluation``; ``job`` creates the store.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .batching import Samples
-from .datasets import Dataset
-from .feature_shift import Shift, clients_of_test
+from ..config.schema import Config
+from .batching import BatchSampler, ClientSamples, Dataset, Draw, Samples
+from .feature_shift import clients_of_test, shift_of
+from .loading import EvaluationSamples, Reader, ReadSamples, Request
 from .partition import Indices
 
 
@@ -22,35 +25,38 @@ class Client:
 
     number: int
     weight: float
-    samples: Samples
+    samples: ClientSamples
 
 
 class ClientStore:
     """Loads the samples of clients, and drops those of the least recently used clients.
 
-    So memory grows with the clients of a round, not with all clients.
+    So memory grows with the clients of a round, not with all clients.  A store that ``is_streamed``
+    keeps no samples.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        partition: list[Indices],
-        device: torch.device,
-        dtype: torch.dtype,
-        shift: Shift | None = None,
-        seed: int = 0,
+        partition: Sequence[Indices],
+        reader: Reader,
+        config: Config,
+        is_streamed: bool = False,
     ) -> None:
-        self._dataset, self._device, self._dtype, self._seed = dataset, device, dtype, seed
+        self._dataset, self._reader, self._config = dataset, reader, config
+        self._is_streamed = is_streamed
         self.partition = partition
         """Training samples of each client, as indices into the data set."""
-        self.shift = shift
+        self.shift = shift_of(config.partition, len(partition))
         """Feature shift of the clients' inputs, if there is one."""
         self.sizes = [len(indices) for indices in partition]
         """Number of training samples of each client."""
         total = sum(self.sizes)
         self.shares = [size / total for size in self.sizes]
         """p_k of each client: its fraction of all training samples."""
-        self._loaded: OrderedDict[int, Samples] = OrderedDict()
+        self.client_tests = dataset.client_tests
+        """Test samples of those clients that have such, as indices into the data set."""
+        self._loaded: OrderedDict[int, ClientSamples] = OrderedDict()
 
     def host(self, weights: dict[int, float]) -> list[Client]:
         """Returns the clients that are keys of ``weights``, with their samples on the device."""
@@ -59,51 +65,106 @@ class ClientStore:
             self._loaded.popitem(last=False)
         return clients
 
+    def read_ahead(self, order: Callable[[int], Sequence[tuple[int, int]] | None]) -> None:
+        """Lets workers read the batches of (client, step) in the ``order`` of each round.
+
+        ``order`` takes a round's number and returns None after the last one.
+        """
+
+        def upcoming(number: int) -> list[Request] | None:
+            steps = order(number)
+            if steps is None:
+                return None
+            batches = {client: self._batches(client, number) for client, _ in steps}
+            return [Request(batches[c][s], Draw(c, number, s)) for c, s in steps]
+
+        self._reader.upcoming = upcoming
+
+    def close(self) -> None:
+        """Ends the workers that read samples."""
+        self._reader.close()
+
     def dummy(self) -> Samples:
         """Returns one zero sample, with which a rank without clients can run the network."""
-        inputs = torch.zeros(1, *self._dataset.shape, dtype=self._dtype)
-        return Samples(inputs, torch.zeros(1, dtype=torch.int64)).to(self._device)
+        sample = self.unshifted(self.partition[0][:1])
+        return sample.map_inputs(torch.zeros_like, torch.zeros_like(sample.labels))
 
     def example(self, size: int) -> Samples:
         """Returns a batch of ``size`` equal samples, with the memory layout of clients' batches."""
         few = self.unshifted(self.partition[0][:2])
-        return few[torch.zeros(size, dtype=torch.int64, device=self._device)]
+        return few[torch.zeros(size, dtype=torch.int64, device=self._reader.device)]
 
     def label_mix(self, client: int) -> Tensor:
         """Returns the fraction of each class in the client's training samples, (C,) in float64."""
         labels = self._dataset.labels_N[self.partition[client]]
         counts = np.bincount(labels, minlength=self._dataset.classes)
-        return torch.from_numpy(counts / counts.sum()).to(self._device)
+        return torch.from_numpy(counts / counts.sum()).to(self._reader.device)
 
-    def client_samples(self, indices_N: Indices, clients_N: Indices) -> Samples:
+    def client_samples(self, indices_N: Indices, clients_N: Indices) -> EvaluationSamples:
         """Returns samples of the data set, each with the feature shift of the client beside it."""
-        samples = self.unshifted(indices_N)
-        if self.shift is None or not len(indices_N):
-            return samples
-        return Samples(self.shift.apply_mixed(samples.inputs, clients_N), samples.labels)
 
-    def test_samples(self, indices_N: Indices, positions_N: Indices) -> Samples:
+        def then(samples: Samples, part: slice) -> Samples:
+            if self.shift is None or not len(samples):
+                return samples
+            shift, clients = self.shift, clients_N[part]
+            return samples.map_inputs(lambda values: shift.apply_mixed(values, clients))
+
+        return self._evaluated(indices_N, then)
+
+    def test_samples(self, indices_N: Indices, positions_N: Indices) -> EvaluationSamples:
         """Returns test samples at ``indices_N`` of the data set, ``positions_N`` of the test set.
 
         With a feature shift each test sample is assigned to one client and has that client's shift.
         """
-        if self.shift is None:
-            return self.unshifted(indices_N)
-        clients = clients_of_test(len(self._dataset.test), len(self.sizes), self._seed)
-        return self.client_samples(indices_N, clients[positions_N])
+        count, seed = len(self._dataset.test), self._config.seed
+        return self.client_samples(
+            indices_N, clients_of_test(count, len(self.sizes), seed)[positions_N]
+        )
+
+    def shifted_as(self, samples: EvaluationSamples, client: int) -> EvaluationSamples:
+        """Returns ``samples``, which have no feature shift, with that of ``client``."""
+        return EvaluationSamples(
+            samples.reader,
+            samples.indices,
+            lambda batch, part: self._shifted(samples.then(batch, part), client),
+            None if samples.held is None else self._shifted(samples.held, client),
+        )
+
+    def unshifted_samples(self, indices_N: Indices) -> EvaluationSamples:
+        """Returns samples of the data set, without feature shift."""
+        return self._evaluated(indices_N, lambda samples, _: samples)
 
     def unshifted(self, indices_N: Indices) -> Samples:
-        """Returns samples of the data set on the device, without feature shift."""
-        return self._dataset.take(indices_N).to(self._device, self._dtype)
+        """Reads samples of the data set, without feature shift and random transforms."""
+        return self._reader.read(Request(indices_N, None))
 
-    def shifted(self, samples: Samples, client: int) -> Samples:
-        """Returns ``samples`` with the feature shift of ``client``, if there is one."""
+    def _evaluated(
+        self, indices_N: Indices, then: Callable[[Samples, slice], Samples]
+    ) -> EvaluationSamples:
+        held = None if self._is_streamed else then(self.unshifted(indices_N), slice(None))
+        return EvaluationSamples(self._reader, indices_N, then, held)
+
+    def _shifted(self, samples: Samples, client: int) -> Samples:
         if self.shift is None:
             return samples
-        return Samples(self.shift.apply(samples.inputs, client), samples.labels)
+        shift = self.shift
+        return samples.map_inputs(lambda values: shift.apply(values, client))
 
-    def _load(self, client: int) -> Samples:
+    def _batches(self, client: int, round_number: int) -> Any:
+        """Returns the samples of a client's batches in a round, (E, B) indices."""
+        drawn = BatchSampler.of(self._config).draw(self.sizes[client], client, round_number)
+        return self.partition[client][drawn.numpy()]
+
+    def _load(self, client: int) -> ClientSamples:
         if client not in self._loaded:
-            self._loaded[client] = self.shifted(self.unshifted(self.partition[client]), client)
+            self._loaded[client] = self._new(client)
         self._loaded.move_to_end(client)
         return self._loaded[client]
+
+    def _new(self, client: int) -> ClientSamples:
+        indices = self.partition[client]
+        if not self._is_streamed and self._dataset.keep is None:
+            return self._shifted(self.unshifted(indices), client)
+        if not self._is_streamed and self._dataset.keep is not None:
+            self._dataset.keep(indices)
+        return ReadSamples(self._reader, indices, lambda samples: self._shifted(samples, client))

@@ -1,51 +1,37 @@
-"""Data sets: labels of all samples, and inputs of the samples that a rank asks for.
+"""Loads data sets: the built-in ones, and by ``own_datasets`` the user's.
 
 ``load`` is used by ``job`` and ``reporting``.  Shapes: N samples of C channels and H x W pixels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config.dataset_info import KNOWN_DATASETS, TEST_SHARE
-from ..config.enums import DataName, NormalisationName
-from ..config.schema import DataConfig
+from ..config.dataset_info import KNOWN_DATASETS
+from ..config.enums import DataName, PartitionName
+from ..config.schema import Config, DataConfig
 from ..runtime import random_streams
-from . import image_files
-from .batching import Samples
-from .partition import Indices
+from . import image_files, own_datasets
+from .augmentation import image_steps_of
+from .batching import Dataset, Draw
+from .federated_data import Piece
+from .items import ItemReader
+from .partition import Indices, split, split_test, subsets
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and deviation of red, green and blue, 0 to 1, as in torchvision's pretrained models."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """All labels and the split are in memory; ``read_inputs`` returns inputs for given indices."""
-
-    labels_N: Indices
-    train: Indices
-    test: Indices
-    shape: tuple[int, ...]
-    """Shape (C, H, W) of a sample."""
-    classes: int
-    read_inputs: Callable[[Indices], npt.NDArray[np.float32]]
-
-    def take(self, indices: Indices) -> Samples:
-        """Returns the samples at ``indices`` of the whole data set, on the CPU."""
-        inputs = torch.from_numpy(self.read_inputs(indices))
-        return Samples(inputs, torch.from_numpy(self.labels_N[indices]))
+ReadInputs = Callable[[Indices], npt.NDArray[Any]]
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
-    """Reads or generates the data set; ``download.fetch`` provides its files beforehand.
+    """Reads, opens or generates the data set; ``download.fetch`` provides its files beforehand.
 
-    A data set without a test set is split by ``seed``: 80 % training, 20 % test, stratified.
-    Raises ``ConfigError`` if files are missing or damaged.
+    A data set without a test set is split by ``seed``: 80 % training, 20 % test, stratified.  All
+    ranks call it together.  Raises ``ConfigError`` if files are missing or damaged.
     """
+    if config.is_own:
+        return own_datasets.load(config, seed)
     if config.name is DataName.digits:
         return _digits(config, seed)
     if config.name is DataName.synthetic:
@@ -53,49 +39,65 @@ def load(config: DataConfig, seed: int) -> Dataset:
     return _images(config, seed)
 
 
+def partition_of(dataset: Dataset, config: Config) -> list[Indices]:
+    """Returns each client's training samples, as indices into the data set."""
+    if config.partition.name is PartitionName.natural:
+        assert dataset.clients is not None
+        return list(dataset.clients)
+    labels = dataset.labels_N[dataset.train]
+    parts = split(labels, config.clients, config.partition, config.seed)
+    return [dataset.train[part] for part in parts]
+
+
 def _images(config: DataConfig, seed: int) -> Dataset:
     pixels_NCHW, labels_N = image_files.read(config)
     info = KNOWN_DATASETS[config.name]
     train, test = np.split(np.arange(len(labels_N)), [info.train])
-    train, test = _subsets(config, labels_N, train, test, seed)
+    train, test = subsets(config, labels_N, train, test, seed)
     if len(train) + len(test) < len(labels_N):
         used = np.concatenate([train, test])
         pixels_NCHW, labels_N = pixels_NCHW[used], labels_N[used]
-    mean_C11, deviation_C11 = _moments(pixels_NCHW[: len(train)], config.normalisation)
+    counts_CV = image_files.value_counts(pixels_NCHW[: len(train)])
+    moments = image_files.moments(counts_CV, config.normalisation)
+    read = _reader(config, seed, lambda indices: pixels_NCHW[indices], labels_N)
 
-    def read_inputs(indices: Indices) -> npt.NDArray[np.float32]:
-        inputs = pixels_NCHW[indices].astype(np.float32)
-        inputs -= mean_C11
-        inputs /= deviation_C11
-        return inputs
+    def read_normalised(indices: Indices, draw: Draw | None) -> torch.Tensor:
+        return torch.from_numpy(image_files.normalised(read(indices, draw), *moments))
 
     train, test = np.split(np.arange(len(labels_N)), [len(train)])
-    return Dataset(labels_N, train, test, info.shape, info.classes, read_inputs)
+    return Dataset(labels_N, train, test, info.shape, info.classes, read_normalised)
 
 
-def _moments(
-    pixels_NCHW: npt.NDArray[np.uint8], normalisation: NormalisationName
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Returns exact mean and deviation per channel of pixels 0 to 255, each (C, 1, 1)."""
-    if normalisation is NormalisationName.imagenet:
-        moments = np.array(_IMAGENET) * 255
-    else:
-        counts = np.array([_histogram(pixels_NCHW[:, c]) for c in range(pixels_NCHW.shape[1])])
-        values = np.arange(256)
-        mean = counts @ values / counts.sum(1)
-        squares = (counts * (values - mean[:, np.newaxis]) ** 2).sum(1)
-        moments = np.array([mean, np.sqrt(squares / counts.sum(1))])
-    mean_C, deviation_C = moments.astype(np.float32)
-    deviation_C[deviation_C == 0] = 1  # a channel with one value becomes 0
-    return mean_C[:, np.newaxis, np.newaxis], deviation_C[:, np.newaxis, np.newaxis]
+class _Items:
+    """Built-in data as items, for transforms of single inputs."""
+
+    def __init__(self, read: ReadInputs, targets: Indices) -> None:
+        self._read, self.targets = read, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(self._read(np.array([index]))[0]), int(self.targets[index])
 
 
-def _histogram(pixels_NHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Counts the 256 values in chunks, because np.bincount converts its input to int64."""
-    counts = np.zeros(256, dtype=np.int64)
-    for start in range(0, len(pixels_NHW), 1024):
-        counts += np.bincount(pixels_NHW[start : start + 1024].ravel(), minlength=256)
-    return counts
+def _reader(
+    config: DataConfig, seed: int, read: ReadInputs, labels_N: Indices
+) -> Callable[[Indices, Draw | None], npt.NDArray[Any]]:
+    """Returns ``read`` with the random steps of single inputs, where ``config`` asks for such."""
+    steps = image_steps_of(config)
+    if not steps.are_random:
+        return lambda indices, draw: read(indices)
+    items = ItemReader([Piece(str(config.name), _Items(read, labels_N))], steps, seed)
+    items.find_kind(0)
+
+    def read_drawn(indices: Indices, draw: Draw | None) -> npt.NDArray[Any]:
+        if draw is None:
+            return read(indices)
+        inputs: npt.NDArray[Any] = items.batch(indices, draw).numpy()
+        return inputs
+
+    return read_drawn
 
 
 def _digits(config: DataConfig, seed: int) -> Dataset:
@@ -107,11 +109,12 @@ def _digits(config: DataConfig, seed: int) -> Dataset:
 
     raw = load_digits()
     labels_N = raw.target.astype(np.int64)
-    train, test = _subsets(config, labels_N, *_split(labels_N, seed), seed)
+    train, test = subsets(config, labels_N, *split_test(labels_N, seed), seed)
     pixels = raw.images[train]
     images = (raw.images - pixels.mean()) / pixels.std()
     inputs = images.astype(np.float32)[:, np.newaxis]
-    return Dataset(labels_N, train, test, (1, 8, 8), 10, lambda indices: inputs[indices])
+    read = _as_tensor(_reader(config, seed, lambda indices: inputs[indices], labels_N))
+    return Dataset(labels_N, train, test, (1, 8, 8), 10, read)
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:
@@ -132,43 +135,12 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
             inputs[row] = means[labels_N[index]] + noise_rng.standard_normal(shape)
         return inputs
 
-    train, test = _subsets(config, labels_N, *_split(labels_N, seed), seed)
-    return Dataset(labels_N, train, test, shape, classes, read_inputs)
+    train, test = subsets(config, labels_N, *split_test(labels_N, seed), seed)
+    read = _as_tensor(_reader(config, seed, read_inputs, labels_N))
+    return Dataset(labels_N, train, test, shape, classes, read)
 
 
-def _split(labels_N: Indices, seed: int) -> tuple[Indices, Indices]:
-    from sklearn.model_selection import train_test_split
-
-    train, test = train_test_split(
-        np.arange(len(labels_N)), test_size=TEST_SHARE, stratify=labels_N, random_state=seed
-    )
-    return np.sort(train), np.sort(test)
-
-
-def _subsets(
-    config: DataConfig, labels_N: Indices, train: Indices, test: Indices, seed: int
-) -> tuple[Indices, Indices]:
-    if config.train_samples is not None:
-        rng = random_streams.generator(random_streams.TRAIN_SUBSET, seed)
-        train = train[_stratified(labels_N[train], config.train_samples, rng)]
-    if config.test_samples is not None:
-        rng = random_streams.generator(random_streams.TEST_SUBSET, seed)
-        test = test[_stratified(labels_N[test], config.test_samples, rng)]
-    return train, test
-
-
-def _stratified(labels_N: Indices, size: int, rng: np.random.Generator) -> Indices:
-    """Draws ``size`` ascending indices; each class keeps its fraction as closely as possible.
-
-    Class sizes are rounded down, and the classes with the largest remainders get one more.  If
-    ``size`` allows it, a class without samples then gets one from the largest class.
-    """
-    classes, counts = np.unique(labels_N, return_counts=True)
-    sizes, remainders = np.divmod(size * counts, len(labels_N))
-    sizes[np.argsort(-remainders, kind="stable")[: size - sizes.sum()]] += 1
-    for empty in np.flatnonzero(sizes == 0) if size >= len(classes) else ():
-        sizes[np.argmax(sizes)] -= 1
-        sizes[empty] += 1
-    members = (np.flatnonzero(labels_N == label) for label in classes)
-    drawn = [rng.permutation(m)[:wanted] for m, wanted in zip(members, sizes, strict=True)]
-    return np.sort(np.concatenate(drawn))
+def _as_tensor(
+    read: Callable[[Indices, Draw | None], npt.NDArray[Any]],
+) -> Callable[[Indices, Draw | None], torch.Tensor]:
+    return lambda indices, draw: torch.from_numpy(read(indices, draw))

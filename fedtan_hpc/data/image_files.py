@@ -1,4 +1,6 @@
-"""Image data sets in files: sources, folders, and reading.  Used by ``datasets`` and ``download``.
+"""Image data sets in files: sources, folders, reading, and the normalisation of pixels.
+
+Used by ``datasets``, ``own_datasets`` and ``download``.
 
 Shapes: N samples of C channels and H x W pixels.
 """
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config.dataset_info import KNOWN_DATASETS
-from ..config.enums import DataName
+from ..config.enums import DataName, NormalisationName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.path_options import expanded
 from ..config.schema import DataConfig
@@ -25,6 +27,8 @@ Labels: TypeAlias = npt.NDArray[np.int64]
 _Splits: TypeAlias = list[tuple[Bytes, npt.NDArray[Any]]]
 """Pixels and labels of the training set and of the test set."""
 
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of red, green and blue, 0 to 1, as in torchvision's pretrained models."""
 _IDX = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -173,3 +177,49 @@ def _joined(splits: _Splits, name: DataName) -> tuple[Bytes, Labels]:
     if labels.max() >= classes:
         raise ValueError(f"a label {labels.max()} among {classes} classes")
     return pixels, labels
+
+
+def moments(
+    counts_CV: npt.NDArray[np.int64], normalisation: NormalisationName
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Returns mean and deviation per channel of pixels 0 to 255, each (C, 1, 1).
+
+    ``counts_CV`` has the number of training pixels of each of the 256 values; the moments of the
+    training pixels are exact.
+    """
+    channels = len(counts_CV)
+    if normalisation is NormalisationName.imagenet:
+        moments = np.array(_IMAGENET) * 255
+    elif normalisation is NormalisationName.none:
+        moments = np.array([[0.0] * channels, [255.0] * channels])
+    else:
+        values = np.arange(256)
+        mean = counts_CV @ values / counts_CV.sum(1)
+        squares = (counts_CV * (values - mean[:, np.newaxis]) ** 2).sum(1)
+        moments = np.array([mean, np.sqrt(squares / counts_CV.sum(1))])
+    mean_C, deviation_C = moments.astype(np.float32)
+    deviation_C[deviation_C == 0] = 1  # a channel with one value becomes 0
+    return mean_C[:, np.newaxis, np.newaxis], deviation_C[:, np.newaxis, np.newaxis]
+
+
+def normalised(
+    pixels_NCHW: Bytes, mean_C11: npt.NDArray[np.float32], deviation_C11: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """Returns (pixels - mean) / deviation."""
+    inputs = pixels_NCHW.astype(np.float32)
+    inputs -= mean_C11
+    inputs /= deviation_C11
+    return inputs
+
+
+def value_counts(pixels_NCHW: Bytes) -> npt.NDArray[np.int64]:
+    """Returns how often each of the 256 values occurs in each channel, (C, 256)."""
+    return np.array([_histogram(pixels_NCHW[:, c]) for c in range(pixels_NCHW.shape[1])])
+
+
+def _histogram(pixels_NHW: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Counts the 256 values in chunks, because np.bincount converts its input to int64."""
+    counts = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(pixels_NHW), 1024):
+        counts += np.bincount(pixels_NHW[start : start + 1024].ravel(), minlength=256)
+    return counts

@@ -1,8 +1,8 @@
-"""Partitions of the training samples: functions of the labels, the number of clients and a seed.
+"""Test sets, and partitions of the training samples among the clients.
 
-Each returns one ascending index array per client.  Together the arrays contain every sample exactly
-once, and every client has at least ``MINIMUM_SAMPLES``.  Used by ``job`` and ``reporting``.
-Shapes: N training samples.
+They follow from the labels, the number of clients and a seed.  A partition is one ascending index
+array for each client.  Together the arrays contain every sample exactly once, and every client has
+at least ``MINIMUM_SAMPLES``.  Used by ``datasets``.  Shapes: N training samples.
 """
 
 import heapq
@@ -11,9 +11,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..config.dataset_info import MINIMUM_SAMPLES
+from ..config.dataset_info import MINIMUM_SAMPLES, TEST_SHARE
 from ..config.enums import PartitionName
-from ..config.schema import PartitionConfig
+from ..config.schema import DataConfig, PartitionConfig
 from ..runtime import random_streams
 
 Indices: TypeAlias = npt.NDArray[np.int64]
@@ -97,3 +97,43 @@ def _with_minimum(pieces: list[list[Indices]]) -> list[Indices]:
             parts[giver] = parts[giver][:-1]
             heapq.heapreplace(largest, (negative_size + 1, giver))
     return [np.sort(part) for part in parts]
+
+
+def split_test(labels_N: Indices, seed: int) -> tuple[Indices, Indices]:
+    """Returns 80 % of the samples for training and 20 % for the test, stratified by class."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(
+        np.arange(len(labels_N)), test_size=TEST_SHARE, stratify=labels_N, random_state=seed
+    )
+    return np.sort(train), np.sort(test)
+
+
+def subsets(
+    config: DataConfig, labels_N: Indices, train: Indices, test: Indices, seed: int
+) -> tuple[Indices, Indices]:
+    """Returns as many of the training and test samples as ``config`` asks for."""
+    if config.train_samples is not None:
+        rng = random_streams.generator(random_streams.TRAIN_SUBSET, seed)
+        train = train[_stratified(labels_N[train], config.train_samples, rng)]
+    if config.test_samples is not None:
+        rng = random_streams.generator(random_streams.TEST_SUBSET, seed)
+        test = test[_stratified(labels_N[test], config.test_samples, rng)]
+    return train, test
+
+
+def _stratified(labels_N: Indices, size: int, rng: np.random.Generator) -> Indices:
+    """Draws ``size`` ascending indices; each class keeps its fraction as closely as possible.
+
+    Class sizes are rounded down, and the classes with the largest remainders get one more.  If
+    ``size`` allows it, a class without samples then gets one from the largest class.
+    """
+    classes, counts = np.unique(labels_N, return_counts=True)
+    sizes, remainders = np.divmod(size * counts, len(labels_N))
+    sizes[np.argsort(-remainders, kind="stable")[: size - sizes.sum()]] += 1
+    for empty in np.flatnonzero(sizes == 0) if size >= len(classes) else ():
+        sizes[np.argmax(sizes)] -= 1
+        sizes[empty] += 1
+    members = (np.flatnonzero(labels_N == label) for label in classes)
+    drawn = [rng.permutation(m)[:wanted] for m, wanted in zip(members, sizes, strict=True)]
+    return np.sort(np.concatenate(drawn))

@@ -6,6 +6,7 @@ other clients are not trained.  Used by ``job``.
 """
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import Config
+from ..data.batching import Dataset, Samples
 from ..data.client_store import ClientStore
-from ..data.datasets import Dataset
 from ..data.partition import Indices
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
@@ -24,7 +25,17 @@ from ..models.outputs import OutputReader
 from ..runtime import random_streams
 from ..runtime.transfer import copy_all
 from ..training.client_state import PrivateStates
-from .metrics import Evaluation, OverClients, class_totals, evaluate, in_mix, over_clients
+from .metrics import (
+    Evaluation,
+    OverClients,
+    OwnAccuracies,
+    class_totals,
+    evaluate,
+    in_mix,
+    over_clients,
+    own_accuracies,
+    totals,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class EvaluationResult:
 
     The clients' models count over the samples of the evaluated clients.
     """
+    own: OwnAccuracies | None = None
+    """The global model on the clients' own test samples; None if there are no such."""
 
     def figures(self) -> dict[str, Any]:
         """Returns the fields of ``RoundRecord`` that an evaluation fills, by name."""
@@ -55,6 +68,12 @@ class EvaluationResult:
                 "clients_test_accuracy_spread": clients.test_spread,
                 "clients_own_mix_accuracy_mean": clients.own_mix.accuracy,
                 "clients_own_mix_accuracy_spread": clients.own_mix_spread,
+            }
+        elif self.own is not None:
+            figures |= {
+                "clients_judged": self.own.clients,
+                "clients_own_mix_accuracy_mean": self.own.mean,
+                "clients_own_mix_accuracy_spread": self.own.spread,
             }
         return figures
 
@@ -87,15 +106,29 @@ class Evaluator:
         self._classes, self._outputs = dataset.classes, OutputReader(config.model.output)
         indices, clients = _train_samples(store.partition, config.eval_train_samples, config.seed)
         self._train_indices, self._train_clients = indices, clients
-        positions = np.arange(len(dataset.test))
+        self._device = next(model.parameters()).device
+        self._clients_with_tests = sorted(store.client_tests)
+        test, positions = dataset.test, np.arange(len(dataset.test))
         if states.are_models:
             self._client_model = copied(model)
-            self._test = store.test_samples(dataset.test, positions)
-            self._unshifted_test = store.unshifted(dataset.test) if store.shift else self._test
+            self._test = store.test_samples(test, positions)
+            self._unshifted_test = store.unshifted_samples(test) if store.shift else self._test
         else:  # each rank evaluates its share of the samples
             share = slice(process_group.rank(), None, process_group.world_size())
-            self._test = store.test_samples(dataset.test[share], positions[share])
+            test, positions = test[share], positions[share]
+            self._test = store.test_samples(test, positions)
             self._train = store.client_samples(indices[share], clients[share])
+        self._test_clients_N = torch.from_numpy(self._clients_of_test(test)).to(self._device)
+
+    def _clients_of_test(self, test: Indices) -> Indices:
+        """Returns for each test sample the position of its client among those with own tests.
+
+        It is the number of these clients if the sample belongs to none of them.
+        """
+        clients_N = np.full(len(test), len(self._clients_with_tests))
+        for position, client in enumerate(self._clients_with_tests):
+            clients_N[np.isin(test, self._store.client_tests[client])] = position
+        return clients_N
 
     def evaluate(self) -> EvaluationResult:
         """Evaluates on all ranks together; collective."""
@@ -103,7 +136,24 @@ class Evaluator:
             return self._evaluate_clients()
         model, outputs = self._model, self._outputs
         loss = evaluate(model, self._train, outputs).loss if len(self._train_indices) else None
-        return EvaluationResult(evaluate(model, self._test, outputs), None, loss)
+        if not self._clients_with_tests:
+            return EvaluationResult(evaluate(model, self._test, outputs), None, loss)
+        totals_G3 = collectives.sum_over_ranks(self._totals_by_client(model, self._test))
+        sums, right, count = totals_G3.sum(0).tolist()
+        own = own_accuracies(totals_G3[:-1])
+        return EvaluationResult(Evaluation(sums / count, right / count), None, loss, own)
+
+    def _totals_by_client(self, model: nn.Module, samples: Iterable[Samples]) -> Tensor:
+        """Returns totals for each client with own tests, and those of the other samples, (G, 3)."""
+        groups = len(self._clients_with_tests) + 1
+
+        def numbered() -> Iterator[tuple[Samples, Tensor]]:
+            start = 0
+            for batch in samples:
+                yield batch, self._test_clients_N[start : start + len(batch)]
+                start += len(batch)
+
+        return totals(model, numbered(), groups, self._outputs)
 
     def _evaluate_clients(self) -> EvaluationResult:
         """Assigns the clients evenly to the ranks, moves their states there and evaluates them."""
@@ -113,7 +163,7 @@ class Evaluator:
         ranks = process_group.world_size()
         hosted = [clients[rank::ranks] for rank in range(ranks)]
         self._states.move(hosted, training=False)
-        train_totals = torch.zeros(3, dtype=torch.float64, device=self._test.labels.device)
+        train_totals = torch.zeros(3, dtype=torch.float64, device=self._device)
         rows: dict[int, Tensor] = {}
         for client in hosted[process_group.rank()]:
             copy_all(model_tensors(self._client_model), model_tensors(self._model))
@@ -123,22 +173,30 @@ class Evaluator:
             if len(indices):
                 samples = self._store.client_samples(indices, np.full(len(indices), client))
                 train_totals += class_totals(self._client_model, samples, 1, self._outputs)[0]
-        figures = over_clients(rows, clients, self._test.labels)
+        figures = over_clients(rows, clients, self._device)
         loss, _, count = collectives.sum_as_list(train_totals)
         return EvaluationResult(figures.test, figures, loss / count if count else None)
 
     def _test_row(self, client: int) -> Tensor:
-        """Returns loss and accuracy on the test set, then in the client's label mix, (4,)."""
+        """Returns loss and accuracy on the test set, then on the client's own data, (4,).
+
+        These are its own test samples, if it has such; else test samples in its label mix.
+        """
         model, classes = self._client_model, self._classes
+        if client in self._store.client_tests:
+            totals_G3 = self._totals_by_client(model, self._test)
+            own = totals_G3[self._clients_with_tests.index(client)]
+            everything = totals_G3.sum(0)
+            return torch.cat([everything[:2] / everything[2], own[:2] / own[2]])
         on_test_C3 = in_shift_C3 = class_totals(model, self._test, classes, self._outputs)
         if self._store.shift is not None:
-            samples = self._store.shifted(self._unshifted_test, client)
+            samples = self._store.shifted_as(self._unshifted_test, client)
             in_shift_C3 = class_totals(model, samples, classes, self._outputs)
-        totals, mix_C = on_test_C3.sum(0), self._store.label_mix(client)
-        return torch.cat([totals[:2] / totals[2], in_mix(in_shift_C3, mix_C)])
+        sums, mix_C = on_test_C3.sum(0), self._store.label_mix(client)
+        return torch.cat([sums[:2] / sums[2], in_mix(in_shift_C3, mix_C)])
 
 
-def _train_samples(partition: list[Indices], count: int, seed: int) -> tuple[Indices, Indices]:
+def _train_samples(partition: Sequence[Indices], count: int, seed: int) -> tuple[Indices, Indices]:
     """Returns indices of all training samples or ``count`` random ones, and their clients."""
     indices = np.concatenate(partition)
     clients = np.repeat(np.arange(len(partition)), [len(part) for part in partition])

@@ -3,7 +3,7 @@
 Shapes: C classes, K clients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.batching import Samples
 from ..distributed import collectives
-from ..models.outputs import PLAIN_READER, OutputReader
-
-_BATCH = 1024
+from ..models.outputs import PLAIN_READER, OutputReader, applied
 
 
 @dataclass(frozen=True)
@@ -44,31 +42,62 @@ class OverClients:
     """Deviation of the accuracy in the client's label mix."""
 
 
+@dataclass(frozen=True)
+class OwnAccuracies:
+    """Mean and sample deviation over clients of one model's accuracy on each one's own tests."""
+
+    clients: int
+    mean: float
+    spread: float
+
+
+def own_accuracies(totals_K3: Tensor) -> OwnAccuracies:
+    """Returns the figures of K clients, from their totals."""
+    right_K = collectives.to_cpu(totals_K3[:, 1] / totals_K3[:, 2])
+    spread = right_K.std().item() if len(right_K) > 1 else 0.0
+    return OwnAccuracies(len(right_K), right_K.mean().item(), spread)
+
+
 def evaluate(
-    model: nn.Module, samples: Samples, outputs: OutputReader = PLAIN_READER
+    model: nn.Module, samples: Iterable[Samples], outputs: OutputReader = PLAIN_READER
 ) -> Evaluation:
     """Evaluates ``model`` on the union of all ranks' ``samples``; some ranks may have none."""
     loss, right, count = collectives.sum_as_list(class_totals(model, samples, 1, outputs).sum(0))
     return Evaluation(loss / count, right / count)
 
 
-@torch.no_grad()
-def class_totals(model: nn.Module, samples: Samples, classes: int, outputs: OutputReader) -> Tensor:
+def class_totals(
+    model: nn.Module, samples: Iterable[Samples], classes: int, outputs: OutputReader
+) -> Tensor:
     """Returns sum of losses, right answers and number of samples by class, (C, 3) in float64.
 
     With ``classes`` = 1 a single row has the totals of all samples.
     """
+    return totals(model, ((b, b.labels if classes > 1 else 0) for b in samples), classes, outputs)
+
+
+@torch.no_grad()
+def totals(
+    model: nn.Module,
+    batches: Iterable[tuple[Samples, Tensor | int]],
+    groups: int,
+    outputs: OutputReader,
+) -> Tensor:
+    """Returns sum of losses, right answers and number of samples by group, (groups, 3) in float64.
+
+    Beside each batch stand the groups of its samples, (N,), or one for all.
+    """
     model.eval()
-    totals_C3 = torch.zeros(classes, 3, dtype=torch.float64, device=samples.labels.device)
-    for start in range(0, len(samples), _BATCH):
-        batch = samples[start : start + _BATCH]
-        scores = outputs.scores(model(batch.inputs))
+    device = next(model.parameters()).device
+    totals_G3 = torch.zeros(groups, 3, dtype=torch.float64, device=device)
+    for batch, groups_N in batches:
+        scores = outputs.scores(applied(model, batch.inputs))
         losses = cross_entropy(scores.double(), batch.labels, reduction="none")
         right = (scores.argmax(1) == batch.labels).double()
         rows = torch.stack([losses, right, torch.ones_like(losses)], dim=1)
-        index = batch.labels if classes > 1 else torch.zeros_like(batch.labels)
-        totals_C3.index_add_(0, index, rows)
-    return totals_C3
+        index = torch.zeros_like(batch.labels) + groups_N
+        totals_G3.index_add_(0, index, rows)
+    return totals_G3
 
 
 def in_mix(totals_C3: Tensor, mix_C: Tensor) -> Tensor:
@@ -81,13 +110,15 @@ def in_mix(totals_C3: Tensor, mix_C: Tensor) -> Tensor:
     return (totals_C3[:, :2] / count_C.clamp_min(1).unsqueeze(1)).T @ (share_C / share_C.sum())
 
 
-def over_clients(rows: Mapping[int, Tensor], clients: Sequence[int], like: Tensor) -> OverClients:
+def over_clients(
+    rows: Mapping[int, Tensor], clients: Sequence[int], device: torch.device
+) -> OverClients:
     """Gathers the figures of ``clients``, each evaluated by one rank; all ranks return the same.
 
     ``rows`` are this rank's, by client: test loss, test accuracy, and both in the client's label
-    mix.  The collective is on the device of ``like``.
+    mix.  The collective is on ``device``.
     """
-    figures_K4 = torch.zeros(len(clients), 4, dtype=torch.float64, device=like.device)
+    figures_K4 = torch.zeros(len(clients), 4, dtype=torch.float64, device=device)
     for index, client in enumerate(clients):
         if client in rows:
             figures_K4[index] = rows[client]

@@ -21,15 +21,19 @@ class RoundRecord:
     pooled_train_loss: float | None = None
     """sum_k p_k F_k on the training samples (``eval_train_samples`` of them), after the round."""
     clients_judged: int | None = None
-    """Clients whose models are evaluated; null if there is a global model."""
+    """Clients whose models are evaluated, or that have test samples of their own; else null."""
     clients_test_accuracy_mean: float | None = None
     """Mean accuracy of the clients' models on the test set; null if there is a global model."""
     clients_test_accuracy_spread: float | None = None
     """Sample standard deviation over the clients of the accuracy on the test set."""
     clients_own_mix_accuracy_mean: float | None = None
-    """Mean accuracy of the clients' models, each on test samples in its client's label mix."""
+    """Mean accuracy on the clients' own data, of their models or else of the global model.
+
+    A client's own data are its own test samples; without such, test samples in its label mix, on
+    which only clients' models are evaluated.
+    """
     clients_own_mix_accuracy_spread: float | None = None
-    """Sample standard deviation over the clients of the accuracy in the client's label mix."""
+    """Sample standard deviation over the clients of the accuracy on their own data."""
     learning_rate: float
     round_seconds: float
     """Wall time of local steps and average on rank 0, without evaluation and checks."""

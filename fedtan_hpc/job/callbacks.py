@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..config.errors import ConfigError, OutputClosedError, RunError, format_option_error, one_line
+from ..data.items import DataError
+from ..data.loading import is_worker_error
 from ..distributed import counters, process_group
 from ..evaluation.callbacks import RoundCallback
 from ..evaluation.loggers import Display
-from ..models import import_target
+from ..runtime import import_path
 from ..runtime.signals import StopRequest
 from .checkpoint_writer import CheckpointWriter
 
@@ -22,7 +24,7 @@ def make(target: str) -> RoundCallback:
 
     Raises ``ConfigError`` if it cannot be imported or called, or returns no callback.
     """
-    factory = import_target.resolve("callbacks", target, "a callback")
+    factory = import_path.resolve("callbacks", target, "a callback")
     try:
         callback = factory()
     except (Exception, SystemExit) as error:
@@ -81,12 +83,15 @@ def as_run_error(source: str = "") -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, RunError) and not source:
+        if isinstance(error, RunError | ConfigError) and not source:
             raise
         where = f"rank {process_group.rank()}, round {counters.progress.round}"
         if not source and process_group.is_lost_rank_error(error):
             what = f"another rank has ended ({str(error).splitlines()[0]})"
             raise process_group.LostRankError(f"{where}: {what}", on_all_ranks=False) from None
-        is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-        failure = RunError(f"{where}: {source}{type(error).__name__}: {error}", on_all_ranks=False)
-        raise failure from (None if is_disk else error)
+        is_known = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, DataError) or is_worker_error(error):
+            what, is_known = " ".join(str(error).split()), True
+        failure = RunError(f"{where}: {source}{what}", on_all_ranks=False)
+        raise failure from (None if is_known else error)

@@ -1,5 +1,6 @@
 """Makes, converts and runs the network on two samples before any data loads.  Used by ``run``."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,11 @@ from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGrou
 from ..config.enums import CohortMode, ModelSource, NormName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
+from ..data.batching import Dataset, Samples
 from ..models import factory
 from ..models.copies import copy_error
 from ..models.norms import with_norm_of
-from ..models.outputs import OutputReader
+from ..models.outputs import OutputReader, applied
 from ..runtime import global_random
 from ..training.client_runners import needs_copies
 from ..training.local_step import Loss
@@ -26,8 +28,31 @@ _SAMPLES = 2
 _FEDAVG = "use algorithm=fedavg, or a network with BN layers"
 
 
-def dry_run(config: Config, ranks: int = 1) -> list[str]:
-    """Makes the network of ``config`` and runs it, without data, for a job of so many ``ranks``.
+@dataclass(frozen=True)
+class Example:
+    """Two samples on which a network is tried, and the number of classes."""
+
+    samples: Samples
+    shape: Any
+    """Shape of a sample, for messages and for the user's function that makes the network."""
+    classes: int
+
+    @classmethod
+    def of(cls, config: Config, dataset: Dataset | None) -> "Example":
+        """Returns two samples of the user's data, or zeros like those of a built-in data set."""
+        if dataset is not None:
+            indices = dataset.train[[0, -1]]
+            return cls(dataset.take(indices), dataset.shape, dataset.classes)
+        info = config.data.info()
+        labels = torch.zeros(_SAMPLES, dtype=torch.int64)
+        samples = Samples(torch.zeros(_SAMPLES, *info.shape), labels)
+        return cls(samples, info.shape, info.classes)
+
+
+def dry_run(config: Config, ranks: int = 1, dataset: Dataset | None = None) -> list[str]:
+    """Makes the network of ``config`` and runs it, for a job of so many ``ranks``.
+
+    It runs on zeros, unless ``dataset`` is given, the user's.
 
     Networks of torchvision run on the meta device, which needs no memory for tensors.  The random
     state of the process stays unchanged.
@@ -39,7 +64,8 @@ def dry_run(config: Config, ranks: int = 1) -> list[str]:
     that is needed.
     """
     with global_random.preserved():
-        module = _make(config)
+        example = Example.of(config, dataset)
+        module = _make(config, example)
         _check_parameters(config, module)
         _check_not_scripted(config, module)
         _check_batchnorm(config, module)
@@ -49,22 +75,22 @@ def dry_run(config: Config, ranks: int = 1) -> list[str]:
         except ValueError as error:
             allowed = "a network whose BN layers can be converted"
             raise _network_error(config, allowed, one_line(error)) from error
-        description = _check_run(config, module)
-        _check_stack(config, module)
+        description = _check_run(config, module, example)
+        _check_stack(config, module, example)
         _check_copies(config, module, ranks)
     return [description] if description else []
 
 
-def _make(config: Config) -> nn.Module:
-    info = config.data.info()
+def _make(config: Config, example: Example) -> nn.Module:
+    shape, classes = example.shape, example.classes
     runs_steps = config.cohort.mode is CohortMode.stacked
     if runs_steps or config.model.source is not ModelSource.torchvision:
-        return factory.build(config.model, info.shape, info.classes, config.seed)
+        return factory.build(config.model, shape, classes, config.seed)
     try:
         with torch.device("meta"):
-            return factory.build(config.model, info.shape, info.classes, config.seed)
+            return factory.build(config.model, shape, classes, config.seed)
     except NotImplementedError:  # RegNets compute their widths with tensors
-        return factory.build(config.model, info.shape, info.classes, config.seed).to("meta")
+        return factory.build(config.model, shape, classes, config.seed).to("meta")
 
 
 def _check_parameters(config: Config, module: nn.Module) -> None:
@@ -118,7 +144,7 @@ def _needs_batchnorm(algorithm: Algorithm) -> bool:
     )
 
 
-def _check_run(config: Config, module: nn.Module) -> str:
+def _check_run(config: Config, module: nn.Module, example: Example) -> str:
     """Checks that the network returns the class scores of two samples, in both modes.
 
     Returns which of its outputs are used in training; empty if it returns the class scores alone.
@@ -129,11 +155,11 @@ def _check_run(config: Config, module: nn.Module) -> str:
     single: list[str] = []
     for name, layer in batchnorm_layers(module).items():
         layer.register_forward_pre_hook(partial(_note_single_values, single, name))
-    output = _output(config, module.train())
+    output = _output(config, module.train(), example)
     if single and config.batch_size == 1:
         _check_single_samples(config, single[0])
-    _check_scores(config, output)
-    _check_scores(config, _output(config, module.eval()))
+    _check_scores(config, output, example)
+    _check_scores(config, _output(config, module.eval(), example), example)
     if isinstance(output, Tensor) and config.model.output is not None:
         allowed = "null, because the network returns a tensor"
         message = format_option_error("model.output", config.model.output, allowed, "leave it out")
@@ -167,24 +193,24 @@ def _check_single_samples(config: Config, layer: str) -> None:
     raise ConfigError(format_option_error("batch_size", 1, allowed, remedy))
 
 
-def _output(config: Config, module: nn.Module) -> Any:
+def _output(config: Config, module: nn.Module, example: Example) -> Any:
     """Returns what the network returns for two samples."""
-    info, device = config.data.info(), next(module.parameters()).device
-    samples = torch.zeros(_SAMPLES, *info.shape, device=device)
+    device = next(module.parameters()).device
+    samples = example.samples.to(device, torch.float32)
     try:
-        return module.to(samples)(samples)
+        return applied(module.to(device, torch.float32), samples.inputs)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        allowed = f"a network that takes samples of shape {info.shape}"
+        allowed = f"a network that takes samples of shape {example.shape}"
         is_large = config.model.source is ModelSource.torchvision and not config.model.small_input
         stem = "model.small_input=true, " if is_large else ""
         remedy = f"use {stem}other samples or another network: {one_line(error)}"
         raise _network_error(config, allowed, remedy) from error
 
 
-def _check_scores(config: Config, output: Any) -> None:
-    expected = _SAMPLES, config.data.info().classes
+def _check_scores(config: Config, output: Any, example: Example) -> None:
+    expected = _SAMPLES, example.classes
     try:
         found = str(tuple(OutputReader(config.model.output).scores(output).shape))
     except ValueError as error:
@@ -199,13 +225,12 @@ def _check_scores(config: Config, output: Any) -> None:
     raise _network_error(config, allowed, f"use another, because those of this one are {found}")
 
 
-def _check_stack(config: Config, module: nn.Module) -> None:
+def _check_stack(config: Config, module: nn.Module, example: Example) -> None:
     """Checks that clients of the network can be stacked, if ``cohort.mode`` says so."""
     stacked = config.cohort.mode is CohortMode.stacked
     if not stacked or config.model.source is ModelSource.builtin:
         return
-    sample = torch.zeros(1, *config.data.info().shape)
-    if error := vmap_error(module, sample, config, Loss.of(config)):
+    if error := vmap_error(module, example.samples[:1], config, Loss.of(config)):
         allowed = "auto or sequential, because clients of the network cannot be stacked"
         remedy = f"leave it out: {one_line(error)}"
         raise ConfigError(format_option_error("cohort.mode", "stacked", allowed, remedy))

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..config.errors import RunError
+from ..data.batching import ClientSamples, Samples
 from ..data.client_store import Client
 from ..distributed import collectives
 from ..runtime.signals import STOP_SIGNALS, StopRequest
@@ -53,9 +55,15 @@ class RoundLosses:
         return float(sum(self.weights[client] * loss for client, loss in loss_of.items()))
 
     def _with_bad_samples(self) -> list[int]:
-        is_bad = [~client.samples.inputs.isfinite().all() for client in self.clients]
+        is_bad = [self._are_bad(client.samples) for client in self.clients]
         counts = collectives.sum_as_list(self._message(is_bad))
         return [client for client, count in zip(self.weights, counts, strict=True) if count]
+
+    def _are_bad(self, samples: ClientSamples) -> Tensor:
+        """Returns whether inputs in memory are not finite, 0-d; those that are read are checked."""
+        leaves = tree_leaves(samples.inputs) if isinstance(samples, Samples) else []
+        bad = [~leaf.isfinite().all() for leaf in leaves if leaf.is_floating_point()]
+        return torch.stack(bad).any() if bad else torch.tensor(False)
 
     def _message(self, values: Sequence[Tensor], extra: int = 0) -> Tensor:
         """Returns a float64 vector with this rank's values in it and 0 for all other clients."""

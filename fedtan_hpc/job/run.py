@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,12 +15,12 @@ from ..config.hydra_errors import typed
 from ..config.schema import Config
 from ..config.validate import check
 from ..data.download import fetch
+from ..data.federated_data import load_own
 from ..distributed import collectives, counters, process_group
 from ..evaluation.callbacks import RoundCallback, RunInfo
 from ..evaluation.loggers import Display, RoundsFile, TensorBoardLog, show_result
 from ..evaluation.records import Summary
-from ..models import import_target
-from ..runtime import device, launcher_env, malloc, signals
+from ..runtime import device, import_path, launcher_env, malloc, signals
 from ..runtime.device import tensor_float
 from ..runtime.global_random import preserved
 from ..runtime.signals import StopRequest
@@ -29,7 +30,7 @@ from .callbacks import as_run_error, tell, tell_failure
 from .checkpoint_writer import CheckpointWriter
 from .context import RunContext
 from .resume import Resumption
-from .setup import prepare
+from .setup import OpenedData, open_data, prepare
 from .summary import save_models, summarise
 
 Result = TypeVar("Result")
@@ -43,6 +44,8 @@ def check_all(configs: Sequence[Config]) -> None:
     """
     checked: set[str] = set()
     for config in configs:
+        if config.data.is_own:
+            continue
         network = repr((config.model, config.data, config.algorithm))
         if network not in checked:
             dry_run.dry_run(config, launcher_env.detect().world_size)
@@ -50,7 +53,9 @@ def check_all(configs: Sequence[Config]) -> None:
     info = launcher_env.detect()
     if info.rank == 0:  # which makes the callbacks
         for target in dict.fromkeys(each for config in configs for each in config.callbacks):
-            import_target.resolve("callbacks", target, "a callback")
+            import_path.resolve("callbacks", target, "a callback")
+        for own in (config for config in configs if config.data.is_own):
+            load_own(own.data, own.seed)
     if info.local_rank == 0:
         for data in {repr(config.data): config.data for config in configs}.values():
             fetch(data)
@@ -118,10 +123,13 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
     check(config)
     run = RunContext.of(config, started)
     torch.set_num_threads(run.placement.threads)
-    notes = dry_run.dry_run(config, run.rank_info.world_size)
+    is_own = config.data.is_own
+    notes = [] if is_own else dry_run.dry_run(config, run.rank_info.world_size)
     shows = run.is_first and callbacks is None
     gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
     with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):
+        run, opened, more = _opened(run)
+        notes += more
         enter = partial(claim.enter_context, run_dir.claimed(run.run_dir, config))
         summary: Summary | None = collectives.broadcast_object(_agreed(run.is_first, enter))
         if summary is not None:
@@ -134,7 +142,20 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
             print("\n".join([_opening_line(run, resumption), *notes]), flush=True)
         observers = [*([Display()] if callbacks is None else callbacks), *observers]
         with _noting_failures(run.run_dir):
-            return _train(run, observers, resumption, stop)
+            return _train(run, opened, observers, resumption, stop)
+
+
+def _opened(run: RunContext) -> tuple[RunContext, OpenedData, list[str]]:
+    """Opens the data on all ranks, and tries the network on them if they are the user's.
+
+    Returns the run with the options that the data decide, and lines that say what was found.
+    """
+    config, opened = open_data(run.config, run.placement)
+    notes = [opened.note] if opened.note else []
+    if (dataset := opened.dataset) is not None:
+        ranks = run.rank_info.world_size
+        notes += _agreed(True, partial(dry_run.dry_run, config, ranks, dataset)) or []
+    return replace(run, config=config), opened, notes
 
 
 def _begin(run: RunContext) -> tuple[list[RoundCallback], Resumption]:
@@ -144,10 +165,15 @@ def _begin(run: RunContext) -> tuple[list[RoundCallback], Resumption]:
 
 
 def _train(
-    run: RunContext, observers: list[RoundCallback], resumption: Resumption, stop: StopRequest
+    run: RunContext,
+    opened: OpenedData,
+    observers: list[RoundCallback],
+    resumption: Resumption,
+    stop: StopRequest,
 ) -> Summary:
     _agreed(run.rank_info.local_rank == 0, lambda: fetch(run.config.data))
-    trainer = prepare(run.config, run.placement)
+    with as_run_error():
+        trainer = prepare(run.config, run.placement, opened)
     trainer.stop = stop
     resumption = resume.restore(resumption, trainer.cohort)
     startup_seconds = time.perf_counter() - run.started
@@ -168,6 +194,8 @@ def _train(
     except BaseException as error:
         tell_failure(callbacks, error, stop)
         raise
+    finally:
+        trainer.store.close()
     with as_run_error():
         process_group.barrier()  # the other ranks learn here if a callback has failed
     return summary

@@ -3,18 +3,25 @@
 ``job.run`` calls ``prepare``; benchmarks and tests build parts with ``network`` and ``host``.
 """
 
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..batchnorm.conversion import convert_batchnorm
 from ..batchnorm.running_norm import normalise_by_running
 from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, plan
-from ..config.enums import PrecisionName
+from ..config.dataset_info import DatasetInfo
+from ..config.enums import LoadingName, PartitionName, PrecisionName
+from ..config.errors import ConfigError
 from ..config.schema import Config
-from ..data import datasets, partition
-from ..data.batching import Samples
+from ..config.validate_data import own_data_mistakes, partition_mistakes
+from ..data import datasets, loading, own_datasets
+from ..data.batching import Dataset, Samples
 from ..data.client_store import ClientStore
-from ..data.feature_shift import shift_of
+from ..data.loading import Reader
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import model_tensors, named_tensors
 from ..evaluation.evaluator import Evaluator
@@ -35,15 +42,71 @@ DTYPES = dict.fromkeys(PrecisionName, torch.float32) | {PrecisionName.float64: t
 """Type of model and data; bfloat16 is the type of autocast only."""
 
 
-def prepare(config: Config, placement: DevicePlacement) -> Trainer:
+@dataclass(frozen=True)
+class OpenedData:
+    """What is known of the data before a run's folder is made."""
+
+    dataset: Dataset | None
+    """The user's data; built-in data are loaded by ``prepare``."""
+    is_streamed: bool
+    note: str
+    """A line for the user; empty where all is as ever."""
+
+
+def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, OpenedData]:
+    """Opens the user's data, and decides where samples lie; all ranks call it together.
+
+    Returns the options with the number of clients that the data have.  Raises ``ConfigError`` on
+    all ranks if the data cannot be used, or do not fit.
+    """
+    data = config.data
+    dataset = datasets.load(data, config.seed) if data.is_own else None
+    if dataset is None:
+        info = data.info()
+        sample_bytes = math.prod(info.shape) * DTYPES[config.precision].itemsize
+    else:
+        info = DatasetInfo(len(dataset.train), len(dataset.test), dataset.shape, dataset.classes)
+        config, sample_bytes = _with_clients(config, dataset, info), dataset.sample_bytes
+    sharing = placement.ranks_per_device
+    is_streamed, sizes = loading.is_streamed(config, info, sample_bytes, placement.device, sharing)
+    note = ""
+    if is_streamed or data.is_own or data.loading is not LoadingName.auto:
+        how = LoadingName.stream if is_streamed else LoadingName.device
+        note = (
+            f"data: {info.train} training and {info.test} test samples of shape {info.shape}, "
+            f"{info.classes} classes, {config.clients} clients; data.loading={how} ({sizes})"
+        )
+    return config, OpenedData(dataset, is_streamed, note)
+
+
+def _with_clients(config: Config, dataset: Dataset, info: DatasetInfo) -> Config:
+    natural = None if dataset.clients is None else len(dataset.clients)
+    mistakes = [*own_data_mistakes(config, info, natural)]
+    if config.partition.name is PartitionName.natural and not mistakes:
+        assert natural is not None and dataset.clients is not None
+        config = replace(config, clients=natural)
+        own_datasets.check_clients(dataset.clients)
+    elif not mistakes:
+        mistakes = [*partition_mistakes(config, info)]
+    if mistakes:
+        error = ConfigError(*mistakes)
+        error.on_all_ranks = True
+        raise error
+    return config
+
+
+def prepare(
+    config: Config, placement: DevicePlacement, opened: OpenedData | None = None
+) -> Trainer:
     """Makes the trainer; every rank derives the same data, partition and model."""
     device, dtype = placement.device, DTYPES[config.precision]
-    dataset = datasets.load(config.data, config.seed)
-    labels = dataset.labels_N[dataset.train]
-    parts = partition.split(labels, config.clients, config.partition, config.seed)
-    indices = [dataset.train[part] for part in parts]
-    shift = shift_of(config.partition, config.clients)
-    store = ClientStore(dataset, indices, device, dtype, shift, config.seed)
+    if opened is None:
+        config, opened = open_data(config, placement)
+    dataset = opened.dataset or datasets.load(config.data, config.seed)
+    indices = datasets.partition_of(dataset, config)
+    workers = loading.workers_of(config, placement.ranks_per_device) if opened.is_streamed else 0
+    reader = Reader(dataset, device, dtype, workers)
+    store = ClientStore(dataset, indices, reader, config, opened.is_streamed)
     model = network(config, dataset.shape, dataset.classes).to(device, dtype)
     described = structure.described(named_tensors(model))
     structure.agree("models", "the start of training", described, None, device)
@@ -95,8 +158,8 @@ def host(
     return Cohort(models, server, make_runners(models, dummy, budget, one_client_per_rank))
 
 
-def network(config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Makes the network for samples of ``shape`` (C, H, W), with the algorithm's norm layers."""
+def network(config: Config, shape: Any, classes: int) -> nn.Module:
+    """Makes the network with the algorithm's norm layers; ``shape`` is that of a sample."""
     algorithm = ALGORITHMS[config.algorithm.name]
     model = factory.build(config.model, shape, classes, config.seed)
     model = convert_batchnorm(with_norm_of(config, model))

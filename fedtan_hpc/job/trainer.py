@@ -35,6 +35,9 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     """Signals that this rank has received; the ranks agree on one at the end of each round."""
 
+    def __post_init__(self) -> None:
+        self.store.read_ahead(self._batch_order)
+
     @property
     def model(self) -> nn.Module:
         """The global model."""
@@ -110,12 +113,29 @@ class Trainer:
         return draw(self.store.shares, per_round, rule, config.seed, number)
 
     def _hosted(self, weights: dict[int, float]) -> list[Client]:
-        """Returns this rank's participants; the cost of a client is the size of its batches."""
-        batch = self.config.batch_size
-        costs = {client: min(batch, self.store.sizes[client]) for client in weights}
-        hosted = assign(costs, process_group.world_size())
+        """Returns this rank's participants, with the private states that they have."""
+        hosted = self._assigned(weights)
         self.cohort.states.move(hosted)
         return self.store.host({client: weights[client] for client in hosted[process_group.rank()]})
+
+    def _assigned(self, weights: dict[int, float]) -> list[list[int]]:
+        """Returns the participants by rank; the cost of a client is the size of its batches."""
+        batch = self.config.batch_size
+        costs = {client: min(batch, self.store.sizes[client]) for client in weights}
+        return assign(costs, process_group.world_size())
+
+    def _batch_order(self, number: int) -> list[tuple[int, int]] | None:
+        """Returns (client, step) of this rank's batches in a round in the order of their use.
+
+        Returns None after the last round.
+        """
+        if number > self.config.rounds:
+            return None
+        clients = self._assigned(self._participants(number))[process_group.rank()]
+        steps = self.config.local_steps
+        together = self.cohort.runner.steps_together(len(clients), plan(self.config, number))
+        order = [(client, step) for step in range(together) for client in clients]
+        return order + [(client, step) for client in clients for step in range(together, steps)]
 
     def _learning_rate(self, number: int) -> float:
         schedule = self.config.lr_schedule

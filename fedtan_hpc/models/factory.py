@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -25,8 +26,8 @@ _BUILDERS: dict[ModelName, Callable[[int, int], nn.Module]] = {
 """Built-in networks, called with input channels (mlp: input features) and classes."""
 
 
-def build(config: ModelConfig, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-    """Makes the network for samples of ``shape`` (C, H, W), with BN layers as its source has them.
+def build(config: ModelConfig, shape: Any, classes: int, seed: int) -> nn.Module:
+    """Makes the network for samples of ``shape``, such as (C, H, W), with its source's BN layers.
 
     Initial weights depend on ``seed`` alone; the random state of the process stays unchanged.
 

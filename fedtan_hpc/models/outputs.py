@@ -64,9 +64,9 @@ class OutputReader:
             total = total + weight * cross_entropy(scores, labels, reduction=reduction)
         return total
 
-    def mean_loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean loss of ``model`` on inputs (N, ...) and labels (N,), 0-d."""
-        return self.loss(model(inputs), labels)
+    def mean_loss(self, model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
+        """Returns the mean loss of ``model`` on inputs of N samples and labels (N,), 0-d."""
+        return self.loss(applied(model, inputs), labels)
 
     def describe(self, output: Any) -> str:
         """Returns in words which elements of ``output`` are used; empty for a tensor."""
@@ -88,6 +88,19 @@ class OutputReader:
             return self.name
         usual = (name for name in _USUAL_NAMES if name in elements)
         return next(usual, next(iter(elements), ""))
+
+
+def applied(model: nn.Module, inputs: Any) -> Any:
+    """Returns what ``model`` returns for inputs, of which a dict or tuple are its arguments."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns positional and named arguments of a model: a dict has named ones, a tuple several."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 PLAIN_READER = OutputReader()

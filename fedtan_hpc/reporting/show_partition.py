@@ -61,13 +61,13 @@ def count(config: Config) -> Counts:
     """Loads the labels, with a download if need be, and shares them out as the job does."""
     import numpy as np
 
-    from ..data import datasets, download, partition  # loads torch
+    from ..data import datasets, download  # loads torch
 
     download.fetch(config.data)
     dataset = datasets.load(config.data, config.seed)
-    labels = dataset.labels_N[dataset.train]
-    parts = partition.split(labels, config.clients, config.partition, config.seed)
-    return np.stack([np.bincount(labels[part], minlength=dataset.classes) for part in parts])
+    parts = datasets.partition_of(dataset, config)
+    labels, classes = dataset.labels_N, dataset.classes
+    return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
 def title(config: Config) -> str:

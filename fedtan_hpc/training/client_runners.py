@@ -100,7 +100,8 @@ class LockstepRunner(ClientRunner):
     Also runs one client, or none: then one sample with weight 0 takes part in synchronised steps.
     """
 
-    dummy: Client
+    dummy: Samples
+    """One sample, which takes part where this rank has no client."""
     compiles_synchronised: bool
     """Whether compiled and eager ranks never meet: each has one client with whole batches."""
 
@@ -110,7 +111,7 @@ class LockstepRunner(ClientRunner):
         replicas = models.replicas(max(1, len(clients)))
         for replica, client in zip(replicas, clients, strict=False):
             models.states.load(client.number, replica)
-        pairs = zip(replicas, clients or [self.dummy], strict=True)
+        pairs = zip(replicas, clients or [Client(0, 0.0, self.dummy)], strict=True)
         runs = [models.start(replica, client, context) for replica, client in pairs]
         for _ in range(plan.synchronised_steps):
             self._synchronised_step(runs, plan.pooled_gradients)
@@ -123,11 +124,10 @@ class LockstepRunner(ClientRunner):
         """Takes one step of all clients; the dummy moves only with pooled gradients."""
         replicas, weights = [run.model for run in runs], [run.client.weight for run in runs]
         losses = [partial(run.loss, eager=not self.compiles_synchronised) for run in runs]
-        is_dummy = runs[0].client is self.dummy
+        is_dummy = runs[0].client.samples is self.dummy
         if is_dummy:
             replicas[0].zero_grad()
-            loss, sample = self.models.loss, self.dummy.samples
-            losses = [partial(loss, replicas[0], sample, eager=True)]
+            losses = [partial(self.models.loss, replicas[0], self.dummy, eager=True)]
         values = federated_backward(replicas, losses, weights)
         if pooled:
             pool_gradients(replicas, weights)
@@ -210,6 +210,13 @@ class ClientRunners(ClientRunner):
         with self.budget.spent_on(count, passes, context.number):
             return runner.run(clients, context, model_sum)
 
+    def steps_together(self, clients: int, plan: RoundPlan) -> int:
+        """Returns the first steps that the clients take together, before any takes the next one."""
+        is_stacked = self.stacked is not None and self.choose(clients, plan) is self.stacked
+        if is_stacked and self.stacked is not None and self.stacked.all_steps:
+            return self.models.config.local_steps
+        return plan.synchronised_steps
+
     def choose(self, clients: int, plan: RoundPlan) -> ClientRunner:
         """Returns the runner of a round with this number of clients on this rank."""
         if clients <= 1:
@@ -238,7 +245,7 @@ def make_runners(
         is_faster = is_builtin and budget.pass_bytes < _SMALL_PASS
         stacks = all_steps or (is_faster and mode is CohortMode.auto)
     stacked = StackedRunner(models, all_steps, config.cohort.max_stacked) if stacks else None
-    lockstep = LockstepRunner(models, Client(0, 0.0, dummy), one_client_per_rank)
+    lockstep = LockstepRunner(models, dummy, one_client_per_rank)
     return ClientRunners(models, lockstep, stacked, budget)
 
 
@@ -252,7 +259,7 @@ def needs_copies(config: Config, ranks: int) -> bool:
 def _can_stack(models: ClientModels, dummy: Samples) -> bool:
     """Tries a stack; if that fails and ranks have several clients, rank 0 prints the reason."""
     config = models.config
-    error = vmap_error(models.model, dummy.inputs, config, models.loss)
+    error = vmap_error(models.model, dummy, config, models.loss)
     is_told = process_group.rank() == 0 and needs_copies(config, process_group.world_size())
     if error and is_told:
         how = "the clients of a rank run in lock-step or one after another"

@@ -50,7 +50,7 @@ def compiled(
     """
     start = time.perf_counter()
     trial = Trial(model, batch, list({p.normaliser: p for p in plans}.values()), synchronised)
-    for mode in _modes(batch.inputs.device):
+    for mode in _modes(batch.device):
         result, reason = trial.compile(mode, loss)
         reasons = collectives.all_gather_object(reason)
         if not any(reasons):
@@ -105,7 +105,7 @@ class Trial:
 
     def run_steps(self, loss: Loss) -> None:
         """Runs a step of each kind, which compiles it, and restores the model afterwards."""
-        model, batch, device = self.model, self.batch, self.batch.inputs.device
+        model, batch, device = self.model, self.batch, self.batch.device
         before = [value.detach().clone() for value in model_tensors(model)]
         was_training = model.training
         try:

@@ -9,6 +9,7 @@ Shapes: E local steps with batches of B samples.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..config.algorithms import Normaliser, RoundPlan
 from ..config.enums import PrecisionName
 from ..config.schema import Config
 from ..data.augmentation import augmentation_of
-from ..data.batching import BatchSampler, Samples
+from ..data.batching import BatchSampler, Draw, Samples
 from ..data.client_store import Client
 from ..models.outputs import PLAIN_READER, OutputReader
 from ..runtime import global_random, random_streams
@@ -35,8 +36,8 @@ class RoundContext:
     plan: RoundPlan
 
 
-LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""Maps a model, inputs (N, ...) and labels (N,) to the mean loss, 0-d."""
+LossFunction = Callable[[nn.Module, Any, Tensor], Tensor]
+"""Maps a model, inputs of N samples and labels (N,) to the mean loss, 0-d."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Loss:
     def __call__(self, model: nn.Module, batch: Samples, eager: bool = False) -> Tensor:
         """Returns the mean loss, 0-d.  ``eager`` is for ranks that must run layers in one order."""
         function = self.outputs.mean_loss if eager or self.compiled is None else self.compiled
-        with self.precision(batch.inputs.device):
+        with self.precision(batch.device):
             return function(model, batch.inputs, batch.labels)
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
@@ -84,10 +85,12 @@ class LocalRun:
         """The losses of the steps taken until now, 0-d each."""
         set_training_mode(model, context.plan)
         key = config.seed, client.number, context.number
-        sampler = BatchSampler(config.batch_size, config.local_steps, config.seed, config.sampling)
+        sampler = BatchSampler.of(config)
         indices_EB = sampler.draw(len(client.samples), client.number, context.number)
-        device = client.samples.labels.device
-        self._batches_EB, self._augmentation = send(indices_EB, device), None
+        device, self._round = client.samples.device, context.number
+        is_in_memory = isinstance(client.samples, Samples)
+        self._batches_EB = send(indices_EB, device) if is_in_memory else indices_EB
+        self._augmentation = None
         if augmentation := augmentation_of(config.data):
             self._augmentation = augmentation.draw(*key, *indices_EB.shape).to(device)
         rng = random_streams.generator(random_streams.LAYERS, *key)
@@ -106,12 +109,13 @@ class LocalRun:
 
     def seed_layers(self) -> None:
         """Seeds the network's random draws in the next step by (seed, client, round, step)."""
-        global_random.seed(self._layer_seeds[len(self.losses)], self._batches_EB.device)
+        global_random.seed(self._layer_seeds[len(self.losses)], self.client.samples.device)
 
     def next_batch(self) -> Samples:
         """Returns the samples of the next step, augmented."""
         step = len(self.losses)
-        batch = self.client.samples[self._batches_EB[step]]
+        draw = Draw(self.client.number, self._round, step)
+        batch = self.client.samples.batch(draw, self._batches_EB[step])
         if self._augmentation is None:
             return batch
         return Samples(self._augmentation.apply(step, batch.inputs), batch.labels)

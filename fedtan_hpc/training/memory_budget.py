@@ -5,7 +5,6 @@ Used by ``client_runners`` around each round, and by ``client_state`` for what s
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ..data.batching import Samples
 from ..distributed import process_group
 from ..distributed.model_average import model_tensors
 from ..models.outputs import PLAIN_READER, OutputReader
+from ..runtime.free_memory import free_bytes
 
 _PEAK_FACTOR = 1.6
 """Peak memory of a pass over what it saves; measured for stacked ResNet-20 on a CPU."""
@@ -27,7 +27,7 @@ class MemoryBudget:
     def __init__(
         self, model: nn.Module, dummy: Samples, config: Config, ranks_per_device: int
     ) -> None:
-        self._device = dummy.inputs.device
+        self._device = dummy.device
         self._ranks_per_device = ranks_per_device
         self._largest = 0
         """Bytes of the largest round until now."""
@@ -97,55 +97,8 @@ def saved_bytes_per_sample(
 
     was_training = model.training
     model.eval()  # running statistics stay unchanged
-    inputs, labels = (torch.cat([value, value]) for value in (sample.inputs, sample.labels))
+    two = sample.map_inputs(lambda value: torch.cat([value, value]), sample.labels.repeat(2))
     with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
-        outputs.mean_loss(model, inputs, labels)
+        outputs.mean_loss(model, two.inputs, two.labels)
     model.train(was_training)
-    return sum(sizes.values()) // len(labels)
-
-
-def free_bytes(device: torch.device, ranks_per_device: int) -> int | None:
-    """Returns this rank's share of the device's free memory; None if the system does not tell."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free) // ranks_per_device + cached
-    candidates = _left_in_cgroups(Path("/"))
-    if kib := _numbers(Path("/proc/meminfo")).get("MemAvailable:"):
-        candidates.append(1024 * kib)
-    return min(candidates) // ranks_per_device if candidates else None
-
-
-def _left_in_cgroups(root: Path) -> list[int]:
-    """Returns the bytes left by the limits of this process's control groups (batch systems)."""
-    groups = root / "proc/self/cgroup"
-    if not groups.exists():
-        return []
-    left = []
-    for line in groups.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        mount = root / "sys/fs/cgroup"
-        if controllers == "memory":  # version 1
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            left += _left(mount / "memory", path, *names)
-        elif controllers == "":  # version 2
-            left += _left(mount, path, "memory.max", "memory.current")
-    return left
-
-
-def _left(mount: Path, path: str, limit_name: str, used_name: str) -> list[int]:
-    """Returns limit minus use, file cache not counted; in a container the group is the mount."""
-    for folder in (mount / path.lstrip("/"), mount):
-        limit, used = folder / limit_name, folder / used_name
-        if limit.exists() and used.exists():
-            if limit.read_text().strip() == "max":
-                return []
-            cache = _numbers(folder / "memory.stat").get("inactive_file", 0)
-            return [max(0, int(limit.read_text()) - int(used.read_text()) + cache)]
-    return []
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    """Returns the first number of each line by the word before it."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {words[0]: int(words[1]) for words in map(str.split, lines)}
+    return sum(sizes.values()) // len(two)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 
 from ..batchnorm.context import model_tag, normalised_by
 from ..batchnorm.conversion import batchnorm_layers
@@ -24,6 +26,7 @@ from ..batchnorm.layer import FedTANBatchNorm
 from ..batchnorm.local_statistics import LocalStatistics, RunningStatistics, move_stacks
 from ..batchnorm.statistics_call import GlobalStatistics
 from ..distributed.model_average import named_tensors
+from ..models.outputs import arguments
 from ..runtime.transfer import constant, copy_all
 from .local_step import LocalRun, ProximalTerm, make_sgd, sgd_step
 from .pooled_gradients import mean_over_ranks
@@ -36,7 +39,7 @@ Gradients = dict[str, Tensor]
 class PaddedBatch:
     """The batches of K clients in one step: inputs (K, N, ...), labels (K, N), mask (K, N)."""
 
-    inputs: Tensor
+    inputs: Any
     labels: Tensor
     mask: Tensor | None
     """Which samples are real; None if all batches have one size."""
@@ -45,7 +48,8 @@ class PaddedBatch:
     def chunk(self, clients: slice) -> PaddedBatch:
         """Returns the batches of some of the clients."""
         mask = None if self.mask is None else self.mask[clients]
-        return PaddedBatch(self.inputs[clients], self.labels[clients], mask, self.sizes[clients])
+        inputs = tree_map(lambda values: values[clients], self.inputs)
+        return PaddedBatch(inputs, self.labels[clients], mask, self.sizes[clients])
 
 
 class Stack:
@@ -134,7 +138,7 @@ class Stack:
     def _next_batch(self) -> PaddedBatch:
         batches = [run.next_batch() for run in self._runs]
         sizes = [len(batch) for batch in batches]
-        inputs = pad_sequence([batch.inputs for batch in batches], batch_first=True)
+        inputs = tree_map(_padded, *(batch.inputs for batch in batches))
         labels = pad_sequence([batch.labels for batch in batches], batch_first=True)
         mask = None
         if min(sizes) < max(sizes):
@@ -150,14 +154,14 @@ class Stack:
         self._runs[0].seed_layers()
         loss_function = self._runs[0].loss_function
 
-        def loss(values: dict[str, Tensor], x: Tensor, y: Tensor, is_real: Tensor) -> Tensor:
+        def loss(values: dict[str, Tensor], x: Any, y: Tensor, is_real: Tensor) -> Tensor:
             named = {name: values[first] for name, first in self._names.items()}
-            output = functional_call(self._model, named, (x,), tie_weights=False)
+            output = functional_call(self._model, named, *arguments(x), tie_weights=False)
             losses = loss_function.outputs.loss(output, y, reduction="none")
             return (losses * is_real).sum() / is_real.sum()
 
         step = vmap(grad_and_value(loss), randomness="different")
-        with loss_function.precision(batch.inputs.device):
+        with loss_function.precision(batch.labels.device):
             gradients, losses = step(stacked, batch.inputs, batch.labels, mask)
         return gradients, losses
 
@@ -183,6 +187,10 @@ class Stack:
         losses = torch.cat([losses for _, losses in passes])
         for run, loss in zip(self._runs, losses.detach(), strict=True):
             run.losses.append(loss)
+
+
+def _padded(*batches: Tensor) -> Tensor:
+    return pad_sequence(list(batches), batch_first=True)
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

@@ -29,15 +29,15 @@ _SIZES = ((2, 2), (2, 3))
 """Samples of the clients of each trial: whole batches, and batches that are padded."""
 
 
-def vmap_error(model: nn.Module, sample: Tensor, config: Config, loss: Loss) -> Exception | None:
-    """Returns the error of stacking two clients of ``model``, whose samples are like ``sample``.
+def vmap_error(model: nn.Module, sample: Samples, config: Config, loss: Loss) -> Exception | None:
+    """Returns the error of stacking two clients of ``model`` with samples like the one given.
 
     Takes synchronised and local steps, as far as the job of ``config`` has such, with random
-    samples of the shape of ``sample`` (1, ...).  Sends nothing to other ranks, and leaves the model
+    samples of its shape.  Sends nothing to other ranks, and leaves the model
     and the random state as they are.
     """
     plans = dict.fromkeys(plan(config, number) for number in (1, config.rounds))
-    gpus = [sample.device] if sample.is_cuda else []
+    gpus = [sample.device] if sample.device.type == "cuda" else []
     with global_random.preserved(gpus), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vmap, about its own speed
         global_random.seed(0, sample.device)
@@ -71,10 +71,14 @@ class _TrialStack(Stack):
         return 0
 
 
-def _client(number: int, sample: Tensor, size: int) -> Client:
-    inputs = torch.randn(size, *sample.shape[1:], device=sample.device, dtype=sample.dtype)
+def _client(number: int, sample: Samples, size: int) -> Client:
     labels = torch.zeros(size, dtype=torch.int64, device=sample.device)
-    return Client(number, 0.5, Samples(inputs, labels))
+
+    def drawn(values: Tensor) -> Tensor:
+        shaped = values[:1].expand(size, *values.shape[1:])
+        return torch.randn_like(shaped) if values.is_floating_point() else shaped.clone()
+
+    return Client(number, 0.5, sample.map_inputs(drawn, labels))
 
 
 def _train(

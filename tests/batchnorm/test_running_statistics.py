@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fedtan_hpc import convert_batchnorm, federated_statistics
 from fedtan_hpc.config.schema import Config
+from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.models.outputs import OutputReader
 from fedtan_hpc.training.local_step import Loss
 from fedtan_hpc.training.vmap_trial import vmap_error
@@ -145,4 +146,12 @@ def test_a_compiled_network_may_be_frozen_in_part() -> None:
 
 def test_a_stacked_network_may_be_frozen_in_part() -> None:
     model = convert_batchnorm(nn.Sequential(PartlyFrozen(), nn.Linear(4, 3))).double().train()
-    assert vmap_error(model, X[:1], Config(), Loss(outputs=OutputReader())) is None
+    assert (
+        vmap_error(
+            model,
+            Samples(X[:1], torch.zeros(1, dtype=torch.int64)),
+            Config(),
+            Loss(outputs=OutputReader()),
+        )
+        is None
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtan_hpc.config.enums import AlgorithmName, NormName, PartitionName, PrecisionName
 from fedtan_hpc.config.schema import AlgorithmConfig, Config, OptimizerConfig, PartitionConfig
 from fedtan_hpc.data import datasets, partition
-from fedtan_hpc.data.batching import BatchSampler
+from fedtan_hpc.data.batching import BatchSampler, Dataset
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.job.trainer import Trainer
 from fedtan_hpc.models import factory
@@ -144,7 +144,7 @@ def simulated(options: Config) -> tuple[State, dict[int, State], list[float]]:
     return state, own, losses
 
 
-def initial(options: Config, dataset: datasets.Dataset) -> State:
+def initial(options: Config, dataset: Dataset) -> State:
     model = factory.build(options.model, dataset.shape, dataset.classes, options.seed).double()
     state = {n: v for n, v in model.state_dict().items() if v.is_floating_point()}
     if options.algorithm.name is AlgorithmName.hbn:

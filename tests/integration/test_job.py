@@ -165,7 +165,7 @@ def test_run_writes_what_it_promises(tmp_path: Path) -> None:
     model = small_networks.mlp(64, 10)
     model.load_state_dict(state)
     dataset = datasets.load(DataConfig(), seed=0)
-    judged = evaluate(model, dataset.take(dataset.test))
+    judged = evaluate(model, dataset.take(dataset.test).evaluation_batches())
     assert judged.accuracy == pytest.approx(summary["test_accuracy"], abs=1e-12)
 
 
@@ -232,7 +232,9 @@ def test_a_last_step_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
 def spoil_one_client(config: Config) -> str:
     trainer = prepare(config, CPU)
     if process_group.rank() == 1:
-        trainer.store.host({1: 1.0})[0].samples.inputs.fill_(torch.nan)
+        samples = trainer.store.host({1: 1.0})[0].samples
+        assert isinstance(samples, Samples)
+        samples.inputs.fill_(torch.nan)
     with pytest.raises(RunError) as caught:
         trainer.train([])
     return str(caught.value)
@@ -275,7 +277,7 @@ def evaluated(total: int) -> Evaluation:
     labels = torch.randint(0, 10, (total,), generator=generator)
     model = factory.build(ModelConfig(), (1, 8, 8), 10, seed=0).double()
     share = slice(process_group.rank(), None, process_group.world_size())
-    return evaluate(model, Samples(inputs[share], labels[share]))
+    return evaluate(model, Samples(inputs[share], labels[share]).evaluation_batches())
 
 
 @pytest.mark.parametrize("total", [2, 1030])

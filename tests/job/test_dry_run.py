@@ -22,6 +22,7 @@ from fedtan_hpc.config.enums import (
 )
 from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.config.schema import AlgorithmConfig, CohortConfig, Config, DataConfig, ModelConfig
+from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.job.dry_run import dry_run
 from fedtan_hpc.models import factory
 from fedtan_hpc.training.local_step import Loss
@@ -377,5 +378,13 @@ def test_a_network_that_can_be_stacked_is_no_error() -> None:
     dry_run(replace(config, cohort=CohortConfig(mode=CohortMode.stacked)))
     model = convert_batchnorm(factory.build(ModelConfig(), (3, 4, 4), 5, seed=0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert vmap_error(model, torch.zeros(1, 3, 4, 4), Config(), Loss()) is None
+    assert (
+        vmap_error(
+            model,
+            Samples(torch.zeros(1, 3, 4, 4), torch.zeros(1, dtype=torch.int64)),
+            Config(),
+            Loss(),
+        )
+        is None
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

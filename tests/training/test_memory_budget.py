@@ -11,6 +11,7 @@ from fedtan_hpc.config.errors import RunError
 from fedtan_hpc.config.schema import Config, OptimizerConfig
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.models import resnet
+from fedtan_hpc.runtime import free_memory
 from fedtan_hpc.training import memory_budget
 from fedtan_hpc.training.memory_budget import MemoryBudget
 from tests.helpers import networks
@@ -84,8 +85,8 @@ def test_one_client_may_always_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_free_memory_is_shared_by_the_ranks_of_a_machine() -> None:
-    alone = memory_budget.free_bytes(torch.device("cpu"), 1)
-    shared = memory_budget.free_bytes(torch.device("cpu"), 4)
+    alone = free_memory.free_bytes(torch.device("cpu"), 1)
+    shared = free_memory.free_bytes(torch.device("cpu"), 4)
     if alone is None or shared is None:
         pytest.skip("this system does not tell its free memory")
     assert shared == pytest.approx(alone / 4, rel=0.1)
@@ -107,9 +108,9 @@ def test_a_limit_of_the_batch_system_counts(version: str, tmp_path: Path) -> Non
     groups.write_text(f"{line}\n")
     (folder / f"memory.{limit}").write_text("1000\n")
     (folder / f"memory.{used}").write_text("300\n")
-    assert memory_budget._left_in_cgroups(tmp_path) == [700]
+    assert free_memory._left_in_cgroups(tmp_path) == [700]
     (folder / "memory.stat").write_text("anon 200\ninactive_file 50\n")
-    assert memory_budget._left_in_cgroups(tmp_path) == [750]
+    assert free_memory._left_in_cgroups(tmp_path) == [750]
 
 
 def test_no_limit_is_no_number(tmp_path: Path) -> None:
@@ -118,4 +119,4 @@ def test_no_limit_is_no_number(tmp_path: Path) -> None:
     (tmp_path / "proc/self/cgroup").write_text("0::/\n")
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("300\n")
-    assert memory_budget._left_in_cgroups(tmp_path) == []
+    assert free_memory._left_in_cgroups(tmp_path) == []

@@ -1,0 +1,245 @@
+"""Makes a ``Dataset`` of the user's own data.  Used by ``datasets``.
+
+The ranks share the reading that is needed beforehand, of targets and of pixels: each reads a part.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from ..config.dataset_info import MINIMUM_SAMPLES
+from ..config.enums import NormalisationName
+from ..config.errors import ConfigError, format_option_error
+from ..config.schema import DataConfig
+from ..distributed import collectives, process_group
+from . import image_files
+from .augmentation import image_steps_of
+from .batching import Dataset, Draw
+from .federated_data import OwnData, load_own
+from .items import DataError, ItemReader, class_number
+from .partition import Indices, split_test, subsets
+
+_MOMENT_SAMPLES = 1000
+"""Most training images of which mean and deviation are computed, evenly spread."""
+
+
+def load(config: DataConfig, seed: int) -> Dataset:
+    """Opens the data, reads targets where the data do not list them, and the first sample.
+
+    All ranks call it together.  Raises ``ConfigError`` on all of them for what is wrong.
+    """
+    own = _shared_open(config, seed)
+    reader = ItemReader(own.pieces, image_steps_of(config), seed)
+    labels_N = _labels(config, own, reader)
+    classes = _classes(config, own, labels_N, reader)
+    train, test, clients, client_tests = _divided(config, own, labels_N, seed)
+    [kind] = _shared(
+        config, lambda _: [reader.find_kind(int(train[0]))], train[:1], "", on_all=True
+    )
+    normalise = _normaliser(config, reader, train)
+
+    def read(indices: Indices, draw: Draw | None) -> Any:
+        inputs = reader.batch(indices, draw)
+        return inputs if normalise is None else normalise(inputs)
+
+    return Dataset(
+        labels_N,
+        train,
+        test,
+        kind.shape,
+        classes,
+        read,
+        keep=reader.keep if image_steps_of(config).are_random else None,
+        clients=clients,
+        client_tests=client_tests,
+        sample_bytes=kind.nbytes,
+    )
+
+
+def _shared_open(config: DataConfig, seed: int) -> OwnData:
+    """Opens the data on each rank; an error of any rank is raised on all."""
+    own, mistakes = OwnData(), tuple[str, ...]()
+    try:
+        own = load_own(config, seed)
+    except ConfigError as error:
+        mistakes = error.mistakes
+    gathered = collectives.all_gather_object((mistakes, [len(p.items) for p in own.pieces]))
+    for found, _ in gathered:
+        if found:
+            raise _on_all_ranks(ConfigError(*found))
+    sizes = [each for _, each in gathered]
+    if differing := [rank for rank, each in enumerate(sizes) if each != sizes[0]]:
+        rank = differing[0]
+        found = f"rank {rank} has {sizes[rank]} samples in its data sets, and rank 0 {sizes[0]}"
+        raise _error(config, "the same data on every rank", found)
+    return own
+
+
+def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
+    total = sum(len(piece.items) for piece in own.pieces)
+    if reader.has_targets():
+        targets: Sequence[Any] = reader.targets(np.arange(total))
+        numbers = [class_number(target) for target in targets]
+    else:
+        numbers = _shared(
+            config,
+            lambda part: [class_number(target) for target in reader.targets(part)],
+            np.arange(total),
+            "reading targets",
+        )
+    if None in numbers:
+        index = numbers.index(None)
+        [target] = reader.targets(np.array([index]))
+        allowed = "data whose targets are class numbers, whole numbers from 0"
+        raise _error(config, allowed, f"the target of {reader.name(index)} is {target!r:.80}")
+    return np.array(numbers, dtype=np.int64)
+
+
+def _classes(config: DataConfig, own: OwnData, labels_N: Indices, reader: ItemReader) -> int:
+    """Returns the number of classes; raises ``ConfigError`` for a target that is not below it."""
+    named = [getattr(piece.items, "classes", None) for piece in own.pieces]
+    lists = [len(each) for each in named if isinstance(each, list | tuple)]
+    classes = own.classes or (lists[0] if lists else int(labels_N.max()) + 1)
+    if wrong := np.flatnonzero(labels_N >= classes).tolist():
+        allowed = f"data with class numbers below the number of classes, {classes}"
+        found = f"the target of {reader.name(wrong[0])} is {labels_N[wrong[0]]}"
+        raise _error(config, allowed, found)
+    if classes < 2:
+        raise _error(config, "data of two classes or more", "every target is 0")
+    return classes
+
+
+def _divided(
+    config: DataConfig, own: OwnData, labels_N: Indices, seed: int
+) -> tuple[Indices, Indices, list[Indices] | None, dict[int, Indices]]:
+    """Returns the training and test samples, all together and those of each natural client."""
+    train = np.concatenate(own.train)
+    clients, client_tests = own.clients, dict(own.client_tests)
+    if own.test:
+        test = np.unique(np.concatenate(own.test))
+    elif clients is not None:  # each client gives a fifth
+        clients = [np.sort(each) for each in clients]
+        parts = [_split_client(labels_N, each, seed + k) for k, each in enumerate(clients)]
+        clients = [part for part, _ in parts]
+        client_tests = {k: part for k, (_, part) in enumerate(parts) if len(part)}
+        everyone = np.concatenate(own.clients or [])
+        others = np.setdiff1d(train, everyone)
+        train, test = np.concatenate([*clients, others]), np.concatenate([t for _, t in parts])
+    else:
+        present, counts = np.unique(labels_N[train], return_counts=True)
+        if counts.min() < 2:
+            allowed = "data with two samples or more of each class, or with a test set"
+            raise _error(config, allowed, f"class {present[counts.argmin()]} has one")
+        first, second = split_test(labels_N[train], seed)
+        train, test = train[first], train[second]
+    if not len(test):
+        raise _error(config, "data with test samples", "there are none")
+    train, test = subsets(config, labels_N, np.sort(train), np.sort(test), seed)
+    if clients is not None:
+        clients = [np.intersect1d(each, train) for each in clients]
+        client_tests = {k: np.intersect1d(each, test) for k, each in client_tests.items()}
+        client_tests = {k: each for k, each in client_tests.items() if len(each)}
+    return train, test, clients, client_tests
+
+
+def _split_client(labels_N: Indices, samples: Indices, seed: int) -> tuple[Indices, Indices]:
+    """Splits a client's samples; at random if a class has a single one."""
+    _, counts = np.unique(labels_N[samples], return_counts=True)
+    if len(samples) < 5:
+        return samples, samples[:0]
+    is_stratified = counts.min() > 1 and len(samples) // 5 >= len(counts)
+    labels = labels_N[samples] if is_stratified else np.zeros(len(samples), dtype=np.int64)
+    train, test = split_test(labels, seed)
+    return samples[train], samples[test]
+
+
+def check_clients(clients: Sequence[Indices]) -> None:
+    """Raises ``ConfigError`` for a natural client with too few training samples."""
+    for number, each in enumerate(clients):
+        if len(each) < MINIMUM_SAMPLES:
+            allowed = f"another partition, because client {number} has {len(each)} training samples"
+            remedy = f"give each client {MINIMUM_SAMPLES} or more"
+            raise ConfigError(format_option_error("partition.name", "natural", allowed, remedy))
+
+
+def _normaliser(
+    config: DataConfig, reader: ItemReader, train: Indices
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Returns the normalisation of batches of images; None if the inputs are no images."""
+    kind = reader.kind
+    assert kind is not None
+    if not kind.is_image:
+        return None
+    channels = kind.shape[0]
+    counts_CV = np.zeros((channels, 256), dtype=np.int64)
+    if config.normalisation is NormalisationName.imagenet and channels != 3:
+        option, allowed = (
+            "data.normalisation",
+            f"training or none with images of {channels} channels",
+        )
+        raise ConfigError(format_option_error(option, "imagenet", allowed, "leave it out"))
+    if config.normalisation is NormalisationName.training:
+        spread = train[np.linspace(0, len(train) - 1, min(len(train), _MOMENT_SAMPLES)).astype(int)]
+        counts = _shared(config, lambda part: _counts(reader, part), spread, "reading pixels")
+        counts_CV = np.sum(counts, axis=0)
+    moments = image_files.moments(counts_CV, config.normalisation)
+    return lambda pixels: torch.from_numpy(image_files.normalised(pixels.numpy(), *moments))
+
+
+def _counts(reader: ItemReader, part: Indices) -> list[npt.NDArray[np.int64]]:
+    pixels = reader.batch(part, None).numpy()
+    return [image_files.value_counts(pixels)] if len(pixels) else []
+
+
+def _shared(
+    config: DataConfig,
+    function: Callable[[Indices], list[Any]],
+    indices: Indices,
+    what: str,
+    on_all: bool = False,
+) -> list[Any]:
+    """Returns the values of ``function`` at ``indices``, of which each rank computes a part.
+
+    ``on_all`` ranks compute all of them, and return their own.  An error of any rank is raised on
+    all of them.  Long work shows its progress: ``what`` is being done.
+    """
+    rank, ranks = process_group.rank(), process_group.world_size()
+    part = indices if on_all else np.array_split(indices, ranks)[rank]
+    values: list[Any] = []
+    mistake = ""
+    try:
+        values = _with_progress(function, part, what if rank == 0 else "")
+    except DataError as error:
+        mistake = str(error)
+    gathered = collectives.all_gather_object((values if not on_all else [], mistake))
+    for _, found in gathered:
+        if found:
+            raise _error(config, "data whose samples can be read", found)
+    return values if on_all else [value for part_values, _ in gathered for value in part_values]
+
+
+def _with_progress(
+    function: Callable[[Indices], list[Any]], indices: Indices, what: str
+) -> list[Any]:
+    chunks = np.array_split(indices, max(1, min(100, len(indices) // 16)))
+    console = Console(file=sys.stderr)
+    is_quiet = not what or not console.is_terminal
+    bar = track(chunks, description=what, console=console, transient=True, disable=is_quiet)
+    return [value for chunk in bar for value in function(chunk)]
+
+
+def _error(config: DataConfig, allowed: str, found: str) -> ConfigError:
+    option = "data.root" if config.target is None else "data.target"
+    value = config.root if config.target is None else config.target
+    return _on_all_ranks(ConfigError(format_option_error(option, value, allowed, found)))
+
+
+def _on_all_ranks(error: ConfigError) -> ConfigError:
+    error.on_all_ranks = True
+    return error

@@ -1,0 +1,237 @@
+"""Data of the user's own: what may be given, who has which samples, and mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedtan_hpc
+from fedtan_hpc import cli
+from fedtan_hpc.config.errors import ConfigError, RunError
+from fedtan_hpc.config.schema import Config, DataConfig
+from fedtan_hpc.data import datasets
+from fedtan_hpc.data.batching import Dataset
+from fedtan_hpc.data.federated_data import load_own
+from tests.helpers.own_data import HERE, write_images
+from tests.helpers.ranks import on_ranks
+
+FAST = ["rounds=2", "local_steps=2", "batch_size=8", "eval_every=1", "model=cnn"]
+
+
+def composed(*words: str) -> Config:
+    [config] = cli.compose([*FAST, *words])
+    return config
+
+
+def imported(name: str, *words: str) -> Config:
+    return composed("data=import", f"data.target={HERE}:{name}", *words)
+
+
+def trained(config: Config, folder: Path) -> Any:
+    config.run_dir = str(folder)
+    return fedtan_hpc.run(config, callbacks=[])
+
+
+def mistake_of(config: Config, folder: Path, kind: type[Exception] = ConfigError) -> str:
+    with pytest.raises(kind) as caught:
+        trained(config, folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def loaded(name: str, **options: Any) -> Dataset:
+    target = f"{HERE}:{name}"
+    return datasets.load(DataConfig(name="import", target=target, **options), seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "image", "array"])
+def test_arrays_and_images_train(kind: str, tmp_path: Path) -> None:
+    config = imported("pair", f"data.options={{kind: {kind}}}", "partition=iid")
+    summary = trained(config, tmp_path)
+    assert summary.test_loss < 3
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+@pytest.mark.parametrize("mode", ["sequential", "stacked"])
+def test_inputs_may_be_several_tensors(kind: str, mode: str, tmp_path: Path) -> None:
+    words = [f"model.target={HERE}:two_inputs", "model=import", f"cohort.mode={mode}"]
+    words += ["partition=shards", f"data.options.kind={kind}", "precision=float64"]
+    assert trained(imported("pair", *words), tmp_path).test_loss < 3
+
+
+def test_pixels_are_normalised_by_those_of_training() -> None:
+    dataset = loaded("pair")
+    inputs = dataset.take(dataset.train).inputs
+    assert inputs.shape == (90, 3, 12, 10)
+    assert inputs.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (inputs.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_clients_may_be_indices_and_some_have_test_samples() -> None:
+    dataset = loaded("listed")
+    assert dataset.classes == 4
+    assert dataset.clients is not None
+    assert [each.tolist() for each in dataset.clients] == [
+        list(range(20)),
+        list(range(20, 50)),
+        list(range(50, 90)),
+    ]
+    assert {k: each.tolist() for k, each in dataset.client_tests.items()} == {
+        0: list(range(90, 100))
+    }
+    assert len(dataset.test) == 30
+
+
+def test_clients_may_be_data_sets_with_tests_of_their_own(tmp_path: Path) -> None:
+    summary = trained(imported("sites", "partition=natural"), tmp_path)
+    dataset = loaded("sites")
+    assert [len(each) for each in dataset.clients or []] == [24, 30, 36]
+    assert [len(each) for each in dataset.client_tests.values()] == [12] * 3
+    assert summary.clients_judged == 3
+    assert summary.clients_own_mix_accuracy_mean == pytest.approx(summary.test_accuracy)
+
+
+def test_without_tests_each_client_gives_a_fifth() -> None:
+    dataset = loaded("sites", options={"tests": False})
+    assert [len(each) for each in dataset.clients or []] == [19, 24, 28]
+    assert [len(each) for each in dataset.client_tests.values()] == [5, 6, 8]
+    everything = np.concatenate([*(dataset.clients or []), *dataset.client_tests.values()])
+    assert np.array_equal(np.sort(everything), np.arange(90))
+
+
+@pytest.mark.parametrize("algorithm", ["fedbn", "fedavg"])
+def test_clients_are_judged_on_their_own_tests(algorithm: str, tmp_path: Path) -> None:
+    config = imported("sites", "partition=natural", f"algorithm={algorithm}", "rounds=4")
+    summary = trained(config, tmp_path)
+    assert summary.clients_judged == 3
+    assert summary.clients_own_mix_accuracy_mean is not None
+    assert (summary.clients_test_accuracy_mean is None) == (algorithm == "fedavg")
+
+
+def test_the_target_gets_its_options_the_seed_and_the_root(tmp_path: Path) -> None:
+    words = ["data.options.a=3", "seed=5", "data.root=/somewhere", "partition=iid"]
+    trained(imported("with_arguments", *words), tmp_path)
+
+
+def test_targets_are_read_by_all_ranks_together() -> None:
+    here = loaded("pair").labels_N
+    for labels in on_ranks(2, labels_on_rank):
+        assert np.array_equal(here, labels)
+
+
+def labels_on_rank() -> Any:
+    return loaded("pair").labels_N
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    sizes = {"cat": 14, "dog": 12}
+    write_images(root / "split" / "train", sizes, 0)
+    write_images(root / "split" / "test", {"cat": 5, "dog": 5}, 1)
+    write_images(root / "single", sizes, 2)
+    for k, client in enumerate(("north", "south", "west")):
+        write_images(root / "clients" / client / "train", sizes, 3 + k)
+    write_images(root / "clients" / "north" / "test", {"dog": 4}, 9)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"), [("split", 26, 10), ("single", 20, 6), ("clients", 78, 4)]
+)
+def test_folders_of_images(name: str, train: int, test: int, folders: Path, tmp_path: Path) -> None:
+    words = ["data=folder", f"data.root={folders / name}", "data.image_size=10", "partition=iid"]
+    config = composed(*words, "clients=3")
+    dataset = datasets.load(config.data, 0)
+    assert (len(dataset.train), len(dataset.test), dataset.shape) == (train, test, (3, 10, 10))
+    trained(config, tmp_path)
+
+
+def test_a_folder_for_each_client_is_the_natural_partition(folders: Path, tmp_path: Path) -> None:
+    config = composed("data=folder", f"data.root={folders / 'clients'}", "data.image_size=10")
+    dataset = datasets.load(config.data, 0)
+    assert [len(each) for each in dataset.clients or []] == [26, 26, 26]
+    words = [f"data.root={folders / 'clients'}", "data.image_size=10", "partition=natural"]
+    assert trained(composed("data=folder", *words), tmp_path).clients_judged == 1
+
+
+MISTAKES = [
+    (["data.target=no_such_module:data"], "data.target=no_such_module:data: allowed is package."),
+    ([f"data.target={HERE}:nothing"], "it returned a NoneType"),
+    ([f"data.target={HERE}:pair", "data.options.x=1"], "unexpected keyword argument 'x'"),
+    ([f"data.target={HERE}:pair", "partition=natural"], "because the data name no clients"),
+    ([f"data.target={HERE}:sites", "partition=natural", "clients=7"], "clients=7: allowed is"),
+    (
+        [f"data.target={HERE}:sites", "partition=natural", "clients_per_round=4"],
+        "clients_per_round=4: allowed is 1 to the number of clients in the data, 3",
+    ),
+    ([f"data.target={HERE}:pair", "clients=46", "partition=iid"], "clients=46: allowed is 45 at"),
+    ([f"data.target={HERE}:pair", "data.options.kind=dict"], "model.name=cnn: allowed is mlp or"),
+    ([f"data.target={HERE}:pair", "data.train_samples=91"], "data.train_samples=91: allowed is 1"),
+    ([f"data.target={HERE}:pair", "data.crop_padding=10"], "data.crop_padding=10: allowed is few"),
+    ([f"data.target={HERE}:pair", "data.transform=no:such"], "data.transform=no:such: allowed is"),
+    (
+        [f"data.target={HERE}:faulty", "data.options.fault=target"],
+        "the target of sample 7 of train is -1",
+    ),
+    ([f"data.target={HERE}:faulty", "data.options.fault=single"], "sample 7 of train is a ndarray"),
+    ([f"data.target={HERE}:listed", "data.root=/x"], ""),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES)
+def test_mistakes_are_one_line_before_training(
+    words: list[str], expected: str, tmp_path: Path
+) -> None:
+    config = composed("data=import", *words)
+    if not expected:
+        trained(config, tmp_path)
+        return
+    assert expected in mistake_of(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+FAULTS = [
+    ("shape", "bytes", "sample 7 of train: the input is an image [3, 5, 10] uint8, and the first"),
+    ("infinite", "array", "sample 7 of train: the input has a value that is not finite"),
+    ("text", "bytes", "sample 7 of train: the input has a str: allowed are tensors, arrays"),
+]
+
+
+@pytest.mark.parametrize("loading", ["device", "stream"])
+@pytest.mark.parametrize(("fault", "kind", "expected"), FAULTS)
+def test_a_bad_sample_is_named(
+    fault: str, kind: str, expected: str, loading: str, tmp_path: Path
+) -> None:
+    words = [f"data.options={{fault: {fault}, kind: {kind}}}", f"data.loading={loading}"]
+    words += ["data.normalisation=imagenet", "partition=iid", "clients=2", "local_steps=9"]
+    words += [] if loading == "device" else ["data.workers=1"]
+    message = mistake_of(imported("faulty", *words), tmp_path, RunError)
+    assert message.startswith("rank 0, round ")
+    assert expected in message
+
+
+def test_a_damaged_image_is_named_by_its_file(folders: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_images(root / "train", {"a": 6, "b": 6}, 0)
+    write_images(root / "test", {"a": 2, "b": 2}, 1)
+    bad = root / "train" / "b" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:90])
+    words = ["data=folder", f"data.root={root}", "data.image_size=8", "clients=2"]
+    message = mistake_of(composed(*words), tmp_path / "run")
+    assert f"{bad} cannot be read: " in message
+
+
+def test_a_transform_keeps_the_kind_of_input(tmp_path: Path) -> None:
+    words = [f"data.transform={HERE}:made_float", "partition=iid", "data.loading=stream"]
+    message = mistake_of(imported("pair", *words, "data.workers=0"), tmp_path, RunError)
+    assert "the input is [3, 12, 10] float32, and the first is an image [3, 12, 10]" in message
+
+
+def test_clients_share_no_sample() -> None:
+    config = DataConfig(name="import", target=f"{HERE}:overlapping")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="training sample 5 belongs to two clients"):
+        load_own(config, 0)
