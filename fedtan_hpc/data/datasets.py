@@ -59,13 +59,13 @@ def _images(config: DataConfig, seed: int) -> Dataset:
         pixels_NCHW, labels_N = pixels_NCHW[used], labels_N[used]
     counts_CV = image_files.value_counts(pixels_NCHW[: len(train)])
     moments = image_files.moments(counts_CV, config.normalisation)
-    read = _reader(config, seed, lambda indices: pixels_NCHW[indices], labels_N)
+    read, keep = _reader(config, seed, lambda indices: pixels_NCHW[indices], labels_N)
 
     def read_normalised(indices: Indices, draw: Draw | None) -> torch.Tensor:
         return torch.from_numpy(image_files.normalised(read(indices, draw), *moments))
 
     train, test = np.split(np.arange(len(labels_N)), [len(train)])
-    return Dataset(labels_N, train, test, info.shape, info.classes, read_normalised)
+    return Dataset(labels_N, train, test, info.shape, info.classes, read_normalised, keep)
 
 
 class _Items:
@@ -83,11 +83,14 @@ class _Items:
 
 def _reader(
     config: DataConfig, seed: int, read: ReadInputs, labels_N: Indices
-) -> Callable[[Indices, Draw | None], npt.NDArray[Any]]:
-    """Returns ``read`` with the random steps of single inputs, where ``config`` asks for such."""
+) -> tuple[Callable[[Indices, Draw | None], npt.NDArray[Any]], Callable[[Indices], None] | None]:
+    """Returns ``read`` with the random steps of single inputs, where ``config`` asks for such.
+
+    Then the second value keeps inputs in memory, as in ``Dataset``.
+    """
     steps = image_steps_of(config)
     if not steps.are_random:
-        return lambda indices, draw: read(indices)
+        return lambda indices, draw: read(indices), None
     items = ItemReader([Piece(str(config.name), _Items(read, labels_N))], steps, seed)
     items.find_kind(0)
 
@@ -97,7 +100,7 @@ def _reader(
         inputs: npt.NDArray[Any] = items.batch(indices, draw).numpy()
         return inputs
 
-    return read_drawn
+    return read_drawn, items.keep
 
 
 def _digits(config: DataConfig, seed: int) -> Dataset:
@@ -113,8 +116,8 @@ def _digits(config: DataConfig, seed: int) -> Dataset:
     pixels = raw.images[train]
     images = (raw.images - pixels.mean()) / pixels.std()
     inputs = images.astype(np.float32)[:, np.newaxis]
-    read = _as_tensor(_reader(config, seed, lambda indices: inputs[indices], labels_N))
-    return Dataset(labels_N, train, test, (1, 8, 8), 10, read)
+    read, keep = _reader(config, seed, lambda indices: inputs[indices], labels_N)
+    return Dataset(labels_N, train, test, (1, 8, 8), 10, _as_tensor(read), keep)
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:
@@ -136,8 +139,8 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
         return inputs
 
     train, test = subsets(config, labels_N, *split_test(labels_N, seed), seed)
-    read = _as_tensor(_reader(config, seed, read_inputs, labels_N))
-    return Dataset(labels_N, train, test, shape, classes, read)
+    read, keep = _reader(config, seed, read_inputs, labels_N)
+    return Dataset(labels_N, train, test, shape, classes, _as_tensor(read), keep)
 
 
 def _as_tensor(

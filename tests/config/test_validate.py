@@ -64,11 +64,17 @@ def test_every_choice_composes_to_valid_options(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group, choice = path.parent.name, path.stem
-    more = ["model.target=my_networks:small"] if choice == "import" else []
-    [config] = composed(monkeypatch, f"{group}={choice}", *more)
+    needed = {
+        "model=import": ["model.target=my_networks:small"],
+        "data=import": ["data.target=my_data:hospitals"],
+        "data=folder": ["data.root=scans"],
+        "partition=natural": ["data=folder", "data.root=scans"],
+    }
+    word = f"{group}={choice}"
+    [config] = composed(monkeypatch, word, *needed.get(word, []))
     check(config)
     options = to_dict(config)
-    if choice in ("import", "torchvision"):
+    if group == "model" and choice in ("import", "torchvision"):
         assert options["model"]["source"] == choice
     elif group != "experiment":
         assert options[group]["name"] == choice

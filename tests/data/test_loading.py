@@ -1,0 +1,171 @@
+"""Loading: the same models whatever the loading, the workers and the ranks; memory; failures."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedtan_hpc
+from fedtan_hpc.config.dataset_info import DatasetInfo
+from fedtan_hpc.config.errors import ConfigError, RunError
+from fedtan_hpc.config.schema import Config
+from fedtan_hpc.data import loading
+from fedtan_hpc.evaluation.callbacks import RoundCallback
+from fedtan_hpc.evaluation.records import RoundRecord
+from tests.data.test_own_data import composed, imported
+from tests.helpers.jobs import rounds_of, same_bits, state_of
+from tests.helpers.own_data import HERE
+from tests.helpers.ranks import on_ranks
+
+SITES = ["data=import", f"data.target={HERE}:sites", "partition=natural", "precision=float64"]
+SETTINGS = {
+    "plain": SITES,
+    "flipped": [*SITES, "data.flip=true", "data.crop_padding=2", "cohort.mode=stacked"],
+    "drawn": [
+        *SITES,
+        "data.random_resized_crop=true",
+        "data.image_size=9",
+        "data.colour_jitter=0.4",
+        f"data.transform={HERE}:jittered",
+    ],
+    "rotated": [
+        "data=import",
+        f"data.target={HERE}:pair",
+        "data.options.kind=random",
+        "partition=feature_shift",
+        "precision=float64",
+    ],
+    "few": [*SITES, "clients_per_round=2", "rounds=4", "algorithm=fedbn"],
+    "synthetic": [
+        "data=synthetic",
+        "data.samples=200",
+        "data.shape=[3,8,8]",
+        f"data.transform={HERE}:jittered",
+    ],
+}
+
+
+def run(config: Config, folder: str) -> None:
+    config.run_dir = folder
+    fedtan_hpc.run(config, callbacks=[])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_models_are_equal_whatever_the_loading(name: str, tmp_path: Path) -> None:
+    words = SETTINGS[name]
+    ways = {"device": ["data.loading=device"]}
+    ways |= {f"stream{n}": ["data.loading=stream", f"data.workers={n}"] for n in (0, 1, 2)}
+    for way, more in ways.items():
+        run(composed(*words, *more), str(tmp_path / way))
+    for way in ways:
+        assert same_bits(tmp_path / "device", tmp_path / way), way
+        results = [
+            [(line["train_loss"], line["test_loss"], line["test_accuracy"]) for line in rounds]
+            for rounds in (rounds_of(tmp_path / "device"), rounds_of(tmp_path / way))
+        ]
+        assert results[0] == results[1], way
+
+
+@pytest.mark.parametrize("name", ["drawn", "few"])
+def test_models_are_equal_on_two_ranks(name: str, tmp_path: Path) -> None:
+    ways = {"one": 1, "two": 2}
+    for way, ranks in ways.items():
+        config = composed(*SETTINGS[name], "data.loading=stream", "data.workers=0")
+        on_ranks(ranks, run, config, str(tmp_path / way))
+    assert_close(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for name, value in first.items():
+        assert torch.allclose(value, second[name], rtol=1e-10, atol=1e-10), name
+
+
+def test_batches_are_read_in_the_order_of_their_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read in the rank itself but evaluation batches, and nothing waits in memory."""
+    read: list[object] = []
+    original: Callable[..., object] = loading.Reader.read
+    waiting: list[int] = []
+
+    def counted(reader: loading.Reader, request: loading.Request) -> object:
+        if request.draw is not None:
+            read.append(request.draw)
+        waiting.append(len(reader._ready))
+        return original(reader, request)
+
+    monkeypatch.setattr(loading.Reader, "read", counted)
+    for mode in ("sequential", "stacked"):
+        words = [*SITES, "data.loading=stream", "data.workers=1", f"cohort.mode={mode}"]
+        run(composed(*words, "rounds=3"), str(tmp_path / mode))
+    assert not read
+    assert max(waiting) == 0
+
+
+class Kill(RoundCallback):
+    """Kills a worker, as the system does when memory is short, or sends all of them a signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round_ended(self, record: RoundRecord) -> None:
+        if record.round == 1:
+            children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+            for child in map(int, children.split()):
+                if b"forkserver" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(child, self.number)
+
+
+STREAMED = [*SITES, "data.loading=stream", "data.workers=1", "rounds=200", "eval_every=500"]
+
+
+def killed(folder: str, number: int, rounds: int) -> str:
+    config = composed(*STREAMED, f"rounds={rounds}", f"run_dir={folder}")
+    try:
+        fedtan_hpc.run(config, callbacks=[Kill(number)])
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path: Path) -> None:
+    message = killed(str(tmp_path), signal.SIGKILL, 200)
+    assert message.startswith("rank 0, round ")
+    assert "DataLoader worker" in message
+    assert "\n" not in message
+
+
+def test_workers_outlive_the_signals_of_a_batch_system(tmp_path: Path) -> None:
+    assert killed(str(tmp_path), signal.SIGTERM, 4) == ""
+
+
+@pytest.mark.parametrize("loading_option", ["auto", "device"])
+def test_samples_that_do_not_fit_are_streamed_or_refused(
+    loading_option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loading, "free_bytes", lambda *_: 40_000)
+    config = imported("sites", "partition=natural", f"data.loading={loading_option}")
+    config.run_dir = str(tmp_path / "run")
+    if loading_option == "auto":
+        fedtan_hpc.run(config, callbacks=[])
+        return
+    with pytest.raises(ConfigError) as caught:
+        fedtan_hpc.run(config, callbacks=[])
+    assert str(caught.value).startswith("data.loading=device: allowed is auto or stream, because")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_need_follows_from_ranks_and_participation() -> None:
+    info = DatasetInfo(train=1000, test=200, shape=(3, 4, 4), classes=10)
+    whole = composed("data=synthetic", "clients=10", "eval_train_samples=0")
+    few = composed("data=synthetic", "clients=10", "clients_per_round=1", "eval_train_samples=0")
+    cpu = torch.device("cpu")
+    sizes = [loading.is_streamed(each, info, 10**7, cpu, 1)[1] for each in (whole, few)]
+    assert sizes[0].startswith("12.00 GB of samples on a rank")
+    assert sizes[1].startswith("4.00 GB of samples on a rank")
