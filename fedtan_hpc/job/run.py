@@ -130,7 +130,7 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
     with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):
         run, opened, more = _opened(run)
         notes += more
-        enter = partial(claim.enter_context, run_dir.claimed(run.run_dir, config))
+        enter = partial(claim.enter_context, run_dir.claimed(run.run_dir, run.config))
         summary: Summary | None = collectives.broadcast_object(_agreed(run.is_first, enter))
         if summary is not None:
             if shows:

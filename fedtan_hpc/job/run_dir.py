@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,9 +31,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from ..config import path_options
-from ..config.enums import ModelSource
+from ..config.enums import DataName, ModelSource
 from ..config.errors import ConfigError, FolderInUseError, format_option_error
-from ..config.schema import Config, to_dict
+from ..config.schema import Config, DataConfig, to_dict
 from ..evaluation.records import Summary
 from ..runtime import atomic_files
 
@@ -40,6 +41,8 @@ NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks")
 """Options and groups that do not change what a run computes."""
 _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
+_HOW_READ = ("data.loading", "data.workers")
+"""Options of the data that do not change what a run computes."""
 
 
 def name(config: Config) -> Path:
@@ -47,12 +50,23 @@ def name(config: Config) -> Path:
     if config.run_dir is not None:
         return path_options.expanded(config.run_dir)
     options = {key: v for key, v in to_dict(config).items() if key not in NOT_IDENTIFYING}
+    options["data"] = {k: v for k, v in options["data"].items() if f"data.{k}" not in _HOW_READ}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
     is_target = config.model.source is ModelSource.import_
     network = str(config.model.target).rpartition(":")[2] if is_target else config.model.name
     counts = f"{config.clients}clients-{config.local_steps}steps-seed{config.seed}"
-    names = (config.algorithm.name, config.data.name, network, config.partition.name)
+    names = (config.algorithm.name, _data_name(config.data), network, config.partition.name)
     return Path("runs") / "-".join([*names, counts, digest])
+
+
+def _data_name(config: DataConfig) -> str:
+    """Returns the name of the data set; that of the function or the folder of the user's data."""
+    name = str(config.name)
+    if config.name is DataName.import_:
+        name = str(config.target).rpartition(":")[2]
+    elif config.name is DataName.folder:
+        name = path_options.expanded(config.root or "").name
+    return re.sub(r"[^\w.]+", "_", name)
 
 
 @contextmanager
@@ -162,7 +176,8 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     """Returns the options by which ``config`` asks for another result than the ``saved`` ones."""
     ignored = (*NOT_IDENTIFYING, *_WHERE_COMPUTED)
     differing = _differences(completed(saved), to_dict(config))
-    return sorted(option for option in differing if option.partition(".")[0] not in ignored)
+    differing = {option for option in differing if option.partition(".")[0] not in ignored}
+    return sorted(differing.difference(_HOW_READ))
 
 
 def completed(saved: Any) -> dict[str, Any]:

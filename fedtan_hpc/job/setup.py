@@ -83,8 +83,8 @@ def _with_clients(config: Config, dataset: Dataset, info: DatasetInfo) -> Config
     natural = None if dataset.clients is None else len(dataset.clients)
     mistakes = [*own_data_mistakes(config, info, natural)]
     if config.partition.name is PartitionName.natural and not mistakes:
-        assert natural is not None and dataset.clients is not None
-        config = replace(config, clients=natural)
+        assert dataset.clients is not None
+        config = replace(config, clients=len(dataset.clients))
         own_datasets.check_clients(dataset.clients)
     elif not mistakes:
         mistakes = [*partition_mistakes(config, info)]

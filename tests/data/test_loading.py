@@ -18,8 +18,9 @@ from fedtan_hpc.config.schema import Config
 from fedtan_hpc.data import loading
 from fedtan_hpc.evaluation.callbacks import RoundCallback
 from fedtan_hpc.evaluation.records import RoundRecord
+from fedtan_hpc.job import run_dir
 from tests.data.test_own_data import composed, imported
-from tests.helpers.jobs import rounds_of, same_bits, state_of
+from tests.helpers.jobs import rounds_of, run_until, same_bits, state_of
 from tests.helpers.own_data import HERE
 from tests.helpers.ranks import on_ranks
 
@@ -169,3 +170,18 @@ def test_the_need_follows_from_ranks_and_participation() -> None:
     sizes = [loading.is_streamed(each, info, 10**7, cpu, 1)[1] for each in (whole, few)]
     assert sizes[0].startswith("12.00 GB of samples on a rank")
     assert sizes[1].startswith("4.00 GB of samples on a rank")
+
+
+def test_a_run_goes_on_with_another_loading(tmp_path: Path) -> None:
+    words = [*SETTINGS["drawn"], "rounds=4", "checkpoint.every=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(composed(*words, "data.loading=device"), str(whole))
+    run_until(composed(*words, "data.loading=device", f"run_dir={parts}"), 2)
+    run(composed(*words, "data.loading=stream", "data.workers=1"), str(parts))
+    assert same_bits(whole, parts)
+
+
+def test_how_samples_are_read_does_not_name_the_folder() -> None:
+    names = {run_dir.name(composed(*SITES, f"data.loading={way}")) for way in ("device", "stream")}
+    [name] = names
+    assert name.name.startswith("fedtan-sites-cnn-natural-")

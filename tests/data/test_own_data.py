@@ -90,6 +90,7 @@ def test_clients_may_be_data_sets_with_tests_of_their_own(tmp_path: Path) -> Non
     dataset = loaded("sites")
     assert [len(each) for each in dataset.clients or []] == [24, 30, 36]
     assert [len(each) for each in dataset.client_tests.values()] == [12] * 3
+    assert trained(imported("sites", "partition=natural"), tmp_path) == summary  # it is finished
     assert summary.clients_judged == 3
     assert summary.clients_own_mix_accuracy_mean == pytest.approx(summary.test_accuracy)
 

@@ -1,4 +1,4 @@
-"""Data as a user's own, for ``data=import`` and ``data=folder``, and functions that change inputs."""
+"""Data as a user's own, for ``data=import`` and ``data=folder``, and changes of inputs."""
 
 from __future__ import annotations
 
@@ -41,14 +41,15 @@ class Blobs(Dataset[Any]):
             from PIL import Image
 
             return Image.fromarray(pixels), np.int32(label)
-        values = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        values: Tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
         if self.kind == "dict":
             return {"image": values, "mean": values.mean((1, 2))}, torch.tensor(label)
         if self.kind == "tuple":
             return (values, values.mean((1, 2))), label
         if self.kind == "random":
             return values + torch.rand(()) + random.random(), label
-        return values.double().numpy(), label
+        array: Any = values.double().numpy()
+        return array, label
 
 
 class Listed(Blobs):
