@@ -122,12 +122,12 @@ def show_result(summary: Summary) -> None:
 
 
 def _rows_over_clients(summary: Summary) -> list[tuple[str, str]]:
-    """Returns what the test accuracy is the mean of, unless it is that of one global model."""
+    """Returns what the test accuracy is the mean of, and the accuracy on the clients' own data."""
     mean, spread = summary.clients_own_mix_accuracy_mean, summary.clients_own_mix_accuracy_spread
     if mean is None:
         return []
-    number, test_spread = summary.clients_judged, summary.clients_test_accuracy_spread or 0.0
-    return [
-        ("which is the", f"{summary.judged} ({number}), ± {100 * test_spread:.2f} %"),
-        ("in each client's label mix", f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %"),
-    ]
+    number, test_spread = summary.clients_judged, summary.clients_test_accuracy_spread
+    own = ("on each client's own data", f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %")
+    if test_spread is None:  # one global model
+        return [own]
+    return [("which is the", f"{summary.judged} ({number}), ± {100 * test_spread:.2f} %"), own]

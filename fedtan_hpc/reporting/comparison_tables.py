@@ -46,7 +46,7 @@ def _csv_rows(run: Run) -> Iterator[list[Any]]:
 
 def table(lines: Lines) -> list[str]:
     """Returns the last round of each method, mean ± sample deviation over the seeds; best first."""
-    own_mix = ["own-mix accuracy, %"] if _personal(lines) else []
+    own_mix = ["clients' own accuracy, %"] if _with(OWN_MIX, lines) else []
     heads = ["method", "seeds", "test accuracy, %", *own_mix]
     heads += ["test loss", "messages a round", "kB a round"]
     return reports.markdown_table(heads, (_row(*line, bool(own_mix)) for line in lines.items()))
@@ -70,7 +70,8 @@ def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, co
     """Writes ``compare.md``: the table, the command, and what the columns mean."""
     missing = [comparison.name_of(config) for config in comparison.unfinished]
     unrequested = comparison_runs.unrequested(comparison, lines)
-    personal = _personal(lines)
+    personal = _with("clients_test_accuracy_mean", lines)
+    has_own = _with(OWN_MIX, lines)
     runs = [run for runs in lines.values() for run in runs]
     rounds = sorted({len(run.records) for run in runs})
     text = [
@@ -81,6 +82,7 @@ def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, co
         f"After {_interval(rounds)} rounds: mean ± sample deviation over the seeds.  Messages and "
         "kB: collectives of a round and what one rank puts into them.",
         *([f"{', '.join(personal)}: {_OWN_MODELS}"] if personal else []),
+        *([_OWN_ACCURACY] if has_own else []),
         *([f"Not finished: {', '.join(missing)}."] if missing else []),
         *([f"Run by other commands: {', '.join(unrequested)}."] if unrequested else []),
         *dict.fromkeys(_machine(run) for run in runs),
@@ -89,10 +91,10 @@ def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, co
     atomic_files.replace_text(comparison.out / "compare.md", "\n\n".join(text) + "\n")
 
 
-_OWN_MODELS = (
-    "there is no one global model; the figures are means over the clients of each client's own "
-    "model, on the whole test set and (own-mix) on test samples in the mix of classes of the "
-    "client's training data."
+_OWN_MODELS = "there is no one global model; the figures are means over the clients of each client's own model."
+_OWN_ACCURACY = (
+    "Clients' own accuracy: mean over the clients, each on its own test samples, or else on test "
+    "samples in the mix of classes of its training data."
 )
 
 
@@ -124,6 +126,6 @@ def _settings(comparison: Comparison) -> str:
     return ", ".join(words) if words else "the defaults"
 
 
-def _personal(lines: Lines) -> list[str]:
-    """Labels of the methods in which each client has a model of its own."""
-    return [label for label, runs in lines.items() if reports.last_figures(runs, OWN_MIX)]
+def _with(figure: str, lines: Lines) -> list[str]:
+    """Returns the methods whose runs have ``figure``."""
+    return [label for label, runs in lines.items() if reports.last_figures(runs, figure)]

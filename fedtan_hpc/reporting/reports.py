@@ -18,7 +18,7 @@ READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YA
 IGNORED = ("seed",)
 """Options in which runs of one line may differ, beside those that change no result."""
 OWN_MIX = "clients_own_mix_accuracy_mean"
-"""Figure of a record: mean accuracy of the clients' models, each on its client's label mix."""
+"""Figure of a record: mean accuracy on the clients' own data."""
 
 
 @dataclass(frozen=True)

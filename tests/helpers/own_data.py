@@ -67,14 +67,16 @@ class Faulty(Blobs):
         image, label = super().__getitem__(index)
         if index != 7:
             return image, label
-        return {
+        items: dict[str, Any] = {
             "shape": (image[:5], label),
             "infinite": (np.where(image > 0, np.nan, image), label),
             "target": (image, -1),
             "text": ("text", label),
             "single": image,
             "dies": (image, label),
-        }[self.fault]
+        }
+        item: tuple[Any, Any] = items[self.fault]
+        return item
 
     fault = "shape"
 
