@@ -79,6 +79,16 @@ class ItemReader:
             return str(files[local][0])
         return f"sample {local} of {piece.name}"
 
+    def class_numbers(self) -> Indices | None:
+        """Returns the targets of all samples if the data sets list them as whole numbers."""
+        parts = [_known_targets(piece.items) for piece in self._pieces]
+        if any(part is None for part in parts):
+            return None
+        arrays = [np.asarray(part) for part in parts]
+        if any(array.ndim != 1 or array.dtype.kind not in "iu" for array in arrays):
+            return None
+        return np.concatenate(arrays).astype(np.int64)
+
     def targets(self, indices: Indices) -> list[Any]:
         """Returns the targets of samples: those in ``targets`` of their data set, or as read."""
         known = {id(piece): _known_targets(piece.items) for piece in self._pieces}
@@ -89,10 +99,6 @@ class ItemReader:
                 targets = known[id(piece)]
                 values.append(self._read(index)[1] if targets is None else targets[local])
         return values
-
-    def has_targets(self) -> bool:
-        """Whether all targets are known without reading items."""
-        return all(_known_targets(piece.items) is not None for piece in self._pieces)
 
     def find_kind(self, index: int) -> ItemKind:
         """Reads a sample, which says what the inputs of all samples must be."""

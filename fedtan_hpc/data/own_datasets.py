@@ -83,16 +83,15 @@ def _shared_open(config: DataConfig, seed: int) -> OwnData:
 
 def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
     total = sum(len(piece.items) for piece in own.pieces)
-    if reader.has_targets():
-        targets: Sequence[Any] = reader.targets(np.arange(total))
-        numbers = [class_number(target) for target in targets]
-    else:
-        numbers = _shared(
-            config,
-            lambda part: [class_number(target) for target in reader.targets(part)],
-            np.arange(total),
-            "reading targets",
-        )
+    listed = reader.class_numbers()
+    if listed is not None and listed.min() >= 0:
+        return listed
+    numbers = _shared(
+        config,
+        lambda part: [class_number(target) for target in reader.targets(part)],
+        np.arange(total),
+        "reading targets",
+    )
     if None in numbers:
         index = numbers.index(None)
         [target] = reader.targets(np.array([index]))

@@ -91,7 +91,7 @@ def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, co
     atomic_files.replace_text(comparison.out / "compare.md", "\n\n".join(text) + "\n")
 
 
-_OWN_MODELS = "there is no one global model; the figures are means over the clients of each client's own model."
+_OWN_MODELS = "there is no one global model; the figures are means over the clients' models."
 _OWN_ACCURACY = (
     "Clients' own accuracy: mean over the clients, each on its own test samples, or else on test "
     "samples in the mix of classes of its training data."
