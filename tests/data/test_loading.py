@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import fedtan_hpc
 from fedtan_hpc.config.dataset_info import DatasetInfo
@@ -20,9 +19,8 @@ from fedtan_hpc.evaluation.callbacks import RoundCallback
 from fedtan_hpc.evaluation.records import RoundRecord
 from fedtan_hpc.job import run_dir
 from tests.data.test_own_data import composed, imported
-from tests.helpers.jobs import rounds_of, run_until, same_bits, state_of
+from tests.helpers.jobs import rounds_of, run_until, same_bits
 from tests.helpers.own_data import HERE
-from tests.helpers.ranks import on_ranks
 
 SITES = ["data=import", f"data.target={HERE}:sites", "partition=natural", "precision=float64"]
 SETTINGS = {
@@ -71,20 +69,6 @@ def test_models_are_equal_whatever_the_loading(name: str, tmp_path: Path) -> Non
             for rounds in (rounds_of(tmp_path / "device"), rounds_of(tmp_path / way))
         ]
         assert results[0] == results[1], way
-
-
-@pytest.mark.parametrize("name", ["drawn", "few"])
-def test_models_are_equal_on_two_ranks(name: str, tmp_path: Path) -> None:
-    ways = {"one": 1, "two": 2}
-    for way, ranks in ways.items():
-        config = composed(*SETTINGS[name], "data.loading=stream", "data.workers=0")
-        on_ranks(ranks, run, config, str(tmp_path / way))
-    assert_close(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
-
-
-def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    for name, value in first.items():
-        assert torch.allclose(value, second[name], rtol=1e-10, atol=1e-10), name
 
 
 def test_batches_are_read_in_the_order_of_their_use(

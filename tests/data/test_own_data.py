@@ -16,7 +16,6 @@ from fedtan_hpc.data import datasets
 from fedtan_hpc.data.batching import Dataset
 from fedtan_hpc.data.federated_data import load_own
 from tests.helpers.own_data import HERE, write_images
-from tests.helpers.ranks import on_ranks
 
 FAST = ["rounds=2", "local_steps=2", "batch_size=8", "eval_every=1", "model=cnn"]
 
@@ -115,16 +114,6 @@ def test_clients_are_judged_on_their_own_tests(algorithm: str, tmp_path: Path) -
 def test_the_target_gets_its_options_the_seed_and_the_root(tmp_path: Path) -> None:
     words = ["data.options.a=3", "seed=5", "data.root=/somewhere", "partition=iid"]
     trained(imported("with_arguments", *words), tmp_path)
-
-
-def test_targets_are_read_by_all_ranks_together() -> None:
-    here = loaded("pair").labels_N
-    for labels in on_ranks(2, labels_on_rank):
-        assert np.array_equal(here, labels)
-
-
-def labels_on_rank() -> Any:
-    return loaded("pair").labels_N
 
 
 @pytest.fixture(scope="module")
