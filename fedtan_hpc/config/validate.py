@@ -139,7 +139,8 @@ def _rounds(config: Config) -> Iterator[str]:
         allowed = "uniform while all clients take part"
         remedy = "set clients_per_round, or leave participation out"
         yield format_option_error("participation", "weighted", allowed, remedy)
-    if (per_round or 1) > max(config.clients, 1):
+    is_natural = config.partition.name is enums.PartitionName.natural  # the data have the number
+    if (per_round or 1) > max(config.clients, 1) and not is_natural:
         allowed = f"1 to clients, {config.clients}"
         remedy = f"set clients_per_round={config.clients} or leave it out"
         yield format_option_error("clients_per_round", per_round, allowed, remedy)

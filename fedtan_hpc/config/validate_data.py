@@ -144,6 +144,11 @@ def _own(data: DataConfig) -> Iterator[str]:
         elif value is not None and not 1 <= value <= _LARGEST_SIDE:
             allowed = f"pixels, 1 to {_LARGEST_SIDE}"
             yield format_option_error(f"data.{option}", value, allowed, f"try data.{option}=224")
+    for option in ("train_samples", "test_samples"):
+        value = getattr(data, option)
+        if value is not None and value < 1 and data.is_own:
+            remedy = "leave it out"
+            yield format_option_error(f"data.{option}", value, "a whole number >= 1", remedy)
     if data.resize is not None and data.resize < (data.image_size or 0):
         allowed = f"data.image_size, {data.image_size}, or more"
         yield format_option_error("data.resize", data.resize, allowed, "leave it out")

@@ -1,4 +1,4 @@
-"""Random changes of training images.
+"""Random changes of training images, and inputs as tensors.
 
 Flips and crops of equal images are drawn for a whole round and applied to batches on the device;
 ``training`` uses them.  ``ImageSteps`` changes single images on the CPU, before they are a batch;
@@ -13,9 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves
 
 from ..config.schema import DataConfig
 from ..runtime import import_path, random_streams
@@ -161,3 +163,48 @@ def _resized_crop(v2: Any, size: int | None) -> Any:
         return v2.RandomResizedCrop((height, width), antialias=True)(image)
 
     return v2.Lambda(to_own_size)
+
+
+def raw_bytes(value: Any) -> int:
+    """Returns the bytes of an input as a data set gives it."""
+    if hasattr(value, "getbands"):
+        return int(value.width * value.height * len(value.getbands()))
+    return sum(getattr(leaf, "nbytes", 8) for leaf in tree_leaves(value))
+
+
+def without_array(value: Any) -> Any:
+    """Returns an array as a tensor, because torchvision's transforms leave arrays as they are."""
+    return as_tensors(value) if isinstance(value, np.ndarray) else value
+
+
+def as_tensors(value: Any) -> Any:
+    """Returns a tensor, or a dict or tuple of tensors; images as uint8 (C, H, W).
+
+    Arrays of bytes, (H, W) or (H, W, C), are images as in torchvision.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().as_subclass(Tensor)
+    if hasattr(value, "getbands"):  # a PIL image
+        if value.mode[0] in "IF":
+            raise TypeError(
+                f"the image has more than 8 bits (mode {value.mode}): return a tensor of its "
+                "values, for example with data=import"
+            )
+        if value.mode not in ("L", "RGB"):
+            value = value.convert("RGB")
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3):
+            return torch.from_numpy(np.ascontiguousarray(value))
+        pixels = value[:, :, np.newaxis] if value.ndim == 2 else value
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    if isinstance(value, dict):
+        return {name: as_tensors(value[name]) for name in sorted(value)}
+    if isinstance(value, tuple | list):
+        return tuple(as_tensors(each) for each in value)
+    if isinstance(value, int | float | np.generic) and not isinstance(value, bool):
+        return torch.as_tensor(value)
+    raise TypeError(
+        f"the input has a {type(value).__name__}: allowed are tensors, arrays, PIL images, "
+        "and dicts and tuples of these"
+    )

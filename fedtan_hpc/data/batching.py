@@ -79,7 +79,7 @@ class Samples:
             wide = dtype if values.is_floating_point() else None
             return values.to(device, wide, non_blocking=values.is_pinned())
 
-        return self.map_inputs(sent, self.labels.to(device))
+        return self.map_inputs(sent, self.labels.to(device, non_blocking=self.labels.is_pinned()))
 
 
 class ClientSamples(Protocol):
@@ -96,6 +96,16 @@ class ClientSamples(Protocol):
         """Returns the samples at ``indices``, 0 to N - 1, for the step of ``draw``."""
 
 
+class KeptItems(Protocol):
+    """Samples in the memory of the host, as they are before random transforms."""
+
+    def keep(self, indices: Indices) -> None:
+        """Reads samples that then stay in memory."""
+
+    def drop(self, indices: Indices) -> None:
+        """Drops samples that ``keep`` has read."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """All labels and the split are in memory; ``read`` returns inputs for given indices."""
@@ -108,14 +118,14 @@ class Dataset:
     classes: int
     read: Callable[[Indices, Draw | None], Any]
     """Returns inputs on the CPU: with random transforms for a training step, or without."""
-    keep: Callable[[Indices], None] | None = None
-    """Reads samples that stay in memory; None if no transform is random, and ``take`` may do so."""
+    kept: KeptItems | None = None
+    """What holds samples before random transforms; None if no transform is random."""
     clients: Sequence[Indices] | None = None
     """Training samples of each natural client, if there are such."""
     client_tests: Mapping[int, Indices] = field(default_factory=dict)
     """Test samples of those natural clients that have such."""
     sample_bytes: int = 0
-    """Bytes of a sample's input in memory; 0 if not known."""
+    """Bytes of an input, as ``take`` returns it or as ``kept`` holds it; 0 if not known."""
 
     @property
     def is_image(self) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.enums import PartitionName
 from ..config.schema import Config
 from .batching import BatchSampler, ClientSamples, Dataset, Draw, Samples
 from .feature_shift import clients_of_test, shift_of
@@ -54,7 +55,8 @@ class ClientStore:
         total = sum(self.sizes)
         self.shares = [size / total for size in self.sizes]
         """p_k of each client: its fraction of all training samples."""
-        self.client_tests = dataset.client_tests
+        is_natural = config.partition.name is PartitionName.natural
+        self.client_tests = dataset.client_tests if is_natural else {}
         """Test samples of those clients that have such, as indices into the data set."""
         self._loaded: OrderedDict[int, ClientSamples] = OrderedDict()
 
@@ -62,7 +64,9 @@ class ClientStore:
         """Returns the clients that are keys of ``weights``, with their samples on the device."""
         clients = [Client(number, w, self._load(number)) for number, w in weights.items()]
         while len(self._loaded) > 2 * max(1, len(weights)):
-            self._loaded.popitem(last=False)
+            dropped, _ = self._loaded.popitem(last=False)
+            if (kept := self._dataset.kept) is not None:
+                kept.drop(self.partition[dropped])
         return clients
 
     def read_ahead(self, order: Callable[[int], Sequence[tuple[int, int]] | None]) -> None:
@@ -163,8 +167,9 @@ class ClientStore:
 
     def _new(self, client: int) -> ClientSamples:
         indices = self.partition[client]
-        if not self._is_streamed and self._dataset.keep is None:
+        kept = self._dataset.kept
+        if not self._is_streamed and kept is None:
             return self._shifted(self.unshifted(indices), client)
-        if not self._is_streamed and self._dataset.keep is not None:
-            self._dataset.keep(indices)
+        if not self._is_streamed and kept is not None:
+            kept.keep(indices)
         return ReadSamples(self._reader, indices, lambda samples: self._shifted(samples, client))

@@ -16,7 +16,7 @@ from ..config.schema import Config, DataConfig
 from ..runtime import random_streams
 from . import image_files, own_datasets
 from .augmentation import image_steps_of
-from .batching import Dataset, Draw
+from .batching import Dataset, Draw, KeptItems
 from .federated_data import Piece
 from .items import ItemReader
 from .partition import Indices, split, split_test, subsets
@@ -59,13 +59,13 @@ def _images(config: DataConfig, seed: int) -> Dataset:
         pixels_NCHW, labels_N = pixels_NCHW[used], labels_N[used]
     counts_CV = image_files.value_counts(pixels_NCHW[: len(train)])
     moments = image_files.moments(counts_CV, config.normalisation)
-    read, keep = _reader(config, seed, lambda indices: pixels_NCHW[indices], labels_N)
+    read, kept = _reader(config, seed, lambda indices: pixels_NCHW[indices], labels_N)
 
     def read_normalised(indices: Indices, draw: Draw | None) -> torch.Tensor:
         return torch.from_numpy(image_files.normalised(read(indices, draw), *moments))
 
     train, test = np.split(np.arange(len(labels_N)), [len(train)])
-    return Dataset(labels_N, train, test, info.shape, info.classes, read_normalised, keep)
+    return Dataset(labels_N, train, test, info.shape, info.classes, read_normalised, kept)
 
 
 class _Items:
@@ -83,10 +83,10 @@ class _Items:
 
 def _reader(
     config: DataConfig, seed: int, read: ReadInputs, labels_N: Indices
-) -> tuple[Callable[[Indices, Draw | None], npt.NDArray[Any]], Callable[[Indices], None] | None]:
+) -> tuple[Callable[[Indices, Draw | None], npt.NDArray[Any]], KeptItems | None]:
     """Returns ``read`` with the random steps of single inputs, where ``config`` asks for such.
 
-    Then the second value keeps inputs in memory, as in ``Dataset``.
+    Then the second value is what holds inputs in memory.
     """
     steps = image_steps_of(config)
     if not steps.are_random:
@@ -100,7 +100,7 @@ def _reader(
         inputs: npt.NDArray[Any] = items.batch(indices, draw).numpy()
         return inputs
 
-    return read_drawn, items.keep
+    return read_drawn, items
 
 
 def _digits(config: DataConfig, seed: int) -> Dataset:
@@ -116,8 +116,8 @@ def _digits(config: DataConfig, seed: int) -> Dataset:
     pixels = raw.images[train]
     images = (raw.images - pixels.mean()) / pixels.std()
     inputs = images.astype(np.float32)[:, np.newaxis]
-    read, keep = _reader(config, seed, lambda indices: inputs[indices], labels_N)
-    return Dataset(labels_N, train, test, (1, 8, 8), 10, _as_tensor(read), keep)
+    read, kept = _reader(config, seed, lambda indices: inputs[indices], labels_N)
+    return Dataset(labels_N, train, test, (1, 8, 8), 10, _as_tensor(read), kept)
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:
@@ -139,8 +139,8 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
         return inputs
 
     train, test = subsets(config, labels_N, *split_test(labels_N, seed), seed)
-    read, keep = _reader(config, seed, read_inputs, labels_N)
-    return Dataset(labels_N, train, test, shape, classes, _as_tensor(read), keep)
+    read, kept = _reader(config, seed, read_inputs, labels_N)
+    return Dataset(labels_N, train, test, shape, classes, _as_tensor(read), kept)
 
 
 def _as_tensor(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from ..config.enums import DataName
 from ..config.errors import ConfigError, format_option_error, one_line
@@ -38,6 +39,8 @@ class FederatedData:
 
     Inputs are tensors, arrays, PIL images, or dicts or tuples of tensors; targets are class numbers
     from 0.  A data set's attribute ``targets``, if it has one, gives all targets without reading.
+    An item is read with generators that are seeded by its number, so that it is always the same:
+    random changes of training inputs belong in ``data.transform``.
     """
 
     train: MapDataset | None
@@ -67,6 +70,8 @@ class OwnData:
     """Pieces that follow each other in one numbering of all samples, and who has which."""
 
     pieces: list[Piece] = field(default_factory=list)
+    size: int = 0
+    """Number of all samples."""
     train: list[Indices] = field(default_factory=list)
     """Indices of the training samples, in parts."""
     test: list[Indices] = field(default_factory=list)
@@ -78,9 +83,9 @@ class OwnData:
 
     def add(self, name: str, items: MapDataset) -> Indices:
         """Adds a piece; returns the numbers of its samples."""
-        start = sum(len(piece.items) for piece in self.pieces)
+        start, self.size = self.size, self.size + len(items)
         self.pieces.append(Piece(name, items))
-        return np.arange(start, start + len(items))
+        return np.arange(start, self.size)
 
 
 def load_own(config: DataConfig, seed: int) -> OwnData:
@@ -115,6 +120,8 @@ def _assembled(data: FederatedData, option: str, value: object) -> OwnData:
     """Indices all samples; raises ``ConfigError`` for a part that is no data set."""
     own = OwnData(classes=data.classes)
     try:
+        if data.classes is not None and not isinstance(data.classes, int):
+            raise TypeError(f"classes is {data.classes!r}, not a whole number")
         train = _added(own, "train", data.train)
         test = _added(own, "test", data.test)
         if data.clients is None and train is None:
@@ -148,7 +155,7 @@ def _add_clients(
         raise TypeError("clients is not a list with an entry for each client")
     own.clients = []
     for number, entry in enumerate(clients):
-        is_pair = isinstance(entry, tuple) and len(entry) == 2 and not _are_indices(entry)
+        is_pair = isinstance(entry, tuple | list) and len(entry) == 2 and not _are_indices(entry)
         of_train, of_test = entry if is_pair else (entry, None)
         name = f"client {number}"
         if _are_indices(of_train):
@@ -173,17 +180,18 @@ def _add_clients(
             assert numbers is not None
             own.client_tests[number] = numbers
             own.test.append(numbers)
-    everyone = np.concatenate(own.clients)
-    values, counts = np.unique(everyone, return_counts=True)
-    if counts.max() > 1:
-        raise ValueError(f"training sample {values[counts.argmax()]} belongs to two clients")
+    for what, of_clients in (("training", own.clients), ("test", [*own.client_tests.values()])):
+        values, counts = np.unique(np.concatenate([*of_clients, []]), return_counts=True)
+        if len(values) and counts.max() > 1:
+            sample = int(values[counts.argmax()])
+            raise ValueError(f"{what} sample {sample} is given twice to clients")
 
 
 def _are_indices(entry: Any) -> bool:
     if isinstance(entry, np.ndarray):
         return entry.ndim == 1 and entry.dtype.kind in "iu"
-    if type(entry).__name__ == "Tensor":
-        return entry.dim() == 1 and not entry.is_floating_point()
+    if isinstance(entry, torch.Tensor):
+        return entry.dim() == 1 and entry.dtype in (torch.int64, torch.int32)
     is_list = isinstance(entry, list | tuple | range)
     return is_list and all(isinstance(each, int | np.integer) for each in entry)
 
@@ -254,10 +262,19 @@ def _images(config: DataConfig, folder: Path, numbers: Mapping[str, int] | None 
             return list(numbers), dict(numbers)
 
     try:
-        return Images(str(folder), allow_empty=numbers is not None)
+        return Images(str(folder), allow_empty=numbers is not None, loader=_load_image)
     except (FileNotFoundError, OSError) as error:
         allowed = "a folder with images in train/CLASS, CLIENT/train/CLASS or CLASS"
         raise _root_error(config, allowed, one_line(error)) from None
+
+
+def _load_image(path: str) -> Any:
+    """Returns an image of 8 bits with three channels; one of more bits unchanged (``items``)."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        return image if image.mode[0] in "IF" else image.convert("RGB")
 
 
 def _root_error(config: DataConfig, allowed: str, remedy: str) -> ConfigError:

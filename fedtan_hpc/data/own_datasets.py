@@ -19,7 +19,7 @@ from ..config.errors import ConfigError, format_option_error
 from ..config.schema import DataConfig
 from ..distributed import collectives, process_group
 from . import image_files
-from .augmentation import image_steps_of
+from .augmentation import ImageSteps, image_steps_of
 from .batching import Dataset, Draw
 from .federated_data import OwnData, load_own
 from .items import DataError, ItemReader, class_number
@@ -34,8 +34,8 @@ def load(config: DataConfig, seed: int) -> Dataset:
 
     All ranks call it together.  Raises ``ConfigError`` on all of them for what is wrong.
     """
-    own = _shared_open(config, seed)
-    reader = ItemReader(own.pieces, image_steps_of(config), seed)
+    own, steps = _shared_open(config, seed)
+    reader = ItemReader(own.pieces, steps, seed)
     labels_N = _labels(config, own, reader)
     classes = _classes(config, own, labels_N, reader)
     train, test, clients, client_tests = _divided(config, own, labels_N, seed)
@@ -55,18 +55,18 @@ def load(config: DataConfig, seed: int) -> Dataset:
         kind.shape,
         classes,
         read,
-        keep=reader.keep if image_steps_of(config).are_random else None,
+        kept=reader if steps.are_random else None,
         clients=clients,
         client_tests=client_tests,
-        sample_bytes=kind.nbytes,
+        sample_bytes=reader.raw_bytes if steps.are_random else kind.nbytes,
     )
 
 
-def _shared_open(config: DataConfig, seed: int) -> OwnData:
+def _shared_open(config: DataConfig, seed: int) -> tuple[OwnData, ImageSteps]:
     """Opens the data on each rank; an error of any rank is raised on all."""
-    own, mistakes = OwnData(), tuple[str, ...]()
+    own, steps, mistakes = OwnData(), ImageSteps(None, None, None), tuple[str, ...]()
     try:
-        own = load_own(config, seed)
+        own, steps = load_own(config, seed), image_steps_of(config)
     except ConfigError as error:
         mistakes = error.mistakes
     gathered = collectives.all_gather_object((mistakes, [len(p.items) for p in own.pieces]))
@@ -78,18 +78,17 @@ def _shared_open(config: DataConfig, seed: int) -> OwnData:
         rank = differing[0]
         found = f"rank {rank} has {sizes[rank]} samples in its data sets, and rank 0 {sizes[0]}"
         raise _error(config, "the same data on every rank", found)
-    return own
+    return own, steps
 
 
 def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
-    total = sum(len(piece.items) for piece in own.pieces)
     listed = reader.class_numbers()
     if listed is not None and listed.min() >= 0:
         return listed
     numbers = _shared(
         config,
         lambda part: [class_number(target) for target in reader.targets(part)],
-        np.arange(total),
+        np.arange(own.size),
         "reading targets",
     )
     if None in numbers:
@@ -103,8 +102,11 @@ def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
 def _classes(config: DataConfig, own: OwnData, labels_N: Indices, reader: ItemReader) -> int:
     """Returns the number of classes; raises ``ConfigError`` for a target that is not below it."""
     named = [getattr(piece.items, "classes", None) for piece in own.pieces]
-    lists = [len(each) for each in named if isinstance(each, list | tuple)]
-    classes = own.classes or (lists[0] if lists else int(labels_N.max()) + 1)
+    lists = [list(each) for each in named if isinstance(each, list | tuple)]
+    if different := [each for each in lists if each != lists[0]]:
+        found = f"some have {lists[0]!s:.80} and some {different[0]!s:.80}"
+        raise _error(config, "data sets with the same attribute classes", found)
+    classes = own.classes or (len(lists[0]) if lists else int(labels_N.max()) + 1)
     if wrong := np.flatnonzero(labels_N >= classes).tolist():
         allowed = f"data with class numbers below the number of classes, {classes}"
         found = f"the target of {reader.name(wrong[0])} is {labels_N[wrong[0]]}"
@@ -131,10 +133,8 @@ def _divided(
         others = np.setdiff1d(train, everyone)
         train, test = np.concatenate([*clients, others]), np.concatenate([t for _, t in parts])
     else:
-        present, counts = np.unique(labels_N[train], return_counts=True)
-        if counts.min() < 2:
-            allowed = "data with two samples or more of each class, or with a test set"
-            raise _error(config, allowed, f"class {present[counts.argmin()]} has one")
+        if len(train) < 5:
+            raise _error(config, "data with five samples or more, or with a test set", "too few")
         first, second = split_test(labels_N[train], seed)
         train, test = train[first], train[second]
     if not len(test):
@@ -148,13 +148,10 @@ def _divided(
 
 
 def _split_client(labels_N: Indices, samples: Indices, seed: int) -> tuple[Indices, Indices]:
-    """Splits a client's samples; at random if a class has a single one."""
-    _, counts = np.unique(labels_N[samples], return_counts=True)
+    """Splits a client's samples; one with fewer than five keeps all for training."""
     if len(samples) < 5:
         return samples, samples[:0]
-    is_stratified = counts.min() > 1 and len(samples) // 5 >= len(counts)
-    labels = labels_N[samples] if is_stratified else np.zeros(len(samples), dtype=np.int64)
-    train, test = split_test(labels, seed)
+    train, test = split_test(labels_N[samples], seed)
     return samples[train], samples[test]
 
 
@@ -164,7 +161,8 @@ def check_clients(clients: Sequence[Indices]) -> None:
         if len(each) < MINIMUM_SAMPLES:
             allowed = f"another partition, because client {number} has {len(each)} training samples"
             remedy = f"give each client {MINIMUM_SAMPLES} or more"
-            raise ConfigError(format_option_error("partition.name", "natural", allowed, remedy))
+            message = format_option_error("partition.name", "natural", allowed, remedy)
+            raise _on_all_ranks(ConfigError(message))
 
 
 def _normaliser(
@@ -182,7 +180,8 @@ def _normaliser(
             "data.normalisation",
             f"training or none with images of {channels} channels",
         )
-        raise ConfigError(format_option_error(option, "imagenet", allowed, "leave it out"))
+        message = format_option_error(option, "imagenet", allowed, "leave it out")
+        raise _on_all_ranks(ConfigError(message))
     if config.normalisation is NormalisationName.training:
         spread = train[np.linspace(0, len(train) - 1, min(len(train), _MOMENT_SAMPLES)).astype(int)]
         counts = _shared(config, lambda part: _counts(reader, part), spread, "reading pixels")
@@ -231,6 +230,11 @@ def _with_progress(
     is_quiet = not what or not console.is_terminal
     bar = track(chunks, description=what, console=console, transient=True, disable=is_quiet)
     return [value for chunk in bar for value in function(chunk)]
+
+
+def unreadable(config: DataConfig, error: DataError) -> ConfigError:
+    """Returns the error for a sample that cannot be used, found before training."""
+    return _error(config, "data whose samples can be read", str(error))
 
 
 def _error(config: DataConfig, allowed: str, found: str) -> ConfigError:

@@ -6,6 +6,7 @@ at least ``MINIMUM_SAMPLES``.  Used by ``datasets``.  Shapes: N training samples
 """
 
 import heapq
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -100,11 +101,19 @@ def _with_minimum(pieces: list[list[Indices]]) -> list[Indices]:
 
 
 def split_test(labels_N: Indices, seed: int) -> tuple[Indices, Indices]:
-    """Returns 80 % of the samples for training and 20 % for the test, stratified by class."""
+    """Returns 80 % of the samples for training and 20 % for the test, stratified by class.
+
+    They are not stratified if there are too few samples for that.
+    """
     from sklearn.model_selection import train_test_split
 
+    _, counts = np.unique(labels_N, return_counts=True)
+    can_stratify = counts.min() > 1 and math.ceil(TEST_SHARE * len(labels_N)) >= len(counts)
     train, test = train_test_split(
-        np.arange(len(labels_N)), test_size=TEST_SHARE, stratify=labels_N, random_state=seed
+        np.arange(len(labels_N)),
+        test_size=TEST_SHARE,
+        stratify=labels_N if can_stratify else None,
+        random_state=seed,
     )
     return np.sort(train), np.sort(test)
 

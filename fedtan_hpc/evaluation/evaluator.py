@@ -125,10 +125,11 @@ class Evaluator:
 
         It is the number of these clients if the sample belongs to none of them.
         """
-        clients_N = np.full(len(test), len(self._clients_with_tests))
+        none = len(self._clients_with_tests)
+        client_of: dict[int, int] = {}
         for position, client in enumerate(self._clients_with_tests):
-            clients_N[np.isin(test, self._store.client_tests[client])] = position
-        return clients_N
+            client_of |= dict.fromkeys(self._store.client_tests[client].tolist(), position)
+        return np.array([client_of.get(index, none) for index in test.tolist()], dtype=np.int64)
 
     def evaluate(self) -> EvaluationResult:
         """Evaluates on all ranks together; collective."""

@@ -15,6 +15,8 @@ from ..config.enums import CohortMode, ModelSource, NormName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
 from ..data.batching import Dataset, Samples
+from ..data.items import DataError
+from ..data.own_datasets import unreadable
 from ..models import factory
 from ..models.copies import copy_error
 from ..models.norms import with_norm_of
@@ -42,7 +44,11 @@ class Example:
         """Returns two samples of the user's data, or zeros like those of a built-in data set."""
         if dataset is not None:
             indices = dataset.train[[0, -1]]
-            return cls(dataset.take(indices), dataset.shape, dataset.classes)
+            try:
+                samples = dataset.take(indices)
+            except DataError as error:
+                raise unreadable(config.data, error) from error
+            return cls(samples, dataset.shape, dataset.classes)
         info = config.data.info()
         labels = torch.zeros(_SAMPLES, dtype=torch.int64)
         samples = Samples(torch.zeros(_SAMPLES, *info.shape), labels)

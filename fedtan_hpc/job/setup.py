@@ -59,14 +59,13 @@ def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, Opene
     Returns the options with the number of clients that the data have.  Raises ``ConfigError`` on
     all ranks if the data cannot be used, or do not fit.
     """
-    data = config.data
-    dataset = datasets.load(data, config.seed) if data.is_own else None
-    if dataset is None:
+    data, dataset = config.data, None
+    if data.is_own:
+        config, dataset = load_own(config)
+        info, sample_bytes = _info(dataset), dataset.sample_bytes
+    else:
         info = data.info()
         sample_bytes = math.prod(info.shape) * DTYPES[config.precision].itemsize
-    else:
-        info = DatasetInfo(len(dataset.train), len(dataset.test), dataset.shape, dataset.classes)
-        config, sample_bytes = _with_clients(config, dataset, info), dataset.sample_bytes
     sharing = placement.ranks_per_device
     is_streamed, sizes = loading.is_streamed(config, info, sample_bytes, placement.device, sharing)
     note = ""
@@ -79,8 +78,13 @@ def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, Opene
     return config, OpenedData(dataset, is_streamed, note)
 
 
-def _with_clients(config: Config, dataset: Dataset, info: DatasetInfo) -> Config:
-    natural = None if dataset.clients is None else len(dataset.clients)
+def load_own(config: Config) -> tuple[Config, Dataset]:
+    """Opens the user's data; returns them, and the options with the number of natural clients.
+
+    Raises ``ConfigError`` on all ranks if the options do not fit the data.
+    """
+    dataset = datasets.load(config.data, config.seed)
+    info, natural = _info(dataset), None if dataset.clients is None else len(dataset.clients)
     mistakes = [*own_data_mistakes(config, info, natural)]
     if config.partition.name is PartitionName.natural and not mistakes:
         assert dataset.clients is not None
@@ -92,7 +96,11 @@ def _with_clients(config: Config, dataset: Dataset, info: DatasetInfo) -> Config
         error = ConfigError(*mistakes)
         error.on_all_ranks = True
         raise error
-    return config
+    return config, dataset
+
+
+def _info(dataset: Dataset) -> DatasetInfo:
+    return DatasetInfo(len(dataset.train), len(dataset.test), dataset.shape, dataset.classes)
 
 
 def prepare(

@@ -50,24 +50,31 @@ def main(words: Sequence[str] | None = None) -> None:
         check(config)
         options.check_plotting()
         options.check_writable(path)
-        counts = count(config)
+        config, counts = count(config)
         print("\n".join([title(config), *table(counts)]))
         with options.written(path):
             draw(counts, path)
         print(f"picture: {path}")
 
 
-def count(config: Config) -> Counts:
-    """Loads the labels, with a download if need be, and shares them out as the job does."""
+def count(config: Config) -> tuple[Config, Counts]:
+    """Loads the labels, with a download if need be, and shares them out as the job does.
+
+    Returns the options with the number of clients that the user's data have.
+    """
     import numpy as np
 
     from ..data import datasets, download  # loads torch
+    from ..job import setup
 
     download.fetch(config.data)
-    dataset = datasets.load(config.data, config.seed)
+    if config.data.is_own:
+        config, dataset = setup.load_own(config)
+    else:
+        dataset = datasets.load(config.data, config.seed)
     parts = datasets.partition_of(dataset, config)
     labels, classes = dataset.labels_N, dataset.classes
-    return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
+    return config, np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
 
 
 def title(config: Config) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from fedtan_hpc.config.dataset_info import DatasetInfo
 from fedtan_hpc.config.errors import ConfigError, RunError
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.data import loading
+from fedtan_hpc.data.batching import Draw, Samples
 from fedtan_hpc.evaluation.callbacks import RoundCallback
 from fedtan_hpc.evaluation.records import RoundRecord
 from fedtan_hpc.job import run_dir
@@ -76,21 +76,36 @@ def test_batches_are_read_in_the_order_of_their_use(
 ) -> None:
     """Nothing is read in the rank itself but evaluation batches, and nothing waits in memory."""
     read: list[object] = []
-    original: Callable[..., object] = loading.Reader.read
     waiting: list[int] = []
+    original, awaited = loading.Reader.read, loading.Reader._awaited
 
-    def counted(reader: loading.Reader, request: loading.Request) -> object:
+    def counted(reader: loading.Reader, request: loading.Request) -> Samples:
         if request.draw is not None:
             read.append(request.draw)
-        waiting.append(len(reader._ready))
         return original(reader, request)
 
+    def watched(reader: loading.Reader, draw: Draw) -> object:
+        result = awaited(reader, draw)
+        waiting.append(len(reader._ready))
+        return result
+
     monkeypatch.setattr(loading.Reader, "read", counted)
+    monkeypatch.setattr(loading.Reader, "_awaited", watched)
     for mode in ("sequential", "stacked"):
         words = [*SITES, "data.loading=stream", "data.workers=1", f"cohort.mode={mode}"]
         run(composed(*words, "rounds=3"), str(tmp_path / mode))
     assert not read
+    assert len(waiting) == 2 * 3 * 2 * 3
     assert max(waiting) == 0
+
+
+def test_a_file_that_the_data_open_is_not_shared_by_workers(tmp_path: Path) -> None:
+    words = ["data=import", f"data.target={HERE}:in_file", f"data.options.folder={tmp_path}"]
+    words += ["model=mlp", "partition=iid", "batch_size=32", "local_steps=6", "rounds=4"]
+    for workers in (0, 3):
+        more = ["data.loading=stream", f"data.workers={workers}"]
+        run(composed(*words, *more), str(tmp_path / str(workers)))
+    assert same_bits(tmp_path / "0", tmp_path / "3")
 
 
 class Kill(RoundCallback):

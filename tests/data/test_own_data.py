@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import fedtan_hpc
 from fedtan_hpc import cli
 from fedtan_hpc.config.errors import ConfigError, RunError
 from fedtan_hpc.config.schema import Config, DataConfig
 from fedtan_hpc.data import datasets
-from fedtan_hpc.data.batching import Dataset
+from fedtan_hpc.data.batching import Dataset, Samples
 from fedtan_hpc.data.federated_data import load_own
+from fedtan_hpc.models import small_networks
+from tests.helpers.jobs import state_of
 from tests.helpers.own_data import HERE, write_images
 
 FAST = ["rounds=2", "local_steps=2", "batch_size=8", "eval_every=1", "model=cnn"]
@@ -88,10 +92,39 @@ def test_clients_may_be_data_sets_with_tests_of_their_own(tmp_path: Path) -> Non
     summary = trained(imported("sites", "partition=natural"), tmp_path)
     dataset = loaded("sites")
     assert [len(each) for each in dataset.clients or []] == [24, 30, 36]
-    assert [len(each) for each in dataset.client_tests.values()] == [12] * 3
+    assert [len(each) for each in dataset.client_tests.values()] == [8, 14, 20]
     assert trained(imported("sites", "partition=natural"), tmp_path) == summary  # it is finished
     assert summary.clients_judged == 3
-    assert summary.clients_own_mix_accuracy_mean == pytest.approx(summary.test_accuracy)
+    model = small_networks.cnn(3, 3)
+    model.load_state_dict(state_of(tmp_path))
+    right = [accuracy(model, dataset.take(each)) for each in dataset.client_tests.values()]
+    assert summary.clients_own_mix_accuracy_mean == pytest.approx(np.mean(right), abs=1e-6)
+    assert summary.test_accuracy == pytest.approx(np.average(right, weights=[8, 14, 20]), abs=1e-6)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, samples: Samples) -> float:
+    return float((model.eval()(samples.inputs).argmax(1) == samples.labels).double().mean())
+
+
+def test_natural_tests_are_only_those_of_natural_clients(tmp_path: Path) -> None:
+    assert trained(imported("sites", "partition=iid", "clients=2"), tmp_path).clients_judged is None
+
+
+def test_targets_that_a_transform_changes_are_read() -> None:
+    assert loaded("relabelled").labels_N[:3].tolist() == [1, 2, 0]
+    assert loaded("listed").labels_N[:3].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("way", ["device", "stream"])
+def test_more_natural_clients_than_the_default(way: str, tmp_path: Path) -> None:
+    words = ["partition=natural", "clients_per_round=7", f"data.loading={way}"]
+    assert trained(imported("many", *words), tmp_path).clients_judged == 8
+
+
+def test_few_samples_of_many_classes_are_split_at_random() -> None:
+    dataset = loaded("few_of_many")
+    assert (len(dataset.train), len(dataset.test), dataset.classes) == (17, 5, 4)
 
 
 def test_without_tests_each_client_gives_a_fifth() -> None:
@@ -168,18 +201,28 @@ MISTAKES = [
         "the target of sample 7 of train is -1",
     ),
     ([f"data.target={HERE}:faulty", "data.options.fault=single"], "sample 7 of train is a ndarray"),
-    ([f"data.target={HERE}:listed", "data.root=/x"], ""),
+    ([f"data.target={HERE}:relabelled", "data.options.declared=false"], "targets lists 0"),
+    ([f"data.target={HERE}:other_classes"], "same attribute classes; some have ['cat', 'dog', 'o"),
+    ([f"data.target={HERE}:deep"], "the image has more than 8 bits (mode I;16)"),
+    ([f"data.target={HERE}:sharing_tests"], "is given twice to clients"),
+    ([f"data.target={HERE}:pair", "data.train_samples=0"], "data.train_samples=0: allowed is a"),
+    (
+        [f"data.target={HERE}:faulty", "data.options={fault: infinite, kind: array, bad: -1}"],
+        "the input has a value that is not finite",
+    ),
+    (
+        [f"data.target={HERE}:in_file", "data.options.folder=.", "data.image_size=4"],
+        "sample 0 of train: a transform raised ",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("words", "expected"), MISTAKES)
 def test_mistakes_are_one_line_before_training(
-    words: list[str], expected: str, tmp_path: Path
+    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     config = composed("data=import", *words)
-    if not expected:
-        trained(config, tmp_path)
-        return
     assert expected in mistake_of(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -223,5 +266,5 @@ def test_a_transform_keeps_the_kind_of_input(tmp_path: Path) -> None:
 
 def test_clients_share_no_sample() -> None:
     config = DataConfig(name="import", target=f"{HERE}:overlapping")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="training sample 5 belongs to two clients"):
+    with pytest.raises(ConfigError, match="training sample 5 is given twice to clients"):
         load_own(config, 0)

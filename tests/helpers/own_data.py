@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ class Listed(Blobs):
 
 
 class Faulty(Blobs):
-    """Has one bad item, number 7."""
+    """Has one bad item."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, label = super().__getitem__(index)
-        if index != 7:
+        if index != self.bad % len(self):
             return image, label
         items: dict[str, Any] = {
             "shape": (image[:5], label),
@@ -79,6 +80,7 @@ class Faulty(Blobs):
         return item
 
     fault = "shape"
+    bad = 7
 
 
 def pair(kind: str = "bytes", size: int = 90) -> tuple[Blobs, Blobs]:
@@ -102,14 +104,14 @@ def sites(kind: str = "image", tests: bool = True) -> FederatedData:
     trains = [Blobs(24 + 6 * k, 10 + k, kind=kind) for k in range(3)]
     if not tests:
         return FederatedData(None, clients=trains)
-    pairs = [(train, Blobs(12, 20 + k, kind=kind)) for k, train in enumerate(trains)]
+    pairs = [(train, Blobs(8 + 6 * k, 20 + k, kind=kind)) for k, train in enumerate(trains)]
     return FederatedData(None, clients=pairs)
 
 
-def faulty(fault: str, kind: str = "bytes") -> tuple[Blobs, Blobs]:
+def faulty(fault: str, kind: str = "bytes", bad: int = 7) -> tuple[Blobs, Blobs]:
     """Training samples with a bad one."""
     train = Faulty(60, 0, kind=kind)
-    train.fault = fault
+    train.fault, train.bad = fault, bad
     return train, Blobs(30, 1, kind=kind)
 
 
@@ -167,6 +169,90 @@ def write_images(folder: Path, sizes: dict[str, int], seed: int, side: int = 12)
             shape = (side + image % 3, side + 2, 3)
             pixels = (60 * number + rng.integers(80, size=shape)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{image}.png")
+
+
+class Relabelled(Listed):
+    """Lists other targets than its items have, as torchvision does with a target_transform."""
+
+    @staticmethod
+    def target_transform(label: int) -> int:
+        return (label + 1) % 3
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, label = super().__getitem__(index)
+        return image, self.target_transform(label)
+
+
+def relabelled(declared: bool = True) -> tuple[Blobs, Blobs]:
+    """Says so with the usual attribute, or not."""
+    return (Relabelled if declared else Misleading)(60, 0), Blobs(30, 1)
+
+
+class Misleading(Listed):
+    """Lists wrong targets."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, label = super().__getitem__(index)
+        return image, (label + 1) % 3
+
+
+class InFile(Dataset[Any]):
+    """Reads from one file, which it opens at its first item; reading takes a while."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path, self.size = path, size
+        self.file: Any = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        if self.file is None:
+            self.file = open(self.path, "rb")  # noqa: SIM115
+        self.file.seek(64 * index)
+        time.sleep(2e-4)
+        values = np.frombuffer(self.file.read(64), np.uint8).astype(np.float32) / 255
+        return torch.from_numpy(values.copy()).requires_grad_(), index % 3
+
+
+def in_file(folder: str) -> FederatedData:
+    """A subset of a file of random bytes; its tensors require gradients, which must not matter."""
+    path = Path(folder) / "samples.bin"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        path.write_bytes(rng.integers(256, size=64 * 120, dtype=np.uint8).tobytes())
+    return FederatedData(Subset(InFile(str(path), 120), range(90)), InFile(str(path), 120))
+
+
+def few_of_many() -> tuple[Blobs, None]:
+    """Fewer test samples than classes."""
+    return Blobs(22, 0, classes=4), None
+
+
+def other_classes() -> FederatedData:
+    """Sites whose class numbers mean different things."""
+    clients = [Blobs(24, k) for k in range(2)]
+    for client, names in zip(clients, (["cat", "dog", "owl"], ["ape", "cat", "owl"]), strict=True):
+        client.classes = names  # type: ignore[attr-defined]
+    return FederatedData(None, clients=clients)
+
+
+def deep() -> tuple[Any, Any]:
+    """Images of 16 bits."""
+    from PIL import Image
+
+    image = Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16))
+    return [(image, k % 2) for k in range(20)], [(image, k % 2) for k in range(6)]
+
+
+def many(clients: int = 8) -> FederatedData:
+    """More clients than the default."""
+    return FederatedData(None, clients=[Blobs(12, k) for k in range(clients)])
+
+
+def sharing_tests() -> FederatedData:
+    """Two clients with one test set."""
+    return FederatedData(*pair(), clients=[(range(30), range(30)), (range(30, 60), range(30))])
 
 
 def overlapping() -> FederatedData:
