@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..config.algorithms import ALGORITHMS, ParameterGroup
 from ..config.dataset_info import DatasetInfo
-from ..config.enums import LoadingName
+from ..config.enums import LoadingName, PartitionName
 from ..config.errors import ConfigError, format_option_error
 from ..config.schema import Config
-from ..distributed import collectives
+from ..distributed import collectives, process_group
 from ..runtime.free_memory import free_bytes
 from ..runtime.signals import STOP_SIGNALS
 from .batching import Dataset, Draw, Samples
@@ -195,36 +196,57 @@ class EvaluationSamples:
             yield self.then(samples, part)
 
 
-def is_streamed(
-    config: Config, info: DatasetInfo, sample_bytes: int, device: torch.device, sharing: int
-) -> tuple[bool, str]:
+@dataclass(frozen=True)
+class Need:
+    """The samples that a rank would have in memory, with ``data.loading=device``."""
+
+    info: DatasetInfo
+    sample_bytes: int
+    sizes: Sequence[int] | None = None
+    """Training samples of each client, if they are known; else equal."""
+    is_random: bool = False
+    """Whether training samples change at random, so that they stay on the host as they are read."""
+
+    def bytes(self, config: Config, ranks: int) -> int:
+        """Returns the bytes on the rank that needs the most."""
+        drawn = config.clients_per_round or config.clients
+        hosted = -(-drawn // ranks)
+        if drawn < config.clients:  # those of the last round stay
+            hosted = min(2 * hosted, config.clients)
+        sizes = self.sizes or [-(-self.info.train // config.clients)] * hosted
+        samples = sum(sorted(sizes)[-hosted:])
+        if ALGORITHMS[config.algorithm.name].private - {ParameterGroup.mixing}:
+            has_shift = config.partition.name is PartitionName.feature_shift
+            samples += self.info.test * (2 if has_shift else 1)  # for the clients' models
+        else:
+            evaluated = self.info.test + min(config.eval_train_samples, self.info.train)
+            samples += -(-evaluated // ranks)
+        return samples * self.sample_bytes
+
+
+def is_streamed(config: Config, need: Need, device: torch.device, sharing: int) -> tuple[bool, str]:
     """Returns whether a rank reads its samples batch by batch, and the reason in words.
 
     The same on all ranks.  ``sharing`` ranks share the device's memory.  Raises ``ConfigError`` if
     ``data.loading=device`` needs more memory than there is.
     """
-    clients = config.clients_per_round or config.clients
-    drawn = min(1.0, 2 * clients / config.clients) if clients < config.clients else 1.0
-    ranks = len(collectives.all_gather_object(None))
-    kept = drawn * info.train / min(ranks, clients)
-    kept += (info.test + min(config.eval_train_samples, info.train)) / ranks
-    needed = int(kept * sample_bytes)
-    free = free_bytes(device, sharing)
-    free = min((each for each in collectives.all_gather_object(free) if each), default=None)
+    needed = need.bytes(config, process_group.world_size())
+    device = torch.device("cpu") if need.is_random else device
+    all_free = collectives.all_gather_object(free_bytes(device, sharing))
+    free = min((each for each in all_free if each is not None), default=None)
     sizes = f"{needed / 1e9:.2f} GB of samples on a rank"
     sizes += "" if free is None else f", {free / 1e9:.2f} GB are free"
-    if config.data.loading is LoadingName.stream:
-        return True, sizes
-    fits = free is None or needed <= free
-    if config.data.loading is LoadingName.device and not fits:
-        allowed = f"auto or stream, because device needs {sizes}"
-        error = ConfigError(
-            format_option_error("data.loading", "device", allowed, "use data.loading=stream")
-        )
-        error.on_all_ranks = True
-        raise error
-    is_large = free is not None and needed > _SAFE_SHARE * free
-    return config.data.loading is LoadingName.auto and is_large, sizes
+    if config.data.loading is not LoadingName.auto:
+        is_stream = config.data.loading is LoadingName.stream
+        if not is_stream and free is not None and needed > free:
+            allowed, remedy = f"auto or stream, for device needs {sizes}", "use data.loading=stream"
+            error = ConfigError(format_option_error("data.loading", "device", allowed, remedy))
+            error.on_all_ranks = True
+            raise error
+        return is_stream, sizes
+    if need.is_random and config.data.is_own:
+        return True, "transforms are random"
+    return free is not None and needed > _SAFE_SHARE * free, sizes
 
 
 def is_worker_error(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from ..config.validate_data import own_data_mistakes, partition_mistakes
 from ..data import datasets, loading, own_datasets
 from ..data.batching import Dataset, Samples
 from ..data.client_store import ClientStore
-from ..data.loading import Reader
+from ..data.loading import Need, Reader
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import model_tensors, named_tensors
 from ..evaluation.evaluator import Evaluator
@@ -62,18 +62,19 @@ def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, Opene
     data, dataset = config.data, None
     if data.is_own:
         config, dataset = load_own(config)
-        info, sample_bytes = _info(dataset), dataset.sample_bytes
+        sizes = [len(each) for each in datasets.partition_of(dataset, config)]
+        is_random = dataset.kept is not None
+        need = Need(_info(dataset), dataset.sample_bytes, sizes, is_random)
     else:
-        info = data.info()
-        sample_bytes = math.prod(info.shape) * DTYPES[config.precision].itemsize
-    sharing = placement.ranks_per_device
-    is_streamed, sizes = loading.is_streamed(config, info, sample_bytes, placement.device, sharing)
-    note = ""
+        sample_bytes = math.prod(data.info().shape) * DTYPES[config.precision].itemsize
+        need = Need(data.info(), sample_bytes)
+    sharing, info, note = placement.ranks_per_device, need.info, ""
+    is_streamed, why = loading.is_streamed(config, need, placement.device, sharing)
     if is_streamed or data.is_own or data.loading is not LoadingName.auto:
         how = LoadingName.stream if is_streamed else LoadingName.device
         note = (
             f"data: {info.train} training and {info.test} test samples of shape {info.shape}, "
-            f"{info.classes} classes, {config.clients} clients; data.loading={how} ({sizes})"
+            f"{info.classes} classes, {config.clients} clients; data.loading={how} ({why})"
         )
     return config, OpenedData(dataset, is_streamed, note)
 

@@ -166,9 +166,13 @@ def test_the_need_follows_from_ranks_and_participation() -> None:
     whole = composed("data=synthetic", "clients=10", "eval_train_samples=0")
     few = composed("data=synthetic", "clients=10", "clients_per_round=1", "eval_train_samples=0")
     cpu = torch.device("cpu")
-    sizes = [loading.is_streamed(each, info, 10**7, cpu, 1)[1] for each in (whole, few)]
+    need = loading.Need(info, 10**7)
+    sizes = [loading.is_streamed(each, need, cpu, 1)[1] for each in (whole, few)]
     assert sizes[0].startswith("12.00 GB of samples on a rank")
     assert sizes[1].startswith("4.00 GB of samples on a rank")
+    fedbn = composed("data=synthetic", "clients=4", "algorithm=fedbn")
+    unequal = loading.Need(info, 1, sizes=[10, 500, 20, 470])
+    assert unequal.bytes(fedbn, ranks=2) == 970 + 200
 
 
 def test_a_run_goes_on_with_another_loading(tmp_path: Path) -> None:
