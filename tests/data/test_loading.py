@@ -157,7 +157,9 @@ def test_samples_that_do_not_fit_are_streamed_or_refused(
         return
     with pytest.raises(ConfigError) as caught:
         fedtan_hpc.run(config, callbacks=[])
-    assert str(caught.value).startswith("data.loading=device: allowed is auto or stream, because")
+    assert str(caught.value).startswith(
+        "data.loading=device: allowed is auto or stream, for device needs 0.00 GB"
+    )
     assert not (tmp_path / "run").exists()
 
 
