@@ -31,7 +31,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ..config import path_options
-from ..config.enums import DataName, ModelSource
+from ..config.enums import DataName, ModelSource, PartitionName
 from ..config.errors import ConfigError, FolderInUseError, format_option_error
 from ..config.schema import Config, DataConfig, to_dict
 from ..evaluation.records import Summary
@@ -54,7 +54,9 @@ def name(config: Config) -> Path:
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
     is_target = config.model.source is ModelSource.import_
     network = str(config.model.target).rpartition(":")[2] if is_target else config.model.name
-    counts = f"{config.clients}clients-{config.local_steps}steps-seed{config.seed}"
+    is_natural = config.partition.name is PartitionName.natural  # its clients are not known yet
+    clients = "" if is_natural else f"{config.clients}clients-"
+    counts = f"{clients}{config.local_steps}steps-seed{config.seed}"
     names = (config.algorithm.name, _data_name(config.data), network, config.partition.name)
     return Path("runs") / "-".join([*names, counts, digest])
 

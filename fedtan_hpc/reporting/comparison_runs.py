@@ -19,6 +19,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ..config.enums import PartitionName
 from ..config.errors import ConfigError, check_together, format_option_error
 from ..config.schema import Config, to_dict
 from ..config.validate import check
@@ -84,8 +85,14 @@ def plan(words: Sequence[str]) -> Comparison:
 
 def shared_options(config: Config) -> dict[str, str]:
     """Returns the options in which the runs of a comparison agree, by dotted name."""
-    flat = reports.flat(to_dict(config))
-    return {name: value for name, value in flat if name not in _NOT_SHARED}
+    return _shared(dict(reports.flat(to_dict(config))))
+
+
+def _shared(options: Mapping[str, str]) -> dict[str, str]:
+    """Leaves out the number of natural clients, which a run takes from its data."""
+    is_natural = options["partition.name"] == PartitionName.natural
+    ignored = (*_NOT_SHARED, "clients") if is_natural else _NOT_SHARED
+    return {name: value for name, value in options.items() if name not in ignored}
 
 
 def finished_lines(out: Path, settings: Mapping[str, str]) -> Lines:
@@ -100,8 +107,8 @@ def finished_lines(out: Path, settings: Mapping[str, str]) -> Lines:
 def _label(options: Mapping[str, str], settings: Mapping[str, str]) -> str:
     differing = [
         f"{name.removeprefix('algorithm.')}={value}"
-        for name, value in options.items()
-        if name not in _NOT_SHARED and settings.get(name) != value
+        for name, value in _shared(options).items()
+        if settings.get(name) != value
     ]
     return ", ".join([options["algorithm.name"], *differing])
 
@@ -170,13 +177,13 @@ def _check_settings(comparison: Comparison) -> None:
     if not os.path.exists(path) or not list(comparison.out.glob("runs/*/summary.json")):
         return
     try:
-        saved = reports.read_options(path)
+        saved = _shared(reports.read_options(path))
     except reports.READ_ERRORS as error:
         allowed = "a new folder, or one with a whole settings.yaml"
         message = format_option_error("out", comparison.out, allowed, "choose another")
         raise ConfigError(message) from error
     settings = comparison.settings
-    names = (saved.keys() | settings.keys()) - set(_NOT_SHARED)
+    names = saved.keys() | settings.keys()
     if differing := sorted(name for name in names if saved.get(name) != settings.get(name)):
         allowed = "a new folder, or that of the same options"
         remedy = f"it holds a comparison with another {', '.join(differing)}: choose another"

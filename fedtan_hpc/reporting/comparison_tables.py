@@ -103,8 +103,9 @@ def title(settings: Mapping[str, str]) -> str:
     network = settings["model.name"]
     if settings["model.source"] == ModelSource.import_:
         network = settings["model.target"].rpartition(":")[2]
-    names = ", ".join([settings["data.name"], network, settings["partition.name"]])
-    return f"{names}, {settings['clients']} clients, {settings['local_steps']} local steps"
+    names = [settings["data.name"], network, settings["partition.name"]]
+    clients = [f"{settings['clients']} clients"] if "clients" in settings else []  # not if natural
+    return ", ".join([*names, *clients, f"{settings['local_steps']} local steps"])
 
 
 def _interval(numbers: Sequence[int]) -> str:

@@ -4,8 +4,8 @@
 
 Each folder of ``compare`` is a column, named after the folder.  A cell has the test accuracy after
 the last round in percent, mean ± sample deviation over the seeds.  In brackets, where clients have
-models of their own, follows the accuracy of each on its client's mix of labels.  The order of the
-methods is that of the first folder, best first.  A checkout also has ``python tools/overview.py``.
+models or test samples of their own, follows the mean accuracy on each client's own data.  The order
+of the methods is that of the first folder, best first.  A checkout also has ``tools/overview.py``.
 """
 
 import argparse

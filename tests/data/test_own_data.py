@@ -12,6 +12,7 @@ from torch import nn
 
 import fedtan_hpc
 from fedtan_hpc import cli
+from fedtan_hpc.config.enums import PartitionName
 from fedtan_hpc.config.errors import ConfigError, RunError
 from fedtan_hpc.config.schema import Config, DataConfig
 from fedtan_hpc.data import datasets
@@ -19,6 +20,7 @@ from fedtan_hpc.data.batching import Dataset, Samples
 from fedtan_hpc.data.federated_data import load_own
 from fedtan_hpc.models import small_networks
 from tests.helpers.jobs import state_of
+from fedtan_hpc.job import run_dir
 from tests.helpers.own_data import HERE, write_images
 
 FAST = ["rounds=2", "local_steps=2", "batch_size=8", "eval_every=1", "model=cnn"]
@@ -142,6 +144,27 @@ def test_clients_are_judged_on_their_own_tests(algorithm: str, tmp_path: Path) -
     assert summary.clients_judged == 3
     assert summary.clients_own_mix_accuracy_mean is not None
     assert (summary.clients_test_accuracy_mean is None) == (algorithm == "fedavg")
+
+
+def test_a_finished_run_with_natural_clients_is_shown_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data decide the number of clients, which is not the option's default."""
+    config = imported("sites", "partition=natural", f"run_dir={tmp_path}")
+    first = fedtan_hpc.run(config)
+    assert fedtan_hpc.run(config) == first
+    told = capsys.readouterr().out
+    assert "this run is finished" in told
+    own = f"{100 * (first.clients_own_mix_accuracy_mean or 0):.2f} ± "
+    assert told.count(f"│ on each client's own data │ {own}") == 2
+    assert "which is the" not in told  # there is one global model
+
+
+def test_the_folder_of_a_run_does_not_tell_a_wrong_number_of_clients() -> None:
+    config = imported("sites", "partition=natural")
+    assert "natural-2steps-seed0" in run_dir.name(config).name
+    config.partition.name = PartitionName.iid
+    assert "iid-5clients-2steps-seed0" in run_dir.name(config).name
 
 
 def test_the_target_gets_its_options_the_seed_and_the_root(tmp_path: Path) -> None:

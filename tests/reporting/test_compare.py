@@ -199,6 +199,27 @@ def test_a_method_with_options_and_one_that_fails(
     assert f"| fedbn | 1 | {100 * last['test_accuracy']:.1f} | {own:.1f} |" in text
 
 
+def test_natural_clients_with_test_samples_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of clients, which the data decide, does not tell runs apart."""
+    words = ["methods=[fedbn,fedavg]", "seeds=[0]", *SHORT, "model=cnn", f"out={tmp_path}"]
+    words += ["data=import", "data.target=tests.helpers.own_data:sites", "partition=natural"]
+    compare.main(words)
+    before = times(tmp_path)
+    compare.main(words)
+    assert times(tmp_path) == before
+    text = (tmp_path / "compare.md").read_text()
+    assert text.startswith("# import, cnn, natural, 1 local steps\n")
+    assert "| clients' own accuracy, % |" in text
+    for name in ("fedbn", "fedavg"):
+        last = records(tmp_path / "runs" / f"{name}-seed0")[-1]
+        own = 100 * last["clients_own_mix_accuracy_mean"]
+        assert f"| {name} | 1 | {100 * last['test_accuracy']:.1f} | {own:.1f} |" in text
+    assert "\nfedbn: there is no one global model" in text
+    assert "Run by other commands" not in text
+
+
 def on_each_rank(words: list[str]) -> str:
     """What a rank prints."""
     import torch.distributed as dist
