@@ -13,22 +13,19 @@ _INTRODUCTION = """# Options
 This page is for everyone who starts a job: it lists each option with its default, its allowed
 values and its meaning. `python -m fedtan_hpc --help=GROUP` shows the same in a terminal.
 
-- An option is written `name=value`, as in `rounds=20 optimizer.lr=0.05`. The part of a name before
-  the dot is the option's group.
+- An option is written `name=value`, as in `rounds=20` or (of a group) `optimizer.lr=0.05`.
 - `algorithm=`, `data=`, `model=`, `partition=` and `launch=` choose a file of `conf/`, which sets
-  options of its group: `algorithm=fedavg` sets `algorithm.name`. `experiment=` chooses a file with
-  options of all groups: `quick`, `digits_shards`, `fashion_shards` and three `paper_...`.
-- A list is written `data.shape=[3,32,32]`, and `null` means that an option has no value.
-- The shell needs quotes around spaces and brackets: `'lr_schedule.milestones=[60,80]'`.
+  options of its group: `algorithm=fedavg` sets `algorithm.name`. `experiment=` sets options of all
+  groups: `quick`, `digits_shards`, `fashion_shards`, `scanners` and three `paper_...`.
+- A list is written `data.shape=[3,32,32]`; `null` means no value. The shell needs quotes around
+  spaces and brackets: `'lr_schedule.milestones=[60,80]'`.
 - With `-m`, commas make a sweep: `-m algorithm=fedtan,fedavg seed=0,1,2` runs six jobs in turn.
 - `--config-dir DIR experiment=NAME` reads your file `DIR/experiment/NAME.yaml`. It begins with the
   line `# @package _global_` and has options in YAML.
-- `run_dir`, `resume`, `data.root` and `launch.folder` are paths. They arrive as the shell hands
-  them over, with any letters, and `~` is the home folder. In a sweep, a path with a comma needs
-  further quotes: `run_dir="'a,b'"`.
-- `--cfg job` shows the values of all options for a command line, and trains nothing.
-- A mistake is one line with the option, its value, the allowed values and a remedy. The exit code
-  is 2; torchrun turns it into 1.
+- `run_dir`, `resume`, `data.root` and `launch.folder` are paths with any letters; `~` is the home
+  folder. In a sweep, a path with a comma needs further quotes: `run_dir="'a,b'"`.
+- `--cfg job` shows the values of all options, and trains nothing.
+- A mistake is one line with option, value, allowed values and remedy; exit code 2 (torchrun: 1).
 """
 
 

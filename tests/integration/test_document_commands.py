@@ -224,13 +224,30 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     for name in ("tools", "slurm", "conf"):
         (tmp_path / name).symlink_to(commands.ROOT / name)
     (tmp_path / "docs").mkdir()
-    for block in to_run(page):
+    run_blocks(to_run(page), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_example_with_hugging_face_runs(tmp_path: Path) -> None:
+    """Its commands are bash, because they need one more package."""
+    pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[huggingface]'")
+    text = read(commands.ROOT / "docs" / "own_data.md")
+    _, text = text.split("\n## A data set of Hugging Face\n")
+    found = blocks(text.split("\n## ")[0], "python", "bash")
+    assert [block.language for block in found] == ["python", "python", "bash"]
+    run_blocks(found, tmp_path)
+
+
+def run_blocks(found: list[Block], folder: Path) -> None:
+    """Writes programs to files, and runs commands."""
+    for block in found:
         if block.language == "python":
             if (file := documents.program(block)) is not None:
-                (tmp_path / file).write_text(block.text, encoding="utf-8")
+                (folder / file).write_text(block.text, encoding="utf-8")
             continue
         for line in documents.lines_of(block):
-            done = run(shortened(line), tmp_path)
+            done = run(shortened(line), folder)
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr}"
             losses = re.findall(r"^training loss (\d\.\d+)$", done.stdout, flags=re.MULTILINE)
             assert all(float(loss) < 0.6 for loss in losses), line

@@ -57,6 +57,13 @@ EXPECTED = {
         "eval_every": "10",
     },
     "digits_shards": {},
+    "scanners": {
+        "partition.name": "natural",
+        "data.name": "folder",
+        "data.root": "data/scanners",
+        "rounds": "150",
+        "lr_schedule.milestones": "[100]",
+    },
     "quick": {"rounds": "10", "eval_every": "1"},
 }
 
@@ -74,7 +81,8 @@ def test_all_are_known_here() -> None:
 def test_an_experiment_is_valid_and_has_its_settings(name: str) -> None:
     config = composed(f"experiment={name}")
     check(config)
-    assert config.partition.shard_classes(config.clients, config.data.info().classes) == 2
+    if not config.data.is_own:
+        assert config.partition.shard_classes(config.clients, config.data.info().classes) == 2
     default = dict(reports.flat(to_dict(Config())))
     assert dict(reports.flat(to_dict(config))) == {**default, **EXPECTED[name]}
 
