@@ -195,9 +195,9 @@ def as_tensors(value: Any) -> Any:
         value = np.asarray(value)
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3):
-            return torch.from_numpy(np.ascontiguousarray(value))
+            return _tensor(value)
         pixels = value[:, :, np.newaxis] if value.ndim == 2 else value
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return _tensor(pixels.transpose(2, 0, 1))
     if isinstance(value, dict):
         return {name: as_tensors(value[name]) for name in sorted(value)}
     if isinstance(value, tuple | list):
@@ -208,3 +208,8 @@ def as_tensors(value: Any) -> Any:
         f"the input has a {type(value).__name__}: allowed are tensors, arrays, PIL images, "
         "and dicts and tuples of these"
     )
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    """Returns an array as a tensor; copies one that is read-only, which torch would warn of."""
+    return torch.from_numpy(np.require(values, requirements=("C", "W")))

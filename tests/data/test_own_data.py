@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import fedtan_hpc
@@ -16,11 +18,13 @@ from fedtan_hpc.config.enums import PartitionName
 from fedtan_hpc.config.errors import ConfigError, RunError
 from fedtan_hpc.config.schema import Config, DataConfig
 from fedtan_hpc.data import datasets
+from fedtan_hpc.data.augmentation import ImageSteps
 from fedtan_hpc.data.batching import Dataset, Samples
-from fedtan_hpc.data.federated_data import load_own
+from fedtan_hpc.data.federated_data import Piece, load_own
+from fedtan_hpc.data.items import ItemReader
+from fedtan_hpc.job import run_dir
 from fedtan_hpc.models import small_networks
 from tests.helpers.jobs import state_of
-from fedtan_hpc.job import run_dir
 from tests.helpers.own_data import HERE, write_images
 
 FAST = ["rounds=2", "local_steps=2", "batch_size=8", "eval_every=1", "model=cnn"]
@@ -57,6 +61,21 @@ def test_arrays_and_images_train(kind: str, tmp_path: Path) -> None:
     config = imported("pair", f"data.options={{kind: {kind}}}", "partition=iid")
     summary = trained(config, tmp_path)
     assert summary.test_loss < 3
+
+
+def test_inputs_that_are_read_only_become_tensors_of_their_own() -> None:
+    """Such as grey images of PIL, and files that are mapped into memory."""
+    frozen = np.arange(30, dtype=np.uint8).reshape(5, 6)
+    frozen.flags.writeable = False
+    numbers = frozen.astype(np.float32)
+    numbers.flags.writeable = False
+    for value in (frozen, numbers, Image.fromarray(frozen)):
+        reader = ItemReader([Piece("train", [(value, 0)])], ImageSteps(None, None, None), 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reader.find_kind(0)
+            read = reader.batch(np.array([0]), None)
+        assert np.array_equal(read.reshape(5, 6).numpy(), frozen)
 
 
 @pytest.mark.parametrize("kind", ["dict", "tuple"])
