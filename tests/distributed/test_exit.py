@@ -1,0 +1,46 @@
+"""The end of a loop of one's own: no thread of a collective may need Python while Python ends.
+
+Such a thread would be ended inside C++, which aborts the process ("terminate called without an
+active exception").  Without its last line the loop below aborts so, with torch 2.13.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import commands
+
+LOOP = """
+import sys, time
+import torch, torch.distributed as dist
+import fedtan_hpc
+
+class Slow:
+    def __del__(self, sleep=time.sleep):  # Python takes long to end
+        sleep(2)
+
+slow = Slow()
+dist.init_process_group("gloo")
+model = fedtan_hpc.convert_batchnorm(torch.nn.BatchNorm1d(3))
+with fedtan_hpc.federated_statistics(model, 0.5):
+    model(torch.randn(4, 3)).sum().backward()
+fedtan_hpc.average_model(model, 0.5)
+dist.barrier()
+if dist.get_rank() == 1:
+    time.sleep(1)
+work = dist.all_reduce(torch.ones(3), async_op=True)
+if dist.get_rank() == 1:
+    work.wait()
+work.get_future().then(lambda _: None)  # runs when the other rank comes
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_loop_that_destroys_its_process_group_ends_without_an_abort(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(LOOP)
+    done = commands.run("torchrun", "--nproc-per-node=2", "loop.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "terminate called" not in done.stderr
