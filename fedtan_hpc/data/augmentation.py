@@ -73,8 +73,7 @@ class AugmentationParams:
     def apply(self, step: int, inputs_BCHW: Tensor) -> Tensor:
         """Returns the batch of local step ``step``, 0 to E - 1, flipped and cropped."""
         if self.flips_EB is not None:
-            flips_B111 = self.flips_EB[step, :, None, None, None]
-            inputs_BCHW = torch.where(flips_B111, inputs_BCHW.flip(-1), inputs_BCHW)
+            inputs_BCHW = _mirrored(inputs_BCHW, self.flips_EB[step])
         if self.offsets_EB2 is not None:
             inputs_BCHW = crop_images(inputs_BCHW, self.offsets_EB2[step], self.padding)
         return inputs_BCHW
@@ -85,6 +84,13 @@ def augmentation_of(config: DataConfig) -> Augmentation | None:
     if not config.flip and not config.crop_padding:
         return None
     return Augmentation(config.flip, config.crop_padding)
+
+
+def _mirrored(inputs_BCHW: Tensor, flips_B: Tensor) -> Tensor:
+    if flips_B.device.type == "cpu":  # image by image: a whole batch does not fit the CPU's cache
+        pairs = zip(inputs_BCHW, flips_B.tolist(), strict=True)
+        return torch.stack([image.flip(-1) if flip else image for image, flip in pairs])
+    return torch.where(flips_B[:, None, None, None], inputs_BCHW.flip(-1), inputs_BCHW)
 
 
 def crop_images(inputs_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
