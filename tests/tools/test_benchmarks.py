@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from bench import benchmark, convolutions, rounds
+from bench import benchmark, convolutions, processes, rounds
 from fedtan_hpc.reporting import options
 from tests.helpers import commands
 from tests.helpers.ranks import on_ranks
@@ -108,9 +111,41 @@ def test_sums_of_every_size_are_timed(tmp_path: Path) -> None:
         assert len(row["all_us"]) == 2
 
 
+@pytest.mark.slow
+def test_streamed_images_are_timed_beside_torchs_loader(tmp_path: Path) -> None:
+    words = ("images=40", "batch_size=4", "local_steps=2", "repeats=1", "data.image_size=16")
+    tool = commands.tool("bench_loading.py")
+    done = commands.forked("python", tool, *words, "workers=[1,2]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    ways = [(row["way"], row["workers"]) for row in found["results"]]
+    assert ways == [("plain", 1), ("streamed", 1), ("plain", 2), ("streamed", 2)]
+    for row in found["results"]:
+        assert row["images_per_second"] > 0
+        assert row["together_MB"] > row["workers_MB"] > 1
+        assert row["rank_MB"] > 50
+    assert found["setting"]["image_size"] == 16
+    assert "| streamed | 2 |" in done.stderr
+
+
+def test_the_memory_of_workers_is_read_while_they_live() -> None:
+    peaks, sleep = processes.MemoryPeaks(), "import time; time.sleep(60)"
+    peaks.start()
+    worker = subprocess.Popen([sys.executable, "-c", f"a = b'1' * 50_000_000; {sleep}"])
+    while peaks.workers < 50e6:
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    peaks.finish()
+    assert peaks.everything > peaks.workers
+    assert worker.pid not in processes.children()
+
+
 @pytest.mark.parametrize(
     ("tool", "word"),
     [
+        ("bench_loading.py", "workers=[0]"),
+        ("bench_loading.py", "images=none"),
         ("bench_round.py", "backends=[tcp]"),
         ("bench_round.py", "repeats=0"),
         ("bench_round.py", "rounds=0"),
