@@ -16,7 +16,8 @@ values and its meaning. `python -m fedtan_hpc --help=GROUP` shows the same in a 
 - An option is written `name=value`, as in `rounds=20` or (of a group) `optimizer.lr=0.05`.
 - `algorithm=`, `data=`, `model=`, `partition=` and `launch=` choose a file of `conf/`, which sets
   options of its group: `algorithm=fedavg` sets `algorithm.name`. `experiment=` sets options of all
-  groups: `quick`, `digits_shards`, `fashion_shards`, `scanners` and three `paper_...`.
+  groups: `quick`, `digits_shards`, `fashion_shards`, `scanners`, `imagenet_resnet50`
+  and three `paper_...`.
 - A list is written `data.shape=[3,32,32]`; `null` means no value. The shell needs quotes around
   spaces and brackets: `'lr_schedule.milestones=[60,80]'`.
 - With `-m`, commas make a sweep: `-m algorithm=fedtan,fedavg seed=0,1,2` runs six jobs in turn.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from bench import loaders
 from fedtan_hpc import cli
+from fedtan_hpc.config.enums import PartitionName
 from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.config.schema import Config, OptimizerConfig, to_dict
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.reporting import reports
 from tests.helpers import commands
+from tests.helpers.jobs import rounds_of
 
 NAMES = sorted(path.stem for path in (commands.ROOT / "conf" / "experiment").glob("*.yaml"))
 
@@ -65,7 +70,33 @@ EXPECTED = {
         "lr_schedule.milestones": "[100]",
     },
     "quick": {"rounds": "10", "eval_every": "1"},
+    "imagenet_resnet50": {
+        "data.name": "folder",
+        "data.root": "images",
+        "data.loading": "stream",
+        "data.image_size": "224",
+        "data.resize": "256",
+        "data.random_resized_crop": "True",
+        "data.flip": "True",
+        "data.normalisation": "imagenet",
+        "model.source": "torchvision",
+        "model.name": "resnet50",
+        "partition.name": "dirichlet",
+        "optimizer.lr": "0.025",
+        "optimizer.momentum": "0.9",
+        "optimizer.weight_decay": "0.0001",
+        "lr_schedule.milestones": "[15000, 30000]",
+        "lr_schedule.gamma": "0.1",
+        "precision": "bfloat16",
+        "clients": "8",
+        "rounds": "45000",
+        "local_steps": "5",
+        "batch_size": "64",
+        "eval_every": "500",
+    },
 }
+NEEDED = {"imagenet_resnet50": ("data.root=images",)}
+"""What the user must name."""
 
 
 def composed(*words: str) -> Config:
@@ -79,12 +110,31 @@ def test_all_are_known_here() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_is_valid_and_has_its_settings(name: str) -> None:
-    config = composed(f"experiment={name}")
+    config = composed(f"experiment={name}", *NEEDED.get(name, ()))
     check(config)
-    if not config.data.is_own:
+    if config.partition.name is PartitionName.shards:
         assert config.partition.shard_classes(config.clients, config.data.info().classes) == 2
     default = dict(reports.flat(to_dict(Config())))
     assert dict(reports.flat(to_dict(config))) == {**default, **EXPECTED[name]}
+
+
+@pytest.mark.slow
+def test_a_large_network_trains_on_a_folder_of_photographs(tmp_path: Path) -> None:
+    """The experiment's network, precision and stream on two ranks; images are small."""
+    loaders.write_images(tmp_path / "images", 48)
+    words = ["experiment=imagenet_resnet50", f"data.root={tmp_path / 'images'}", "clients=2"]
+    words += ["data.image_size=64", "data.resize=72", "batch_size=2", "local_steps=1", "rounds=2"]
+    words += ["eval_every=2", "data.workers=1", "eval_train_samples=4"]
+    done = commands.run(
+        *("torchrun", "--nproc-per-node", "2", "-m", "fedtan_hpc", *words, "run_dir=out"),
+        cwd=tmp_path,
+        seconds=110,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "data.loading=stream" in done.stdout
+    last = rounds_of(tmp_path / "out")[-1]
+    assert last["round"] == 2
+    assert math.isfinite(last["test_loss"])
 
 
 def test_the_command_line_wins() -> None:
