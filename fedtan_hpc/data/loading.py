@@ -4,7 +4,6 @@ A request is one batch of a step in training, or of an evaluation.  The workers 
 ``DataLoader``; what they read does not depend on their number.  Used by ``client_store``.
 """
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,9 +17,10 @@ from torch.utils.data import DataLoader
 from ..config.algorithms import ALGORITHMS, ParameterGroup
 from ..config.dataset_info import DatasetInfo
 from ..config.enums import LoadingName, PartitionName
-from ..config.errors import ConfigError, format_option_error
+from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
 from ..distributed import collectives, process_group
+from ..runtime import launcher_env
 from ..runtime.free_memory import free_bytes
 from ..runtime.signals import STOP_SIGNALS
 from .batching import Dataset, Draw, Samples
@@ -68,9 +68,11 @@ class Reader:
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Samples]:
         """Reads batches for evaluation, one after another."""
-        workers = min(self._workers, len(requests))
-        for _, result in self._loader(requests, workers):
-            yield self._sent(result)
+        # A worker's start takes longer than what it reads beside the rank, if that is one batch.
+        workers = min(self._workers, len(requests)) if len(requests) > 1 else 0
+        results = iter(self._loader(requests, workers))
+        for _ in requests:
+            yield self._sent(_next(results)[1])
 
     def close(self) -> None:
         """Ends the workers."""
@@ -83,7 +85,7 @@ class Reader:
             self._iterator = iter(self._loader(self._from_round(draw.round), self._workers))
         while draw not in self._ready:
             try:
-                found, result = next(self._iterator)
+                found, result = _next(self._iterator)
             except StopIteration:
                 self._iterator = None
                 return None
@@ -103,7 +105,7 @@ class Reader:
         options: dict[str, Any] = {}
         if workers:  # forked: what reads the data need not be picklable
             options = {"multiprocessing_context": "fork", "worker_init_fn": _begin_worker}
-        return DataLoader(
+        return _Loader(
             _Requests(self._dataset),
             batch_size=None,
             sampler=requests,
@@ -119,6 +121,11 @@ class Reader:
         return Samples(*result).to(self.device, self._dtype)
 
 
+class _Loader(DataLoader[Any]):
+    def check_worker_number_rationality(self) -> None:
+        """Is silent where torch warns, at each evaluation, of more workers than CPUs."""
+
+
 class _Requests(torch.utils.data.Dataset[Any]):
     """Reads a batch for each request; returns errors, of which torch would print a traceback."""
 
@@ -130,6 +137,14 @@ class _Requests(torch.utils.data.Dataset[Any]):
             return request.draw, _read(self._dataset, request)
         except DataError as error:
             return request.draw, error
+
+
+def _next(results: Iterator[Any]) -> Any:
+    """Returns the next result; raises torch's kind of error also where torch lets others pass."""
+    try:
+        return next(results)
+    except (OSError, EOFError) as error:  # the worker died while it handed over a batch
+        raise RuntimeError(f"DataLoader worker has died: {one_line(error)}") from error
 
 
 def _read(dataset: Dataset, request: Request) -> tuple[Any, Tensor]:
@@ -254,9 +269,8 @@ def is_worker_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
-def workers_of(config: Config, ranks_on_node: int) -> int:
+def workers_of(config: Config) -> int:
     """Returns ``data.workers``; by default one CPU of a rank is left for the rank itself."""
     if config.data.workers is not None:
         return config.data.workers
-    cpus = len(os.sched_getaffinity(0)) // max(1, ranks_on_node)
-    return max(1, min(8, cpus - 1))
+    return max(1, min(8, launcher_env.cpus_of_rank() - 1))

@@ -76,6 +76,7 @@ def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, Opene
             f"data: {info.train} training and {info.test} test samples of shape {info.shape}, "
             f"{info.classes} classes, {config.clients} clients; data.loading={how} ({why})"
         )
+        note += f", data.workers={loading.workers_of(config)}" if is_streamed else ""
     return config, OpenedData(dataset, is_streamed, note)
 
 
@@ -113,7 +114,7 @@ def prepare(
         config, opened = open_data(config, placement)
     dataset = opened.dataset or datasets.load(config.data, config.seed)
     indices = datasets.partition_of(dataset, config)
-    workers = loading.workers_of(config, placement.ranks_per_device) if opened.is_streamed else 0
+    workers = loading.workers_of(config) if opened.is_streamed else 0
     reader = Reader(dataset, device, dtype, workers)
     store = ClientStore(dataset, indices, reader, config, opened.is_streamed)
     model = network(config, dataset.shape, dataset.classes).to(device, dtype)

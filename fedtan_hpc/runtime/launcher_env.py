@@ -156,13 +156,26 @@ def threads(wanted: int | None, variables: Mapping[str, str] = os.environ) -> in
     is the limit there.  Raises ``ConfigError`` if ``wanted`` exceeds the CPUs of this rank.
     """
     per_task = _number("SLURM_CPUS_PER_TASK", variables)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = min(usable or 1, per_task or usable or 1)
+    usable = _usable_cpus()
+    most = min(usable, per_task or usable)
     if wanted is not None and wanted > most:
         allowed = f"1 to {most}, the CPUs that this rank may use"
         remedy = "ask SLURM for more with --cpus-per-task" if per_task else f"set threads={most}"
         raise ConfigError(format_option_error("threads", wanted, allowed, remedy))
     return wanted or (most if per_task else 1)
+
+
+def cpus_of_rank(variables: Mapping[str, str] = os.environ) -> int:
+    """Returns the CPUs of this rank: those of SLURM's task, else its share of those of the node."""
+    if per_task := _number("SLURM_CPUS_PER_TASK", variables):
+        return min(per_task, _usable_cpus())
+    return max(1, _usable_cpus() // detect(variables).local_world_size)
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def has_gpus_per_task(variables: Mapping[str, str] = os.environ) -> bool:

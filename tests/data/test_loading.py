@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import fedtan_hpc
+from bench import processes
 from fedtan_hpc.config.dataset_info import DatasetInfo
 from fedtan_hpc.config.errors import ConfigError, RunError
 from fedtan_hpc.config.schema import Config
-from fedtan_hpc.data import loading
+from fedtan_hpc.data import datasets, loading
 from fedtan_hpc.data.batching import Draw, Samples
 from fedtan_hpc.evaluation.callbacks import RoundCallback
 from fedtan_hpc.evaluation.records import RoundRecord
 from fedtan_hpc.job import run_dir
 from tests.data.test_own_data import composed, imported
+from tests.helpers import commands
 from tests.helpers.jobs import rounds_of, run_until, same_bits
 from tests.helpers.own_data import HERE
 
@@ -125,6 +129,90 @@ class Kill(RoundCallback):
 STREAMED = [*SITES, "data.loading=stream", "data.workers=1", "rounds=200", "eval_every=500"]
 
 
+class Fail(RoundCallback):
+    """Fails, or asks to stop, after a round."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def round_ended(self, record: RoundRecord) -> None:
+        if record.round == 2 and self.how == "callback":
+            raise ValueError("no")
+        if record.round == 2 and self.how == "interrupt":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["end", "callback", "interrupt", "loss"])
+def test_no_worker_and_no_file_stays_open_after_a_run(how: str, tmp_path: Path) -> None:
+    """Also while the caller keeps the error, which refers to the run."""
+    files = len(os.listdir("/proc/self/fd"))
+    before, errors = processes.children(), []
+    words = [*SITES, "data.loading=stream", "data.workers=3", "rounds=4", "eval_every=2"]
+    words += ["optimizer.lr=1e30"] if how == "loss" else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # also torch's, of more workers than CPUs
+        try:
+            fedtan_hpc.run(composed(*words, f"run_dir={tmp_path}"), callbacks=[Fail(how)])
+        except (RunError, KeyboardInterrupt) as error:
+            errors.append(error)
+    assert len(errors) == (how != "end")
+    assert set(processes.children()) <= set(before)
+    assert len(os.listdir("/proc/self/fd")) <= files
+
+
+def test_a_single_batch_is_evaluated_without_a_worker(tmp_path: Path) -> None:
+    config = composed("data=synthetic", "data.samples=200", "data.shape=[3,8,8]")
+    dataset = datasets.load(config.data, 0)
+    reader = loading.Reader(dataset, torch.device("cpu"), torch.float32, 2)
+    before = set(processes.children())
+    for number, workers in ((1, 0), (2, 2)):
+        requests = [loading.Request(dataset.test[:3], None)] * number
+        batches = reader.batches(requests)
+        next(batches)
+        assert len(set(processes.children()) - before) == workers
+        assert len(list(batches)) == number - 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "workers"),
+    [
+        ({}, 8),
+        ({"SLURM_CPUS_PER_TASK": "4"}, 3),
+        ({"SLURM_CPUS_PER_TASK": "1"}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, 3),
+    ],
+)
+def test_the_ranks_of_a_node_share_its_cpus(
+    variables: dict[str, str], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_CPUS_PER_TASK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert loading.workers_of(composed("data=synthetic")) == workers
+
+
+@pytest.mark.slow
+def test_a_set_of_20_gigabytes_is_streamed_in_little_memory(tmp_path: Path) -> None:
+    """Samples take 24 GB; rank and workers together need less than 2 GB."""
+    words = ["data=synthetic", "data.samples=50000", "data.shape=[3,224,224]", "partition=iid"]
+    words += ["model=import", "model.target=bench.loaders:tiny", "data.workers=1", "batch_size=8"]
+    words += ["clients=4", "local_steps=2", "rounds=2", "eval_every=2", "eval_train_samples=16"]
+    script = tmp_path / "job.py"
+    script.write_text(
+        f"import sys\nsys.path.append({str(commands.ROOT / 'tools')!r})\n"
+        "from bench import processes\nfrom fedtan_hpc import cli\n"
+        "peaks = processes.MemoryPeaks()\npeaks.start()\n"
+        "try:\n    cli.main()\nfinally:\n    peaks.finish()\n    print(peaks.everything)\n"
+    )
+    options = ("data.test_samples=16", "data.loading=stream", f"run_dir={tmp_path / 'run'}")
+    done = commands.run("python", str(script), *words, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.partition("data.loading=stream (")[2].split()[0]) > 20
+    assert 2e8 < int(done.stdout.split()[-1]) < 2e9
+
+
 def killed(folder: str, number: int, rounds: int) -> str:
     config = composed(*STREAMED, f"rounds={rounds}", f"run_dir={folder}")
     try:
@@ -139,6 +227,19 @@ def test_a_worker_that_dies_is_one_line(tmp_path: Path) -> None:
     assert message.startswith("rank 0, round ")
     assert "DataLoader worker" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError()]
+)
+def test_a_worker_that_dies_in_the_middle_is_named_too(error: Exception) -> None:
+    def results() -> Iterator[object]:
+        raise error
+        yield
+
+    with pytest.raises(RuntimeError) as caught:
+        loading._next(results())
+    assert loading.is_worker_error(caught.value)
 
 
 def test_workers_outlive_the_signals_of_a_batch_system(tmp_path: Path) -> None:
