@@ -199,9 +199,9 @@ def test_a_set_of_20_gigabytes_is_streamed_in_little_memory(tmp_path: Path) -> N
     words = ["data=synthetic", "data.samples=50000", "data.shape=[3,224,224]", "partition=iid"]
     words += ["model=import", "model.target=bench.loaders:tiny", "data.workers=1", "batch_size=8"]
     words += ["clients=4", "local_steps=2", "rounds=2", "eval_every=2", "eval_train_samples=16"]
+    (tmp_path / "bench").symlink_to(commands.ROOT / "tools" / "bench")
     script = tmp_path / "job.py"
     script.write_text(
-        f"import sys\nsys.path.append({str(commands.ROOT / 'tools')!r})\n"
         "from bench import processes\nfrom fedtan_hpc import cli\n"
         "peaks = processes.MemoryPeaks()\npeaks.start()\n"
         "try:\n    cli.main()\nfinally:\n    peaks.finish()\n    print(peaks.everything)\n"
