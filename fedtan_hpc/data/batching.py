@@ -16,7 +16,7 @@ from ..config.schema import Config
 from ..runtime import random_streams
 from .partition import Indices
 
-_EVALUATION_VALUES = 2**24
+_EVALUATION_VALUES = 2**22
 """Most input values of an evaluation batch."""
 _EVALUATION_BATCH = 1024
 """Most samples of an evaluation batch."""
