@@ -69,6 +69,7 @@ def test_every_choice_composes_to_valid_options(
         "data=import": ["data.target=my_data:hospitals"],
         "data=folder": ["data.root=scans"],
         "partition=natural": ["data=folder", "data.root=scans"],
+        "experiment=imagenet_resnet50": ["data.root=images"],
     }
     word = f"{group}={choice}"
     [config] = composed(monkeypatch, word, *needed.get(word, []))
