@@ -61,7 +61,11 @@ def run(config: Config, folder: str) -> None:
     fedtan_hpc.run(config, callbacks=[])
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+FAST = ("plain", "drawn")
+CASES = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in SETTINGS]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_models_are_equal_whatever_the_loading(name: str, tmp_path: Path) -> None:
     words = SETTINGS[name]
     ways = {"device": ["data.loading=device"]}
