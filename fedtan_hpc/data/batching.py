@@ -120,6 +120,8 @@ class Dataset:
     """Returns inputs on the CPU: with random transforms for a training step, or without."""
     kept: KeptItems | None = None
     """What holds samples before random transforms; None if no transform is random."""
+    begin_reading: Callable[[], None] | None = None
+    """What all ranks call together before they read; None if there is nothing to do."""
     clients: Sequence[Indices] | None = None
     """Training samples of each natural client, if there are such."""
     client_tests: Mapping[int, Indices] = field(default_factory=dict)

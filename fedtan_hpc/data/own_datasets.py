@@ -5,6 +5,7 @@ The ranks share the reading that is needed beforehand, of targets and of pixels:
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ _MOMENT_SAMPLES = 1000
 def load(config: DataConfig, seed: int) -> Dataset:
     """Opens the data, reads targets where the data do not list them, and the first sample.
 
-    All ranks call it together.  Raises ``ConfigError`` on all of them for what is wrong.
+    All ranks call it together, and ``begin_reading`` of the result before they read.  Raises
+    ``ConfigError`` on all of them for what is wrong.
     """
     own, steps = _shared_open(config, seed)
     reader = ItemReader(own.pieces, steps, seed)
@@ -42,11 +44,11 @@ def load(config: DataConfig, seed: int) -> Dataset:
     [kind] = _shared(
         config, lambda _: [reader.find_kind(int(train[0]))], train[:1], "", on_all=True
     )
-    normalise = _normaliser(config, reader, train)
+    pixels = _Pixels(config, reader, train)
 
     def read(indices: Indices, draw: Draw | None) -> Any:
         inputs = reader.batch(indices, draw)
-        return inputs if normalise is None else normalise(inputs)
+        return pixels.normalised(inputs) if kind.is_image else inputs
 
     return Dataset(
         labels_N,
@@ -55,6 +57,7 @@ def load(config: DataConfig, seed: int) -> Dataset:
         kind.shape,
         classes,
         read,
+        begin_reading=pixels.measure if kind.is_image else None,
         kept=reader if steps.are_random else None,
         clients=clients,
         client_tests=client_tests,
@@ -165,29 +168,38 @@ def check_clients(clients: Sequence[Indices]) -> None:
             raise _on_all_ranks(ConfigError(message))
 
 
-def _normaliser(
-    config: DataConfig, reader: ItemReader, train: Indices
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Returns the normalisation of batches of images; None if the inputs are no images."""
-    kind = reader.kind
-    assert kind is not None
-    if not kind.is_image:
-        return None
-    channels = kind.shape[0]
-    counts_CV = np.zeros((channels, 256), dtype=np.int64)
-    if config.normalisation is NormalisationName.imagenet and channels != 3:
-        option, allowed = (
-            "data.normalisation",
-            f"training or none with images of {channels} channels",
-        )
-        message = format_option_error(option, "imagenet", allowed, "leave it out")
-        raise _on_all_ranks(ConfigError(message))
-    if config.normalisation is NormalisationName.training:
-        spread = train[np.linspace(0, len(train) - 1, min(len(train), _MOMENT_SAMPLES)).astype(int)]
-        counts = _shared(config, lambda part: _counts(reader, part), spread, "reading pixels")
-        counts_CV = np.sum(counts, axis=0)
-    moments = image_files.moments(counts_CV, config.normalisation)
-    return lambda pixels: torch.from_numpy(image_files.normalised(pixels.numpy(), *moments))
+class _Pixels:
+    """The normalisation of images."""
+
+    def __init__(self, config: DataConfig, reader: ItemReader, train: Indices) -> None:
+        self._config, self._reader, self._train = config, reader, train
+        self._moments: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None
+
+    def measure(self) -> None:
+        """Computes mean and deviation of the training images, of which each rank reads a part.
+
+        Raises ``ConfigError`` on all ranks.
+        """
+        config, train = self._config, self._train
+        assert self._reader.kind is not None
+        channels = self._reader.kind.shape[0]
+        counts_CV = np.zeros((channels, 256), dtype=np.int64)
+        if config.normalisation is NormalisationName.imagenet and channels != 3:
+            allowed = f"training or none with images of {channels} channels"
+            name = "data.normalisation"
+            message = format_option_error(name, "imagenet", allowed, "leave it out")
+            raise _on_all_ranks(ConfigError(message))
+        if config.normalisation is NormalisationName.training:
+            spread = np.linspace(0, len(train) - 1, min(len(train), _MOMENT_SAMPLES)).astype(int)
+            read = partial(_counts, self._reader)
+            counts = _shared(config, read, train[spread], "reading pixels")
+            counts_CV = np.sum(counts, axis=0)
+        self._moments = image_files.moments(counts_CV, config.normalisation)
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Returns pixels of bytes minus the mean, over the deviation."""
+        assert self._moments is not None, "begin_reading comes first"
+        return torch.from_numpy(image_files.normalised(pixels.numpy(), *self._moments))
 
 
 def _counts(reader: ItemReader, part: Indices) -> list[npt.NDArray[np.int64]]:

@@ -70,6 +70,8 @@ def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, Opene
         need = Need(data.info(), sample_bytes)
     sharing, info, note = placement.ranks_per_device, need.info, ""
     is_streamed, why = loading.is_streamed(config, need, placement.device, sharing)
+    if dataset is not None and dataset.begin_reading is not None:
+        dataset.begin_reading()
     if is_streamed or data.is_own or data.loading is not LoadingName.auto:
         how = LoadingName.stream if is_streamed else LoadingName.device
         note = (

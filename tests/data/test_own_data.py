@@ -53,7 +53,10 @@ def mistake_of(config: Config, folder: Path, kind: type[Exception] = ConfigError
 
 def loaded(name: str, **options: Any) -> Dataset:
     target = f"{HERE}:{name}"
-    return datasets.load(DataConfig(name="import", target=target, **options), seed=0)  # type: ignore[arg-type]
+    dataset = datasets.load(DataConfig(name="import", target=target, **options), seed=0)  # type: ignore[arg-type]
+    if dataset.begin_reading is not None:
+        dataset.begin_reading()
+    return dataset
 
 
 @pytest.mark.parametrize("kind", ["bytes", "image", "array"])
