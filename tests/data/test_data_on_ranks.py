@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedtan_hpc.config.schema import Config
 from tests.data.test_loading import SETTINGS, run
-from tests.data.test_own_data import composed, loaded
-from tests.helpers.jobs import state_of
+from tests.data.test_own_data import composed, imported, loaded
+from tests.helpers.jobs import rounds_of, same_bits, state_of
+from tests.helpers.own_data import HERE
 from tests.helpers.ranks import on_ranks
 
 
@@ -24,6 +27,41 @@ def test_targets_are_read_by_all_ranks_together() -> None:
 
 def labels_on_rank() -> Any:
     return loaded("pair").labels_N
+
+
+def run_with_workers(config: Config, folder: str) -> None:
+    """A rank of these tests is a daemon, which may not start processes; a rank of a job is none."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    is_daemon, settings["daemon"] = settings.get("daemon"), False
+    try:
+        run(config, folder)
+    finally:
+        settings["daemon"] = is_daemon
+
+
+def test_each_rank_has_workers_of_its_own(tmp_path: Path) -> None:
+    words = [*SETTINGS["plain"], "data.loading=stream", "algorithm=fedbn"]
+    for workers in (0, 2):
+        config = composed(*words, f"data.workers={workers}")
+        on_ranks(2, run_with_workers, config, str(tmp_path / str(workers)))
+    assert same_bits(tmp_path / "0", tmp_path / "2")
+
+
+@pytest.mark.parametrize("way", ["device", "stream"])
+def test_more_ranks_than_test_samples(way: str, tmp_path: Path) -> None:
+    words = ["data.test_samples=2", "partition=iid", f"data.loading={way}", "eval_train_samples=1"]
+    config = imported("pair", *words, *(["data.workers=0"] if way == "stream" else []))
+    on_ranks(3, run, config, str(tmp_path))
+    assert rounds_of(tmp_path)[-1]["test_accuracy"] in (0, 0.5, 1)
+
+
+@pytest.mark.parametrize("way", ["device", "stream"])
+def test_clients_models_judge_inputs_of_several_tensors(way: str, tmp_path: Path) -> None:
+    words = [f"model.target={HERE}:two_inputs", "model=import", "algorithm=fedbn"]
+    words += ["partition=natural", "data.options.kind=dict", f"data.loading={way}"]
+    config = imported("sites", *words, *(["data.workers=0"] if way == "stream" else []))
+    on_ranks(2, run, config, str(tmp_path))
+    assert rounds_of(tmp_path)[-1]["clients_judged"] == 3
 
 
 @pytest.mark.parametrize("name", ["drawn", "few"])
