@@ -249,6 +249,12 @@ MISTAKES = [
     ([f"data.target={HERE}:relabelled", "data.options.declared=false"], "targets lists 0"),
     ([f"data.target={HERE}:other_classes"], "same attribute classes; some have ['cat', 'dog', 'o"),
     ([f"data.target={HERE}:deep"], "the image has more than 8 bits (mode I;16)"),
+    ([f"data.target={HERE}:of_two_classes"], "the target of sample 2 of train is 2"),
+    ([f"data.target={HERE}:with_an_empty_client"], "client 1 has no samples"),
+    (
+        [f"data.target={HERE}:with_an_empty_client", "data.options.few=1", "partition=natural"],
+        "because client 1 has 1 training samples; give each client 2 or more",
+    ),
     ([f"data.target={HERE}:sharing_tests"], "is given twice to clients"),
     ([f"data.target={HERE}:pair", "data.train_samples=0"], "data.train_samples=0: allowed is a"),
     (

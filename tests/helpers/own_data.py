@@ -250,6 +250,16 @@ def many(clients: int = 8) -> FederatedData:
     return FederatedData(None, clients=[Blobs(12, k) for k in range(clients)])
 
 
+def of_two_classes() -> FederatedData:
+    """Has three, and says two."""
+    return FederatedData(*pair(), classes=2)
+
+
+def with_an_empty_client(few: int = 0) -> FederatedData:
+    """The second of three clients has too few samples."""
+    return FederatedData(*pair(), clients=[range(20), range(20, 20 + few), range(40, 60)])
+
+
 def sharing_tests() -> FederatedData:
     """Two clients with one test set."""
     return FederatedData(*pair(), clients=[(range(30), range(30)), (range(30, 60), range(30))])
