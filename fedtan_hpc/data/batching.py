@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -15,6 +16,8 @@ from ..config.enums import SamplingName
 from ..config.schema import Config
 from ..runtime import random_streams
 from .partition import Indices
+
+FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _EVALUATION_VALUES = 2**22
 """Most input values of an evaluation batch."""
@@ -96,6 +99,18 @@ class ClientSamples(Protocol):
         """Returns the samples at ``indices``, 0 to N - 1, for the step of ``draw``."""
 
 
+class Moments(NamedTuple):
+    """Inputs are (value - mean) / deviation, by channel; pixels of bytes are 0 to 255."""
+
+    mean: list[float]
+    deviation: list[float]
+
+    @classmethod
+    def of(cls, mean_C11: FloatArray, deviation_C11: FloatArray) -> Moments:
+        """Returns arrays of any shape as lists."""
+        return cls(mean_C11.ravel().tolist(), deviation_C11.ravel().tolist())
+
+
 class KeptItems(Protocol):
     """Samples in the memory of the host, as they are before random transforms."""
 
@@ -126,6 +141,10 @@ class Dataset:
     """Training samples of each natural client, if there are such."""
     client_tests: Mapping[int, Indices] = field(default_factory=dict)
     """Test samples of those natural clients that have such."""
+    names: Sequence[str] | None = None
+    """Names of the classes, by number, if the data have such."""
+    moments: Callable[[], Moments | None] = lambda: None
+    """Returns by what inputs were normalised; None if they were not."""
     sample_bytes: int = 0
     """Bytes of an input, as ``take`` returns it or as ``kept`` holds it; 0 if not known."""
 

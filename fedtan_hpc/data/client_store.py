@@ -3,6 +3,7 @@
 Used by ``training`` and ``evaluation``; ``job`` creates the store.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,17 @@ class ClientStore:
     def close(self) -> None:
         """Ends the workers that read samples."""
         self._reader.close()
+
+    def description(self) -> dict[str, Any]:
+        """Returns what one must know of the data to use the network later, for JSON."""
+        data = self._dataset
+        moments = data.moments()
+        return {
+            "shape": json.loads(json.dumps(data.shape)),  # lists, as they are read again
+            "classes": data.classes,
+            "class_names": data.names,
+            "normalisation": None if moments is None else moments._asdict(),
+        }
 
     def dummy(self) -> Samples:
         """Returns one zero sample, with which a rank without clients can run the network."""

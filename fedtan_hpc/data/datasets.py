@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..config.schema import Config, DataConfig
 from ..runtime import random_streams
 from . import image_files, own_datasets
 from .augmentation import image_steps_of
-from .batching import Dataset, Draw, KeptItems
+from .batching import Dataset, Draw, KeptItems, Moments
 from .federated_data import Piece
 from .items import ItemReader
 from .partition import Indices, split, split_test, subsets
@@ -59,13 +60,16 @@ def _images(config: DataConfig, seed: int) -> Dataset:
         pixels_NCHW, labels_N = pixels_NCHW[used], labels_N[used]
     counts_CV = image_files.value_counts(pixels_NCHW[: len(train)])
     moments = image_files.moments(counts_CV, config.normalisation)
+    found = partial(Moments.of, *moments)
     read, kept = _reader(config, seed, lambda indices: pixels_NCHW[indices], labels_N)
 
     def read_normalised(indices: Indices, draw: Draw | None) -> torch.Tensor:
         return torch.from_numpy(image_files.normalised(read(indices, draw), *moments))
 
     train, test = np.split(np.arange(len(labels_N)), [len(train)])
-    return Dataset(labels_N, train, test, info.shape, info.classes, read_normalised, kept)
+    return Dataset(
+        labels_N, train, test, info.shape, info.classes, read_normalised, kept, moments=found
+    )
 
 
 class _Items:
@@ -114,10 +118,12 @@ def _digits(config: DataConfig, seed: int) -> Dataset:
     labels_N = raw.target.astype(np.int64)
     train, test = subsets(config, labels_N, *split_test(labels_N, seed), seed)
     pixels = raw.images[train]
-    images = (raw.images - pixels.mean()) / pixels.std()
+    mean, deviation = pixels.mean(), pixels.std()
+    images = (raw.images - mean) / deviation
     inputs = images.astype(np.float32)[:, np.newaxis]
     read, kept = _reader(config, seed, lambda indices: inputs[indices], labels_N)
-    return Dataset(labels_N, train, test, (1, 8, 8), 10, _as_tensor(read), kept)
+    found = partial(Moments.of, mean, deviation)
+    return Dataset(labels_N, train, test, (1, 8, 8), 10, _as_tensor(read), kept, moments=found)
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:

@@ -21,7 +21,7 @@ from ..config.schema import DataConfig
 from ..distributed import collectives, process_group
 from . import image_files
 from .augmentation import ImageSteps, image_steps_of
-from .batching import Dataset, Draw
+from .batching import Dataset, Draw, Moments
 from .federated_data import OwnData, load_own
 from .items import DataError, ItemReader, class_number
 from .partition import Indices, split_test, subsets
@@ -57,6 +57,8 @@ def load(config: DataConfig, seed: int) -> Dataset:
         kind.shape,
         classes,
         read,
+        names=_names(own),
+        moments=pixels.moments,
         begin_reading=pixels.measure if kind.is_image else None,
         kept=reader if steps.are_random else None,
         clients=clients,
@@ -104,8 +106,7 @@ def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
 
 def _classes(config: DataConfig, own: OwnData, labels_N: Indices, reader: ItemReader) -> int:
     """Returns the number of classes; raises ``ConfigError`` for a target that is not below it."""
-    named = [getattr(piece.items, "classes", None) for piece in own.pieces]
-    lists = [list(each) for each in named if isinstance(each, list | tuple)]
+    lists = _name_lists(own)
     if different := [each for each in lists if each != lists[0]]:
         found = f"some have {lists[0]!s:.80} and some {different[0]!s:.80}"
         raise _error(config, "data sets with the same attribute classes", found)
@@ -117,6 +118,17 @@ def _classes(config: DataConfig, own: OwnData, labels_N: Indices, reader: ItemRe
     if classes < 2:
         raise _error(config, "data of two classes or more", "every target is 0")
     return classes
+
+
+def _name_lists(own: OwnData) -> list[list[Any]]:
+    """Returns the lists of class names that data sets have."""
+    named = [getattr(piece.items, "classes", None) for piece in own.pieces]
+    return [list(each) for each in named if isinstance(each, list | tuple)]
+
+
+def _names(own: OwnData) -> list[str] | None:
+    lists = _name_lists(own)
+    return [str(name) for name in lists[0]] if lists else None
 
 
 def _divided(
@@ -195,6 +207,10 @@ class _Pixels:
             counts = _shared(config, read, train[spread], "reading pixels")
             counts_CV = np.sum(counts, axis=0)
         self._moments = image_files.moments(counts_CV, config.normalisation)
+
+    def moments(self) -> Moments | None:
+        """Returns mean and deviation; None for inputs that are no images."""
+        return None if self._moments is None else Moments.of(*self._moments)
 
     def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns pixels of bytes minus the mean, over the deviation."""

@@ -1,6 +1,7 @@
 """What a run reports: a record of each round, and a summary at the end.  Loads without torch."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,11 @@ class Summary:
     clients_own_mix_accuracy_mean: float | None = None
     clients_own_mix_accuracy_spread: float | None = None
     """These six figures are those of the last ``RoundRecord``."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Of the data: shape of a sample, classes, class_names, and normalisation: mean and deviation.
+
+    Inputs were (value - mean) / deviation by channel; pixels of bytes have values 0 to 255.
+    """
     compile_seconds: float = 0.0
     """The part of ``startup_seconds`` that compiles the training step; 0 if it runs eagerly."""
     phases: dict[str, float] = field(default_factory=dict)

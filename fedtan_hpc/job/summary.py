@@ -71,6 +71,7 @@ def summarise(
         },
         run_dir=str(run.run_dir),
         machine=machine(device),
+        data=trainer.store.description(),
         compile_seconds=trainer.cohort.loss.compile_seconds,
         phases=phases(records[len(resumption.history) :], device),
         resumed_after=resumption.resumed_after,

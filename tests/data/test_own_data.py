@@ -218,6 +218,21 @@ def test_folders_of_images(name: str, train: int, test: int, folders: Path, tmp_
     trained(config, tmp_path)
 
 
+def test_a_summary_says_how_inputs_were_made(folders: Path, tmp_path: Path) -> None:
+    words = ["data=folder", f"data.root={folders / 'split'}", "partition=iid", "clients=2"]
+    words += ["data.image_size=10", "data.resize=12"]
+    summary = trained(composed(*words), tmp_path)
+    assert summary.data["class_names"] == ["cat", "dog"]
+    assert (summary.data["shape"], summary.data["classes"]) == ([3, 10, 10], 2)
+    mean, deviation = (np.array(summary.data["normalisation"][k]) for k in ("mean", "deviation"))
+    dataset = datasets.load(composed(*words, "data.normalisation=none").data, 0)
+    assert dataset.begin_reading is not None
+    dataset.begin_reading()
+    pixels = 255 * dataset.take(dataset.train).inputs.double().transpose(0, 1).flatten(1).numpy()
+    assert mean == pytest.approx(pixels.mean(1), rel=1e-5)
+    assert deviation == pytest.approx(pixels.std(1), rel=1e-5)
+
+
 def test_a_folder_for_each_client_is_the_natural_partition(folders: Path, tmp_path: Path) -> None:
     config = composed("data=folder", f"data.root={folders / 'clients'}", "data.image_size=10")
     dataset = datasets.load(config.data, 0)
