@@ -104,7 +104,7 @@ def crop_images(inputs_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor
 
 @dataclass(frozen=True)
 class ImageSteps:
-    """What happens to an input by itself: in training, and in evaluation (without randomness).
+    """The steps that change one input by itself: in training, and without randomness in evaluation.
 
     Images are PIL images or tensors (C, H, W), which have one size afterwards if one is asked for.
     """
@@ -145,7 +145,7 @@ def image_steps_of(config: DataConfig) -> ImageSteps:
     import_torchvision()
     from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-    size, fixed, drawn = config.image_size, [], []
+    size, fixed = config.image_size, []
     if size is not None:
         fixed = [v2.Resize(config.resize or size, antialias=True), v2.CenterCrop(size)]
     drawn = list(fixed)

@@ -117,7 +117,7 @@ def _target_error(config: DataConfig, allowed: str, remedy: str) -> ConfigError:
 
 
 def _assembled(data: FederatedData, option: str, value: object) -> OwnData:
-    """Indices all samples; raises ``ConfigError`` for a part that is no data set."""
+    """Numbers all samples; raises ``ConfigError`` for a part that is no data set."""
     own = OwnData(classes=data.classes)
     try:
         if data.classes is not None and not isinstance(data.classes, int):

@@ -27,7 +27,7 @@ Labels: TypeAlias = npt.NDArray[np.int64]
 _Splits: TypeAlias = list[tuple[Bytes, npt.NDArray[Any]]]
 """Pixels and labels of the training set and of the test set."""
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of red, green and blue, 0 to 1, as in torchvision's pretrained models."""
 _IDX = (
     "train-images-idx3-ubyte",
@@ -189,7 +189,7 @@ def moments(
     """
     channels = len(counts_CV)
     if normalisation is NormalisationName.imagenet:
-        moments = np.array(_IMAGENET) * 255
+        moments = np.array(IMAGENET) * 255
     elif normalisation is NormalisationName.none:
         moments = np.array([[0.0] * channels, [255.0] * channels])
     else:

@@ -30,7 +30,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class ItemKind:
-    """What an input is: a tensor, or a dict or tuple of tensors, of these shapes and dtypes."""
+    """The kind of an input: a tensor, or a dict or tuple of tensors, of these shapes and dtypes."""
 
     leaves: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     structure: Any

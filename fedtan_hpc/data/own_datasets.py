@@ -238,15 +238,15 @@ def _shared(
     rank, ranks = process_group.rank(), process_group.world_size()
     part = indices if on_all else np.array_split(indices, ranks)[rank]
     values: list[Any] = []
-    mistake = ""
+    mistake: DataError | None = None
     try:
         values = _with_progress(function, part, what if rank == 0 else "")
     except DataError as error:
-        mistake = str(error)
+        mistake = error
     gathered = collectives.all_gather_object((values if not on_all else [], mistake))
     for _, found in gathered:
         if found:
-            raise _error(config, "data whose samples can be read", found)
+            raise unreadable(config, found)
     return values if on_all else [value for part_values, _ in gathered for value in part_values]
 
 

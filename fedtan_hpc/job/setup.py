@@ -44,7 +44,7 @@ DTYPES = dict.fromkeys(PrecisionName, torch.float32) | {PrecisionName.float64: t
 
 @dataclass(frozen=True)
 class OpenedData:
-    """What is known of the data before a run's folder is made."""
+    """The data as a run finds them before its folder is made."""
 
     dataset: Dataset | None
     """The user's data; built-in data are loaded by ``prepare``."""

@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, RandomSampler
 
 from fedtan_hpc.config.schema import Config
+from fedtan_hpc.data.image_files import IMAGENET
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.models import factory
 from fedtan_hpc.runtime.device import DevicePlacement
 from fedtan_hpc.runtime.torchvision_import import import_torchvision
 
 _ENDLESS = 10**9
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Way(NamedTuple):
@@ -112,7 +112,7 @@ def _image_folder(config: Config) -> Any:
         v2.RandomHorizontalFlip(),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(*_IMAGENET),
+        v2.Normalize(*IMAGENET),
     ]
     root = Path(config.data.root or "")
     folder = root / "train" if (root / "train").is_dir() else root
