@@ -1,7 +1,7 @@
 """The federated algorithms as a table: what normalises, and what is averaged.
 
 ``plan`` turns a row and the options into the plan of one round.  Used by
-``validate_training`` and by the rooms ``models``, ``training`` and ``job``.
+``validation`` and by the rooms ``models``, ``training`` and ``job``.
 """
 
 from dataclasses import dataclass

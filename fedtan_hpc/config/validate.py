@@ -1,6 +1,6 @@
 """Collects all mistakes in the options that are visible without torch.
 
-Tables hold the rules for single options; ``validate_*`` check options that depend on each other.
+Tables hold the rules for single options; ``validation`` checks options that depend on each other.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from . import enums
 from .errors import ConfigError, format_option_error
 from .schema import Config
-from .validate_data import data_mistakes
-from .validate_training import is_import_path, training_mistakes
+from .validation.data import data_mistakes
+from .validation.training import is_import_path, training_mistakes
 
 
 class Range(NamedTuple):

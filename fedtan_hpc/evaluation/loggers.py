@@ -5,7 +5,6 @@ The display is a progress bar on a terminal, plain lines elsewhere, and a table 
 
 import json
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from .callbacks import RoundCallback, RunInfo
-from .records import RoundRecord, Summary
+from .records import RoundRecord, Summary, headline
 
 
 class RoundsFile(RoundCallback):
@@ -26,7 +25,7 @@ class RoundsFile(RoundCallback):
     def round_ended(self, record: RoundRecord) -> None:
         """Writes the line."""
         with open(self._path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+            lines.write(json.dumps(record.line(), allow_nan=False) + "\n")
 
 
 class TensorBoardLog(RoundCallback):
@@ -43,8 +42,8 @@ class TensorBoardLog(RoundCallback):
 
     def round_ended(self, record: RoundRecord) -> None:
         """Adds a point to each curve."""
-        for name, value in asdict(record).items():
-            if value is not None and name != "round":
+        for name, value in record.line().items():
+            if isinstance(value, int | float) and name != "round":
                 self._writer.add_scalar(name, value, record.round)
 
     def run_failed(self, error: object) -> None:
@@ -63,7 +62,7 @@ class Display(RoundCallback):
         self._console = Console()
         self._bar: Progress | None = None
         self._rounds = 0
-        self._accuracy = ""
+        self._result = ""
 
     def run_began(self, run: RunInfo) -> None:
         """Starts the bar on a terminal."""
@@ -76,12 +75,12 @@ class Display(RoundCallback):
 
     def round_ended(self, record: RoundRecord) -> None:
         """Advances the bar; without a terminal, prints a line for each evaluated round."""
-        if record.test_accuracy is not None:
-            self._accuracy = f"  test accuracy {100 * record.test_accuracy:.1f} %"
-        text = f"train loss {record.train_loss:.4f}{self._accuracy}"
+        if record.test_loss is not None:
+            self._result = "  " + " ".join(headline(record, 1))
+        text = f"train loss {record.train_loss:.4f}{self._result}"
         if self._bar is not None:
             self._bar.update(self._task, completed=record.round, description=text)
-        elif record.test_accuracy is not None:
+        elif record.test_loss is not None:
             number = f"{record.round:{len(str(self._rounds))}d}"
             seconds = f"{record.round_seconds:.3f} s/round"
             print(f"round {number}/{self._rounds}  {text}  {seconds}", flush=True)
@@ -100,9 +99,10 @@ class Display(RoundCallback):
 def show_result(summary: Summary) -> None:
     """Prints the table of results."""
     table = Table(title="Result", show_header=False)
+    name, value = headline(summary)
     rows = (
         ("algorithm", summary.algorithm),
-        ("test accuracy", f"{100 * summary.test_accuracy:.2f} %"),
+        (name, value),
         *_rows_over_clients(summary),
         ("test loss", f"{summary.test_loss:.4f}"),
         ("rounds", f"{summary.rounds}"),
@@ -112,7 +112,7 @@ def show_result(summary: Summary) -> None:
         ("files", summary.run_dir),
     )
     for row in rows:
-        table.add_row(*row, style="bold" if row[0] == "test accuracy" else "")
+        table.add_row(*row, style="bold" if row[0] == name else "")
     console = Console()
     if not console.is_terminal:
         console.width = 100 + len(summary.run_dir)  # so that no line breaks inside the path

@@ -1,7 +1,14 @@
 """What a run reports: a record of each round, and a summary at the end.  Loads without torch."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+Metrics = Mapping[str, Any]
+"""Test metrics of a task by their names in rounds.jsonl, such as test_iou: numbers, or lists of
+them with one for each class (None for a class without test samples)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,9 +20,9 @@ class RoundRecord:
     train_loss: float
     """sum_k p_k times client k's mean loss over its local steps, before each step."""
     test_loss: float | None = None
-    """Mean cross-entropy on the test set."""
+    """Mean loss of the task on the test set; for classification the cross-entropy."""
     test_accuracy: float | None = None
-    """Share of right answers on the test set, 0 to 1.
+    """Share of right answers on the test set, 0 to 1; only classification has it.
 
     That of the global model; if clients have models of their own, the mean over these models.
     """
@@ -54,6 +61,23 @@ class RoundRecord:
     """The part of ``round_seconds`` in collectives of models, gradients and private states."""
     evaluation_seconds: float = 0.0
     """Evaluation and checks, which ``round_seconds`` does not include."""
+    metrics: Metrics = field(default_factory=dict)
+    """The task's test metrics beside ``test_accuracy``; in rounds.jsonl they stand by themselves."""
+
+    def line(self) -> dict[str, Any]:
+        """Returns what rounds.jsonl has of the round: the fields, with each of ``metrics``."""
+        values = asdict(self)
+        return {**values, **values.pop("metrics")}
+
+    @classmethod
+    def of_line(cls, values: Mapping[str, Any]) -> RoundRecord:
+        """Returns the record of a line; unknown names that begin with test_ are metrics.
+
+        Raises ``TypeError`` if a name is missing.
+        """
+        known = {each.name for each in fields(cls)} - {"metrics"}
+        metrics = {k: v for k, v in values.items() if k.startswith("test_") and k not in known}
+        return cls(**{k: v for k, v in values.items() if k in known}, metrics=metrics)
 
 
 @dataclass(frozen=True)
@@ -62,8 +86,8 @@ class Summary:
 
     algorithm: str
     rounds: int
-    test_accuracy: float
-    """Share of right answers on the test set after the last round, 0 to 1."""
+    test_accuracy: float | None
+    """Share of right answers on the test set after the last round, 0 to 1; only classification."""
     test_loss: float
     total_seconds: float
     """From the start of ``run`` to the final model, with start-up and evaluation."""
@@ -100,5 +124,17 @@ class Summary:
     """The part of ``startup_seconds`` that compiles the training step; 0 if it runs eagerly."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of a round by phase: medians over rounds of means over ranks."""
+    metrics: Metrics = field(default_factory=dict)
+    """The task's test metrics after the last round, beside ``test_accuracy``."""
     resumed_after: list[int] = field(default_factory=list)
     """Rounds after which the run was interrupted and resumed; times leave the gaps out."""
+
+
+def headline(result: RoundRecord | Summary, digits: int = 2) -> tuple[str, str]:
+    """Returns name and value of the first test metric: accuracy in %, or another by its name."""
+    if result.test_accuracy is not None:
+        return "test accuracy", f"{100 * result.test_accuracy:.{digits}f} %"
+    for name, value in result.metrics.items():
+        if isinstance(value, float):
+            return name.replace("_", " "), f"{value:.{digits + 2}f}"
+    return "test loss", f"{result.test_loss:.{digits + 2}f}"

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def load_checkpoint(folder: Path, config: Config) -> Resumption:
         if not is_from_elsewhere:
             _rename_later(folder, content["round"])  # before their lines in rounds.jsonl go
         run_dir.begin(folder, config, anew=is_from_elsewhere)
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in history)
+        lines = "".join(json.dumps(record.line()) + "\n" for record in history)
         atomic_files.replace_text(folder / "rounds.jsonl", lines)
     return Resumption(path, content, history)
 
@@ -163,12 +163,10 @@ def _check_same(content: dict[str, Any], config: Config, which: str) -> None:
 
 def _history(path: Path, number: int) -> list[RoundRecord]:
     source = path.resolve().parent.parent / "rounds.jsonl"
-    known = {field.name for field in fields(RoundRecord)}
     records: dict[int, RoundRecord] = {}
     for line in source.read_text(encoding="utf-8").splitlines() if source.exists() else []:
         try:
-            values = {key: value for key, value in json.loads(line).items() if key in known}
-            record = RoundRecord(**values)
+            record = RoundRecord.of_line(json.loads(line))
         except (ValueError, TypeError, AttributeError):
             continue  # a line that was being written when the run ended
         records[record.round] = record

@@ -17,7 +17,7 @@ from ..config.dataset_info import DatasetInfo
 from ..config.enums import LoadingName, PartitionName, PrecisionName
 from ..config.errors import ConfigError
 from ..config.schema import Config
-from ..config.validate_data import own_data_mistakes, partition_mistakes
+from ..config.validation.data import own_data_mistakes, partition_mistakes
 from ..data import datasets, loading, own_datasets
 from ..data.batching import Dataset, Samples
 from ..data.client_store import ClientStore

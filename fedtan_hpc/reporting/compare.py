@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from .. import cli
 from ..config.errors import ConfigError, FolderInUseError, RunError
 from ..config.schema import Config
+from ..evaluation.records import headline
 from ..runtime import launcher_env
 from . import comparison_plots, comparison_runs, comparison_tables, options
 from .comparison_runs import Comparison
@@ -112,4 +113,4 @@ def _run(config: Config, following: Following) -> str:
             raise
         return "skipped: another process is running it"
     how = f"{summary.total_seconds:.1f} s" if following.rounds_ended else "was finished"
-    return f"test accuracy {100 * summary.test_accuracy:.2f} %, {how}"
+    return f"{' '.join(headline(summary))}, {how}"

@@ -11,7 +11,7 @@ import rich.progress
 from rich.console import Console
 
 from ..evaluation.callbacks import RoundCallback
-from ..evaluation.records import RoundRecord
+from ..evaluation.records import RoundRecord, headline
 
 _SECONDS_BETWEEN_LINES = 60.0
 
@@ -70,15 +70,15 @@ class Following(RoundCallback):
         self.expected = rounds if counted else 0
         """Rounds of this run that the bar waits for."""
         self.rounds_ended = 0
-        self._accuracy = ""
+        self._result = ""
         self._last_line = time.monotonic()
 
     def round_ended(self, record: RoundRecord) -> None:
         """Advances the bar; without a terminal, prints a line each minute."""
         self.rounds_ended += 1
-        if record.test_accuracy is not None:
-            self._accuracy = f", accuracy {100 * record.test_accuracy:.1f} %"
-        text = f"{self.name}  round {record.round}/{self._rounds}{self._accuracy}"
+        if record.test_loss is not None:
+            self._result = ", " + " ".join(headline(record, 1))
+        text = f"{self.name}  round {record.round}/{self._rounds}{self._result}"
         self._progress.advance(text)
         is_late = time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
         if is_late and not self._progress.has_bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ CPU = torch.device("cpu")
 
 
 def record(whole: float, statistics: float, average: float) -> RoundRecord:
-    zeros = dict.fromkeys(RoundRecord.__dataclass_fields__, 0)
-    values = replace(RoundRecord(**zeros), round_seconds=whole)
+    zeros: dict[str, Any] = dict.fromkeys(RoundRecord.__dataclass_fields__, 0)
+    values = replace(RoundRecord(**zeros | {"metrics": {}}), round_seconds=whole)
     return replace(values, statistics_seconds=statistics, average_seconds=average)
 
 

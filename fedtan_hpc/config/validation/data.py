@@ -6,8 +6,8 @@ Used by ``validate``.
 import math
 from collections.abc import Iterator
 
-from .dataset_info import MINIMUM_SAMPLES, DatasetInfo
-from .enums import (
+from ..dataset_info import MINIMUM_SAMPLES, DatasetInfo
+from ..enums import (
     DataName,
     LoadingName,
     ModelName,
@@ -16,9 +16,9 @@ from .enums import (
     PartitionName,
     ShiftName,
 )
-from .errors import format_option_error
-from .schema import Config, DataConfig, PartitionConfig
-from .validate_training import is_import_path
+from ..errors import format_option_error
+from ..schema import Config, DataConfig, PartitionConfig
+from .training import is_import_path
 
 _LARGEST_SAMPLE = 10**8
 """Values of one sample, over channels and pixels."""

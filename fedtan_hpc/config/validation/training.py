@@ -6,10 +6,10 @@ Used by ``validate``.
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from .algorithms import ALGORITHMS, Normaliser, ParameterGroup
-from .enums import CohortMode, GammaName, ModelName, ModelSource, NormName, ServerOptimizerName
-from .errors import format_option_error
-from .schema import Config
+from ..algorithms import ALGORITHMS, Normaliser, ParameterGroup
+from ..enums import CohortMode, GammaName, ModelName, ModelSource, NormName, ServerOptimizerName
+from ..errors import format_option_error
+from ..schema import Config
 
 _LEAST_PIXELS = 4
 
