@@ -62,7 +62,7 @@ class RoundRecord:
     evaluation_seconds: float = 0.0
     """Evaluation and checks, which ``round_seconds`` does not include."""
     metrics: Metrics = field(default_factory=dict)
-    """The task's test metrics beside ``test_accuracy``; in rounds.jsonl they stand by themselves."""
+    """The task's test metrics beside ``test_accuracy``; in rounds.jsonl each stands by itself."""
 
     def line(self) -> dict[str, Any]:
         """Returns what rounds.jsonl has of the round: the fields, with each of ``metrics``."""
