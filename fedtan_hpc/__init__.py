@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .evaluation.callbacks import RoundCallback, RunInfo
     from .evaluation.records import RoundRecord, Summary
     from .job.run import run
+    from .tasks.task import Task
 
 __version__ = "0.2.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "RoundRecord",
     "RunInfo",
     "Summary",
+    "Task",
     "average_model",
     "average_models",
     "convert_batchnorm",
@@ -50,6 +52,7 @@ _MODULE_OF = {
     "RoundRecord": "evaluation.records",
     "RunInfo": "evaluation.callbacks",
     "Summary": "evaluation.records",
+    "Task": "tasks.task",
     "average_model": "distributed.model_average",
     "average_models": "distributed.model_average",
     "convert_batchnorm": "batchnorm.conversion",

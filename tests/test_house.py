@@ -25,6 +25,7 @@ LAYERS = [
     ("job",),
     ("evaluation",),
     ("training",),
+    ("tasks",),
     ("models",),
     ("batchnorm",),
     ("data",),

@@ -34,6 +34,17 @@ class ServerOptimizerName(Choice):
     yogi = "yogi"
 
 
+class TaskName(Choice):
+    """What a network is trained for."""
+
+    classification = "classification"
+    multilabel = "multilabel"
+    segmentation = "segmentation"
+    regression = "regression"
+    vars()["import"] = "import"  # a keyword; import_ is the same choice in Python
+    import_ = "import"
+
+
 class DataName(Choice):
     """Data sets that ``datasets.load`` can load."""
 

@@ -17,6 +17,7 @@ from .schema_training import (
     ModelConfig,
     OptimizerConfig,
     ServerConfig,
+    TaskConfig,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "OptimizerConfig",
     "PartitionConfig",
     "ServerConfig",
+    "TaskConfig",
     "to_dict",
 ]
 
@@ -74,6 +76,7 @@ class Config:
     client: ClientConfig = field(default_factory=ClientConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

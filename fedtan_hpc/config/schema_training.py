@@ -1,6 +1,7 @@
-"""The options of algorithm, network and optimizers.  Users import them from ``schema``."""
+"""The options of algorithm, task, network and optimizers.  Users import them from ``schema``."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import enums
 
@@ -43,6 +44,24 @@ class ServerConfig:
     """Decay of the server's mean squared change. Only for adam and yogi; default 0.99."""
     tau: float | None = None
     """Added to the root of the mean squared change. Only for adam and yogi; default 1e-3."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """Chooses loss and metrics."""
+
+    name: enums.TaskName = enums.TaskName.classification
+    """classification (one class), multilabel, segmentation, regression, or import: your own."""
+    target: str | None = None
+    """Your task, a subclass of fedtan_hpc.Task, package.module:callable. Only for task=import."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of your task, for example {delta: 0.5}. Only for task=import."""
+    class_weights: list[float] | None = None
+    """Factor on each class's loss (multilabel: of targets 1). Not for regression and import."""
+    label_smoothing: float = 0.0
+    """Part of a target that all classes share, below 1. Not for regression and import."""
+    ignore_index: int | None = None
+    """Target value that does not count. Only for segmentation and multilabel."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from . import enums
 from .errors import ConfigError, format_option_error
 from .schema import Config
 from .validation.data import data_mistakes
+from .validation.task import task_mistakes
 from .validation.training import is_import_path, training_mistakes
 
 
@@ -99,6 +100,7 @@ def check(config: Config) -> None:
         *_rounds(config),
         *data_mistakes(config),
         *training_mistakes(config),
+        *task_mistakes(config),
         *_job(config),
     ]
     if mistakes:

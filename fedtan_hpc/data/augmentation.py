@@ -70,12 +70,15 @@ class AugmentationParams:
         offsets = None if self.offsets_EB2 is None else send(self.offsets_EB2, device)
         return AugmentationParams(self.padding, flips, offsets)
 
-    def apply(self, step: int, inputs_BCHW: Tensor) -> Tensor:
-        """Returns the batch of local step ``step``, 0 to E - 1, flipped and cropped."""
+    def apply(self, step: int, inputs_BCHW: Tensor, value: float = 0) -> Tensor:
+        """Returns the batch of local step ``step``, 0 to E - 1, flipped and cropped.
+
+        ``value`` is that of the pixels around an image.
+        """
         if self.flips_EB is not None:
             inputs_BCHW = _mirrored(inputs_BCHW, self.flips_EB[step])
         if self.offsets_EB2 is not None:
-            inputs_BCHW = crop_images(inputs_BCHW, self.offsets_EB2[step], self.padding)
+            inputs_BCHW = crop_images(inputs_BCHW, self.offsets_EB2[step], self.padding, value)
         return inputs_BCHW
 
 
@@ -93,10 +96,10 @@ def _mirrored(inputs_BCHW: Tensor, flips_B: Tensor) -> Tensor:
     return torch.where(flips_B[:, None, None, None], inputs_BCHW.flip(-1), inputs_BCHW)
 
 
-def crop_images(inputs_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
-    """Pads each image with ``padding`` zero pixels and cuts out H x W pixels from its offset."""
+def crop_images(inputs_BCHW: Tensor, offsets_B2: Tensor, padding: int, value: float = 0) -> Tensor:
+    """Pads each image with ``padding`` pixels of ``value``; cuts H x W pixels from its offset."""
     batch_size, _, height, width = inputs_BCHW.shape
-    padded = pad(inputs_BCHW, (padding, padding, padding, padding))
+    padded = pad(inputs_BCHW, (padding, padding, padding, padding), value=value)
     windows_BCyxHW = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view of all crops
     samples_B = torch.arange(batch_size, device=inputs_BCHW.device)
     return windows_BCyxHW[samples_B, :, offsets_B2[:, 0], offsets_B2[:, 1]]
@@ -109,10 +112,10 @@ class ImageSteps:
     Images are PIL images or tensors (C, H, W), which have one size afterwards if one is asked for.
     """
 
-    transform: Callable[[Any], Any] | None
+    transform: Callable[..., Any] | None
     """The user's, the first step in training."""
-    random_steps: Callable[[Any], Any] | None
-    fixed_steps: Callable[[Any], Any] | None
+    random_steps: Callable[..., Any] | None
+    fixed_steps: Callable[..., Any] | None
     """The first step in evaluation; in training, unless a random cut takes its place."""
 
     @property
@@ -120,17 +123,32 @@ class ImageSteps:
         """Whether a training input may differ from step to step."""
         return self.transform is not None or self.random_steps is not None
 
-    def transformed(self, value: Any) -> Any:
-        """Returns what the user's transform makes of an input, in training."""
-        return value if self.transform is None else self.transform(value)
+    def transformed(self, value: Any, target: Any) -> tuple[Any, Any]:
+        """Returns what the user's transform makes of an input, in training.
 
-    def trained(self, value: Any) -> Any:
-        """Returns the input for a training step; draws from the global generators."""
-        return self.evaluated(value) if self.random_steps is None else self.random_steps(value)
+        A transform that takes a ``target`` changes both, and returns both.
+        """
+        if self.transform is None:
+            return value, target
+        if not import_path.accepted(self.transform, {"target": target}):
+            return self.transform(value), target
+        changed, target = self.transform(value, target=target)
+        return changed, target
 
-    def evaluated(self, value: Any) -> Any:
-        """Returns the input for evaluation."""
-        return value if self.fixed_steps is None else self.fixed_steps(value)
+    def stepped(self, value: Any, mask: Tensor | None, is_training: bool) -> tuple[Any, Any]:
+        """Returns the input for training or evaluation, with a ``mask`` (H, W) cut as it is.
+
+        Draws from the global generators in training.
+        """
+        steps = self.fixed_steps
+        if is_training and self.random_steps is not None:
+            steps = self.random_steps
+        if steps is None or mask is None:
+            return value if steps is None else steps(value), mask
+        from torchvision.tv_tensors import Mask  # type: ignore[import-untyped]
+
+        value, cut = steps(value, Mask(mask))
+        return value, cut.as_subclass(Tensor)
 
 
 def image_steps_of(config: DataConfig) -> ImageSteps:

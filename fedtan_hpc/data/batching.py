@@ -23,6 +23,8 @@ _EVALUATION_VALUES = 2**22
 """Most input values of an evaluation batch."""
 _EVALUATION_BATCH = 1024
 """Most samples of an evaluation batch."""
+_SCORES = 16
+"""Scores that are allowed for each target value in evaluation."""
 
 
 class Draw(NamedTuple):
@@ -35,9 +37,10 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs in a floating-point type and labels (N,) in int64, on one device.
+    """Inputs in a floating-point type and labels on one device.
 
     Inputs are a tensor (N, ...), such as images (N, C, H, W), or a dict or tuple of such tensors.
+    Labels are class numbers (N,) in int64, or the targets of another task, (N, ...).
     """
 
     inputs: Any
@@ -68,6 +71,8 @@ class Samples:
         """Returns how many such samples are evaluated at once."""
         leaves, _ = tree_flatten(self.inputs)
         values: int = sum(leaf[0].numel() for leaf in leaves if len(leaf))
+        if self.labels.dim() > 1 and len(self):  # a network's output has scores for each of them
+            values = max(values, _SCORES * self.labels[0].numel())
         return max(1, min(_EVALUATION_BATCH, _EVALUATION_VALUES // max(1, values)))
 
     def evaluation_batches(self) -> Iterator[Samples]:
@@ -76,13 +81,13 @@ class Samples:
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Samples:
-        """Copies the samples to ``device``; converts floating-point inputs to ``dtype``."""
+        """Copies the samples to ``device``; converts floating-point values to ``dtype``."""
 
         def sent(values: Tensor) -> Tensor:
             wide = dtype if values.is_floating_point() else None
             return values.to(device, wide, non_blocking=values.is_pinned())
 
-        return self.map_inputs(sent, self.labels.to(device, non_blocking=self.labels.is_pinned()))
+        return self.map_inputs(sent, sent(self.labels))
 
 
 class ClientSamples(Protocol):
@@ -123,9 +128,10 @@ class KeptItems(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """All labels and the split are in memory; ``read`` returns inputs for given indices."""
+    """The split and all class numbers are in memory; ``read`` returns inputs for given indices."""
 
     labels_N: Indices
+    """Class numbers; all 0 if the targets are no class numbers."""
     train: Indices
     test: Indices
     shape: Any
@@ -133,6 +139,8 @@ class Dataset:
     classes: int
     read: Callable[[Indices, Draw | None], Any]
     """Returns inputs on the CPU: with random transforms for a training step, or without."""
+    read_pairs: Callable[[Indices, Draw | None], tuple[Any, Tensor]] | None = None
+    """Returns inputs and targets, where the targets are no class numbers; else None."""
     kept: KeptItems | None = None
     """What holds samples before random transforms; None if no transform is random."""
     begin_reading: Callable[[], None] | None = None
@@ -149,12 +157,19 @@ class Dataset:
     """Bytes of an input, as ``take`` returns it or as ``kept`` holds it; 0 if not known."""
 
     @property
+    def has_class_numbers(self) -> bool:
+        """Whether each target is a class number, of which partitions and evaluation make use."""
+        return self.read_pairs is None
+
+    @property
     def is_image(self) -> bool:
         """Whether inputs have the shape (C, H, W)."""
         return isinstance(self.shape, tuple) and list(map(type, self.shape)) == [int] * 3
 
     def take(self, indices: Indices, draw: Draw | None = None) -> Samples:
         """Returns the samples at ``indices`` of the whole data set, on the CPU."""
+        if self.read_pairs is not None:
+            return Samples(*self.read_pairs(indices, draw))
         return Samples(self.read(indices, draw), torch.from_numpy(self.labels_N[indices]))
 
 

@@ -1,4 +1,4 @@
-"""Loads data sets: the built-in ones, and by ``own_datasets`` the user's.
+"""Loads data sets: the built-in ones, and by ``own.datasets`` the user's.
 
 ``load`` is used by ``job`` and ``reporting``.  Shapes: N samples of C channels and H x W pixels.
 """
@@ -13,26 +13,28 @@ import torch
 
 from ..config.dataset_info import KNOWN_DATASETS
 from ..config.enums import DataName, PartitionName
-from ..config.schema import Config, DataConfig
+from ..config.schema import Config, DataConfig, TaskConfig
 from ..runtime import random_streams
-from . import image_files, own_datasets
+from . import image_files
 from .augmentation import image_steps_of
 from .batching import Dataset, Draw, KeptItems, Moments
 from .federated_data import Piece
-from .items import ItemReader
+from .own import datasets as own_datasets
+from .own.items import ItemReader
 from .partition import Indices, split, split_test, subsets
 
 ReadInputs = Callable[[Indices], npt.NDArray[Any]]
 
 
-def load(config: DataConfig, seed: int) -> Dataset:
+def load(config: DataConfig, seed: int, task: TaskConfig | None = None) -> Dataset:
     """Reads, opens or generates the data set; ``download.fetch`` provides its files beforehand.
 
     A data set without a test set is split by ``seed``: 80 % training, 20 % test, stratified.  All
-    ranks call it together.  Raises ``ConfigError`` if files are missing or damaged.
+    ranks call it together.  ``task`` says what targets are; by default class numbers.  Raises
+    ``ConfigError`` if files are missing or damaged.
     """
     if config.is_own:
-        return own_datasets.load(config, seed)
+        return own_datasets.load(config, seed, task or TaskConfig())
     if config.name is DataName.digits:
         return _digits(config, seed)
     if config.name is DataName.synthetic:
@@ -68,7 +70,7 @@ def _images(config: DataConfig, seed: int) -> Dataset:
 
     train, test = np.split(np.arange(len(labels_N)), [len(train)])
     return Dataset(
-        labels_N, train, test, info.shape, info.classes, read_normalised, kept, moments=found
+        labels_N, train, test, info.shape, info.classes, read_normalised, kept=kept, moments=found
     )
 
 
@@ -123,7 +125,7 @@ def _digits(config: DataConfig, seed: int) -> Dataset:
     inputs = images.astype(np.float32)[:, np.newaxis]
     read, kept = _reader(config, seed, lambda indices: inputs[indices], labels_N)
     found = partial(Moments.of, mean, deviation)
-    return Dataset(labels_N, train, test, (1, 8, 8), 10, _as_tensor(read), kept, moments=found)
+    return Dataset(labels_N, train, test, (1, 8, 8), 10, _as_tensor(read), kept=kept, moments=found)
 
 
 def _synthetic(config: DataConfig, seed: int) -> Dataset:
@@ -146,7 +148,7 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
 
     train, test = subsets(config, labels_N, *split_test(labels_N, seed), seed)
     read, kept = _reader(config, seed, read_inputs, labels_N)
-    return Dataset(labels_N, train, test, shape, classes, _as_tensor(read), kept)
+    return Dataset(labels_N, train, test, shape, classes, _as_tensor(read), kept=kept)
 
 
 def _as_tensor(

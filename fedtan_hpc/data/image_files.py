@@ -1,6 +1,6 @@
 """Image data sets in files: sources, folders, reading, and the normalisation of pixels.
 
-Used by ``datasets``, ``own_datasets`` and ``download``.
+Used by ``datasets``, ``own.datasets`` and ``download``.
 
 Shapes: N samples of C channels and H x W pixels.
 """

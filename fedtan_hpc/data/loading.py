@@ -24,7 +24,7 @@ from ..runtime import launcher_env
 from ..runtime.free_memory import free_bytes
 from ..runtime.signals import STOP_SIGNALS
 from .batching import Dataset, Draw, Samples
-from .items import DataError
+from .own.items import DataError
 from .partition import Indices
 
 _SAFE_SHARE = 0.5

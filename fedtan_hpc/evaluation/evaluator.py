@@ -7,7 +7,7 @@ other clients are not trained.  Used by ``job``.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -21,21 +21,12 @@ from ..data.partition import Indices
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
 from ..models.copies import copied
-from ..models.outputs import OutputReader
 from ..runtime import random_streams
 from ..runtime.transfer import copy_all
+from ..tasks.objective import Objective
 from ..training.client_state import PrivateStates
-from .metrics import (
-    Evaluation,
-    OverClients,
-    OwnAccuracies,
-    class_totals,
-    evaluate,
-    in_mix,
-    over_clients,
-    own_accuracies,
-    totals,
-)
+from .metrics import Evaluation, Meter, OverClients, first_number, in_mix, over_clients
+from .records import RoundRecord
 
 
 @dataclass(frozen=True)
@@ -51,31 +42,33 @@ class EvaluationResult:
 
     The clients' models count over the samples of the evaluated clients.
     """
-    own: OwnAccuracies | None = None
+    own: OverClients | None = None
     """The global model on the clients' own test samples; None if there are no such."""
 
     def figures(self) -> dict[str, Any]:
-        """Returns the fields of ``RoundRecord`` that an evaluation fills, by name."""
+        """Returns the fields of ``RoundRecord`` that an evaluation fills, by name.
+
+        Metrics that are no fields of it are in ``metrics``.
+        """
         figures: dict[str, Any] = {
             "test_loss": self.test.loss,
-            "test_accuracy": self.test.accuracy,
             "pooled_train_loss": self.pooled_train_loss,
+            **self.test.recorded("test_"),
         }
-        if clients := self.over_clients:
-            figures |= {
-                "clients_judged": clients.clients,
-                "clients_test_accuracy_mean": clients.test.accuracy,
-                "clients_test_accuracy_spread": clients.test_spread,
-                "clients_own_mix_accuracy_mean": clients.own_mix.accuracy,
-                "clients_own_mix_accuracy_spread": clients.own_mix_spread,
-            }
-        elif self.own is not None:
-            figures |= {
-                "clients_judged": self.own.clients,
-                "clients_own_mix_accuracy_mean": self.own.mean,
-                "clients_own_mix_accuracy_spread": self.own.spread,
-            }
-        return figures
+        if clients := self.over_clients or self.own:
+            figures["clients_judged"] = clients.clients
+            metric = first_number(self.test.metrics)
+            for what, mean, spread in (
+                ("test", clients.test, clients.test_spread),
+                ("own_mix", clients.own, clients.own_spread),
+            ):
+                if metric is not None and (self.over_clients or what == "own_mix"):
+                    name = f"clients_{what}_{metric}"
+                    figures[f"{name}_mean"] = mean.recorded("")[metric]
+                    figures[f"{name}_spread"] = spread.recorded("")[metric]
+        known = {each.name for each in fields(RoundRecord)}
+        metrics = {name: figures.pop(name) for name in list(figures) if name not in known}
+        return {**figures, "metrics": metrics}
 
     def not_finite(self) -> str:
         """Returns in words which loss is not finite, with its value; empty if all are finite."""
@@ -103,7 +96,8 @@ class Evaluator:
         config: Config,
     ) -> None:
         self._model, self._store, self._states, self._config = model, store, states, config
-        self._classes, self._outputs = dataset.classes, OutputReader(config.model.output)
+        self._classes, self._meter = dataset.classes, Meter(Objective.of(config))
+        self._has_classes = dataset.has_class_numbers
         indices, clients = _train_samples(store.partition, config.eval_train_samples, config.seed)
         self._train_indices, self._train_clients = indices, clients
         self._device = next(model.parameters()).device
@@ -135,17 +129,20 @@ class Evaluator:
         """Evaluates on all ranks together; collective."""
         if self._states.are_models:
             return self._evaluate_clients()
-        model, outputs = self._model, self._outputs
-        loss = evaluate(model, self._train, outputs).loss if len(self._train_indices) else None
+        model, meter = self._model, self._meter
+        loss = meter.loss(model, self._train) if len(self._train_indices) else None
         if not self._clients_with_tests:
-            return EvaluationResult(evaluate(model, self._test, outputs), None, loss)
-        totals_G3 = collectives.sum_over_ranks(self._totals_by_client(model, self._test))
-        sums, right, count = totals_G3.sum(0).tolist()
-        own = own_accuracies(totals_G3[:-1])
-        return EvaluationResult(Evaluation(sums / count, right / count), None, loss, own)
+            return EvaluationResult(meter.evaluate(model, self._test), None, loss)
+        totals_GT = meter.summed(self._totals_by_client(model, self._test))
+        test = meter.evaluation(totals_GT.sum(0))
+        clients = self._clients_with_tests
+        rows = {k: (test, meter.evaluation(totals_GT[i])) for i, k in enumerate(clients)}
+        hosted = clients[process_group.rank() :: process_group.world_size()]
+        own = over_clients({k: rows[k] for k in hosted}, clients, self._device)
+        return EvaluationResult(test, None, loss, own)
 
     def _totals_by_client(self, model: nn.Module, samples: Iterable[Samples]) -> Tensor:
-        """Returns totals for each client with own tests, and those of the other samples, (G, 3)."""
+        """Returns totals for each client with own tests, and those of the other samples, (G, T)."""
         groups = len(self._clients_with_tests) + 1
 
         def numbered() -> Iterator[tuple[Samples, Tensor]]:
@@ -154,7 +151,7 @@ class Evaluator:
                 yield batch, self._test_clients_N[start : start + len(batch)]
                 start += len(batch)
 
-        return totals(model, numbered(), groups, self._outputs)
+        return self._meter.totals(model, numbered(), groups)
 
     def _evaluate_clients(self) -> EvaluationResult:
         """Assigns the clients evenly to the ranks, moves their states there and evaluates them."""
@@ -164,8 +161,8 @@ class Evaluator:
         ranks = process_group.world_size()
         hosted = [clients[rank::ranks] for rank in range(ranks)]
         self._states.move(hosted, training=False)
-        train_totals = torch.zeros(3, dtype=torch.float64, device=self._device)
-        rows: dict[int, Tensor] = {}
+        train_totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        rows: dict[int, tuple[Evaluation, Evaluation]] = {}
         for client in hosted[process_group.rank()]:
             copy_all(model_tensors(self._client_model), model_tensors(self._model))
             self._states.load(client, self._client_model)
@@ -173,28 +170,39 @@ class Evaluator:
             indices = self._train_indices[self._train_clients == client]
             if len(indices):
                 samples = self._store.client_samples(indices, np.full(len(indices), client))
-                train_totals += class_totals(self._client_model, samples, 1, self._outputs)[0]
+                batches = ((batch, 0) for batch in samples)
+                totals = self._meter.totals(self._client_model, batches, with_metrics=False)
+                train_totals += totals[0]
         figures = over_clients(rows, clients, self._device)
-        loss, _, count = collectives.sum_as_list(train_totals)
+        loss, count = collectives.sum_as_list(train_totals)
         return EvaluationResult(figures.test, figures, loss / count if count else None)
 
-    def _test_row(self, client: int) -> Tensor:
-        """Returns loss and accuracy on the test set, then on the client's own data, (4,).
+    def _test_row(self, client: int) -> tuple[Evaluation, Evaluation]:
+        """Evaluates a client's model on the test set, and on the client's own data.
 
-        These are its own test samples, if it has such; else test samples in its label mix.
+        These are its own test samples, if it has such; else the test samples in its label mix (for
+        targets that are classes) and with its shift of inputs.
         """
-        model, classes = self._client_model, self._classes
+        model, meter = self._client_model, self._meter
         if client in self._store.client_tests:
-            totals_G3 = self._totals_by_client(model, self._test)
-            own = totals_G3[self._clients_with_tests.index(client)]
-            everything = totals_G3.sum(0)
-            return torch.cat([everything[:2] / everything[2], own[:2] / own[2]])
-        on_test_C3 = in_shift_C3 = class_totals(model, self._test, classes, self._outputs)
+            totals_GT = self._totals_by_client(model, self._test)
+            own_T = totals_GT[self._clients_with_tests.index(client)]
+            return meter.evaluation(totals_GT.sum(0)), meter.evaluation(own_T)
+        on_test_CT = in_shift_CT = self._totals_by_class(model, self._test)
         if self._store.shift is not None:
             samples = self._store.shifted_as(self._unshifted_test, client)
-            in_shift_C3 = class_totals(model, samples, classes, self._outputs)
-        sums, mix_C = on_test_C3.sum(0), self._store.label_mix(client)
-        return torch.cat([sums[:2] / sums[2], in_mix(in_shift_C3, mix_C)])
+            in_shift_CT = self._totals_by_class(model, samples)
+        own_T = in_shift_CT.sum(0)
+        if self._has_classes:
+            own_T = in_mix(in_shift_CT, self._store.label_mix(client))
+        return meter.evaluation(on_test_CT.sum(0)), meter.evaluation(own_T)
+
+    def _totals_by_class(self, model: nn.Module, samples: Iterable[Samples]) -> Tensor:
+        """Returns totals by class, (C, T); in one row if the targets are no classes."""
+        if not self._has_classes:
+            return self._meter.totals(model, ((batch, 0) for batch in samples))
+        batches = ((batch, batch.labels) for batch in samples)
+        return self._meter.totals(model, batches, self._classes)
 
 
 def _train_samples(partition: Sequence[Indices], count: int, seed: int) -> tuple[Indices, Indices]:

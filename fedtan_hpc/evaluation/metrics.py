@@ -1,136 +1,231 @@
-"""Loss and accuracy, computed by all ranks together and summed exactly.  Used by ``evaluator``.
+"""Loss and metrics, computed by all ranks together and summed exactly.  Used by ``evaluator``.
 
-Shapes: C classes, K clients.
+Totals are a vector (T,) in float64: the sum of the losses, the number of samples, and the sums of
+the task.  They can be added over samples, groups of samples, and ranks.
+
+Shapes: T totals, G groups, C classes, K clients, F figures (the loss and all numbers in metrics).
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 from ..data.batching import Samples
 from ..distributed import collectives
-from ..models.outputs import PLAIN_READER, OutputReader, applied
+from ..models.outputs import applied
+from ..tasks.objective import Objective
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy and the share of right answers, 0 to 1, over all samples."""
+    """Mean loss over all samples, and the task's metrics: numbers, or lists with one per class."""
 
     loss: float
-    accuracy: float
+    metrics: Mapping[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers, 0 to 1; only classification has it."""
+        return float(self.metrics["accuracy"])
+
+    def recorded(self, prefix: str) -> dict[str, Any]:
+        """Returns the metrics by name after ``prefix``, with None for what is not finite."""
+        return {f"{prefix}{name}": _finite(value) for name, value in self.metrics.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class OverClients:
-    """Mean and sample standard deviation over the clients' models of their figures."""
+    """Means and sample standard deviations over the clients' models of their figures."""
 
     clients: int
     """Number of evaluated clients."""
     not_finite: Sequence[int]
     """Clients whose loss is not finite."""
-
     test: Evaluation
     """Mean over the clients, on the global test set."""
-    test_spread: float
-    """Deviation of the accuracy on the global test set."""
-    own_mix: Evaluation
-    """Mean over the clients, each on test samples in its label mix (and shift of inputs)."""
-    own_mix_spread: float
-    """Deviation of the accuracy in the client's label mix."""
+    test_spread: Evaluation
+    own: Evaluation
+    """Mean over the clients, each on its own data."""
+    own_spread: Evaluation
 
 
 @dataclass(frozen=True)
-class OwnAccuracies:
-    """Mean and sample deviation over clients of one model's accuracy on each one's own tests."""
+class Meter:
+    """Computes totals of models for an objective, and figures from totals."""
 
-    clients: int
-    mean: float
-    spread: float
+    objective: Objective
 
+    @torch.no_grad()
+    def totals(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Samples, Tensor | int]],
+        groups: int = 1,
+        with_metrics: bool = True,
+    ) -> Tensor:
+        """Returns the totals by group, (G, T); without metrics, or without batches, (G, 2).
 
-def own_accuracies(totals_K3: Tensor) -> OwnAccuracies:
-    """Returns the figures of K clients, from their totals."""
-    right_K = collectives.to_cpu(totals_K3[:, 1] / totals_K3[:, 2])
-    spread = right_K.std().item() if len(right_K) > 1 else 0.0
-    return OwnAccuracies(len(right_K), right_K.mean().item(), spread)
+        Beside each batch stand the groups of its samples, (N,), or one for all.
+        """
+        model.eval()
+        device = next(model.parameters()).device
+        totals_GT = torch.zeros(groups, 2, dtype=torch.float64, device=device)
+        for batch, groups_N in batches:
+            output = tree_map(_widened, applied(model, batch.inputs))
+            targets = _widened(batch.labels)
+            losses_N = self.objective.losses(output, targets).double()
+            columns = [losses_N.unsqueeze(1), torch.ones_like(losses_N).unsqueeze(1)]
+            if with_metrics:
+                read = self.objective.read(output)
+                columns.append(self.objective.task.sums(read, targets).double())
+            rows_NT = torch.cat(columns, dim=1)
+            if totals_GT.shape[1] < rows_NT.shape[1]:
+                totals_GT = _padded(totals_GT, rows_NT.shape[1])
+            if groups == 1:
+                totals_GT += rows_NT.sum(0)
+            else:
+                index = groups_N + torch.zeros(len(batch), dtype=torch.int64, device=device)
+                totals_GT.index_add_(0, index, rows_NT)
+        return totals_GT
+
+    def summed(self, totals_GT: Tensor) -> Tensor:
+        """Returns the sum over all ranks, some of which may have had no batches."""
+        width = max(collectives.all_gather_object(totals_GT.shape[1]))
+        return collectives.sum_over_ranks(_padded(totals_GT, width))
+
+    def evaluation(self, totals_T: Tensor) -> Evaluation:
+        """Returns loss and metrics of totals."""
+        loss, samples, *_ = collectives.to_cpu(totals_T).tolist()
+        sums = collectives.to_cpu(totals_T[2:])
+        metrics = self.objective.task.metrics(sums, samples) if len(sums) else {}
+        return Evaluation(loss / samples, {name: _plain(value) for name, value in metrics.items()})
+
+    def evaluate(self, model: nn.Module, samples: Iterable[Samples]) -> Evaluation:
+        """Evaluates ``model`` on the union of all ranks' ``samples``; some ranks may have none."""
+        return self.evaluation(self.summed(self.totals(model, ((s, 0) for s in samples)))[0])
+
+    def loss(self, model: nn.Module, samples: Iterable[Samples]) -> float:
+        """Returns the mean loss over the union of all ranks' ``samples``."""
+        batches = ((batch, 0) for batch in samples)
+        [totals_2] = collectives.sum_over_ranks(self.totals(model, batches, with_metrics=False))
+        total, count = collectives.to_cpu(totals_2).tolist()
+        return float(total / count)
 
 
 def evaluate(
-    model: nn.Module, samples: Iterable[Samples], outputs: OutputReader = PLAIN_READER
+    model: nn.Module, samples: Iterable[Samples], objective: Objective | None = None
 ) -> Evaluation:
-    """Evaluates ``model`` on the union of all ranks' ``samples``; some ranks may have none."""
-    loss, right, count = collectives.sum_as_list(class_totals(model, samples, 1, outputs).sum(0))
-    return Evaluation(loss / count, right / count)
+    """Evaluates ``model`` on the union of all ranks' ``samples``, by default as a classifier."""
+    return Meter(objective or Objective()).evaluate(model, samples)
 
 
-def class_totals(
-    model: nn.Module, samples: Iterable[Samples], classes: int, outputs: OutputReader
-) -> Tensor:
-    """Returns sum of losses, right answers and number of samples by class, (C, 3) in float64.
-
-    With ``classes`` = 1 a single row has the totals of all samples.
-    """
-    return totals(model, ((b, b.labels if classes > 1 else 0) for b in samples), classes, outputs)
-
-
-@torch.no_grad()
-def totals(
-    model: nn.Module,
-    batches: Iterable[tuple[Samples, Tensor | int]],
-    groups: int,
-    outputs: OutputReader,
-) -> Tensor:
-    """Returns sum of losses, right answers and number of samples by group, (groups, 3) in float64.
-
-    Beside each batch stand the groups of its samples, (N,), or one for all.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    totals_G3 = torch.zeros(groups, 3, dtype=torch.float64, device=device)
-    for batch, groups_N in batches:
-        scores = outputs.scores(applied(model, batch.inputs))
-        losses = cross_entropy(scores.double(), batch.labels, reduction="none")
-        right = (scores.argmax(1) == batch.labels).double()
-        rows = torch.stack([losses, right, torch.ones_like(losses)], dim=1)
-        index = torch.zeros_like(batch.labels) + groups_N
-        totals_G3.index_add_(0, index, rows)
-    return totals_G3
-
-
-def in_mix(totals_C3: Tensor, mix_C: Tensor) -> Tensor:
-    """Returns mean loss and accuracy, (2,), for classes in the shares of ``mix_C``.
+def in_mix(totals_CT: Tensor, mix_C: Tensor) -> Tensor:
+    """Returns totals (T,) of one sample on average, for classes in the shares of ``mix_C``.
 
     Classes without test samples are left out.
     """
-    count_C = totals_C3[:, 2]
-    share_C = mix_C.to(totals_C3) * (count_C > 0)
-    return (totals_C3[:, :2] / count_C.clamp_min(1).unsqueeze(1)).T @ (share_C / share_C.sum())
+    count_C = totals_CT[:, 1]
+    share_C = mix_C.to(totals_CT) * (count_C > 0)
+    return (totals_CT / count_C.clamp_min(1).unsqueeze(1)).T @ (share_C / share_C.sum())
+
+
+def first_number(metrics: Mapping[str, Any]) -> str | None:
+    """Returns the name of the first metric that is a number; None if there is none."""
+    return next((name for name, value in metrics.items() if isinstance(value, float)), None)
 
 
 def over_clients(
-    rows: Mapping[int, Tensor], clients: Sequence[int], device: torch.device
+    rows: Mapping[int, tuple[Evaluation, Evaluation]],
+    clients: Sequence[int],
+    device: torch.device,
 ) -> OverClients:
     """Gathers the figures of ``clients``, each evaluated by one rank; all ranks return the same.
 
-    ``rows`` are this rank's, by client: test loss, test accuracy, and both in the client's label
-    mix.  The collective is on ``device``.
+    ``rows`` are this rank's, by client: on the test set, and on the client's own data.  The
+    collective is on ``device``.
     """
-    figures_K4 = torch.zeros(len(clients), 4, dtype=torch.float64, device=device)
+    examples = collectives.all_gather_object(next(iter(rows.values()), None))
+    like = next(example for example in examples if example is not None)
+    figures_KF = torch.zeros(len(clients), 2 * len(_figures(like[0])), dtype=torch.float64)
     for index, client in enumerate(clients):
         if client in rows:
-            figures_K4[index] = rows[client]
-    figures_K4 = collectives.to_cpu(collectives.sum_over_ranks(figures_K4))
-    loss, accuracy, mix_loss, mix_accuracy = figures_K4.mean(0).tolist()
-    spread = figures_K4.std(0).tolist() if len(clients) > 1 else [0.0] * 4
-    finite = figures_K4.isfinite().all(1).tolist()
+            test, own = rows[client]
+            figures_KF[index] = torch.tensor([*_figures(test), *_figures(own)], dtype=torch.float64)
+    figures_KF = collectives.to_cpu(collectives.sum_over_ranks(figures_KF.to(device)))
+    test_KF, own_KF = figures_KF.chunk(2, dim=1)
+    losses_K2 = torch.stack([test_KF[:, 0], own_KF[:, 0]], dim=1)
+    is_finite = losses_K2.isfinite().all(1).tolist()
     return OverClients(
         clients=len(clients),
-        not_finite=[c for c, is_finite in zip(clients, finite, strict=True) if not is_finite],
-        test=Evaluation(loss, accuracy),
-        test_spread=spread[1],
-        own_mix=Evaluation(mix_loss, mix_accuracy),
-        own_mix_spread=spread[3],
+        not_finite=[c for c, finite in zip(clients, is_finite, strict=True) if not finite],
+        test=_evaluation_like(like[0], _mean(test_KF)),
+        test_spread=_evaluation_like(like[0], _spread(test_KF)),
+        own=_evaluation_like(like[1], _mean(own_KF)),
+        own_spread=_evaluation_like(like[1], _spread(own_KF)),
     )
+
+
+def _mean(figures_KF: Tensor) -> list[float]:
+    """Returns means over the clients that have a figure; those of losses over all clients."""
+    means = figures_KF.nanmean(0)
+    means[0] = figures_KF[:, 0].mean()
+    return [float(value) for value in means]
+
+
+def _spread(figures_KF: Tensor) -> list[float]:
+    deviations = []
+    for values_K in figures_KF.T:
+        known = values_K[values_K.isfinite()]
+        deviations.append(float(known.std()) if len(known) > 1 else 0.0)
+    return deviations
+
+
+def _figures(evaluation: Evaluation) -> list[float]:
+    figures = [evaluation.loss]
+    for value in evaluation.metrics.values():
+        figures += value if isinstance(value, list) else [value]
+    return figures
+
+
+def _evaluation_like(like: Evaluation, figures: Sequence[float]) -> Evaluation:
+    """Returns an evaluation with the metrics of ``like`` and these numbers."""
+    loss, *rest = figures
+    metrics: dict[str, Any] = {}
+    for name, value in like.metrics.items():
+        if isinstance(value, list):
+            metrics[name], rest = rest[: len(value)], rest[len(value) :]
+        else:
+            metrics[name], *rest = rest
+    return Evaluation(loss, metrics)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a metric as a number or a list of numbers."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, Sequence):
+        return [float(each) for each in value]
+    return float(value)
+
+
+def _widened(value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def _padded(totals_GT: Tensor, width: int) -> Tensor:
+    more = totals_GT.new_zeros(len(totals_GT), width - totals_GT.shape[1])
+    return torch.cat([totals_GT, more], dim=1)

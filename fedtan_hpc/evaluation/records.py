@@ -71,12 +71,13 @@ class RoundRecord:
 
     @classmethod
     def of_line(cls, values: Mapping[str, Any]) -> RoundRecord:
-        """Returns the record of a line; unknown names that begin with test_ are metrics.
+        """Returns the record of a line; names test_... and clients_... of no field are metrics.
 
         Raises ``TypeError`` if a name is missing.
         """
         known = {each.name for each in fields(cls)} - {"metrics"}
-        metrics = {k: v for k, v in values.items() if k.startswith("test_") and k not in known}
+        prefixes = ("test_", "clients_")
+        metrics = {k: v for k, v in values.items() if k.startswith(prefixes) and k not in known}
         return cls(**{k: v for k, v in values.items() if k in known}, metrics=metrics)
 
 

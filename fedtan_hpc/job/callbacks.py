@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..config.errors import ConfigError, OutputClosedError, RunError, format_option_error, one_line
-from ..data.items import DataError
 from ..data.loading import is_worker_error
+from ..data.own.items import DataError
 from ..distributed import counters, process_group
 from ..evaluation.callbacks import RoundCallback
 from ..evaluation.loggers import Display

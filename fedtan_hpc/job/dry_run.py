@@ -8,20 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from ..batchnorm.conversion import batchnorm_layers, convert_batchnorm
 from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup, plan
-from ..config.enums import CohortMode, ModelSource, NormName
+from ..config.enums import CohortMode, ModelSource, NormName, TaskName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
 from ..data.batching import Dataset, Samples
-from ..data.items import DataError
-from ..data.own_datasets import unreadable
+from ..data.own.items import DataError
+from ..data.own.shared import unreadable
 from ..models import factory
 from ..models.copies import copy_error
 from ..models.norms import with_norm_of
-from ..models.outputs import OutputReader, applied
+from ..models.outputs import applied
 from ..runtime import global_random
+from ..tasks.objective import Objective
 from ..training.client_runners import needs_copies
 from ..training.local_step import Loss
 from ..training.vmap_trial import vmap_error
@@ -66,11 +68,12 @@ def dry_run(config: Config, ranks: int = 1, dataset: Dataset | None = None) -> l
     Returns lines that say how the job uses the network, where that is not plain.
 
     Raises ``ConfigError`` if the network cannot be made, does not take the samples, returns no
-    class scores, lacks the BN layers that the algorithm needs, or cannot be stacked or copied where
+    scores, lacks the BN layers that the algorithm needs, or cannot be stacked or copied where
     that is needed.
     """
     with global_random.preserved():
         example = Example.of(config, dataset)
+        _check_class_weights(config, example)
         module = _make(config, example)
         _check_parameters(config, module)
         _check_not_scripted(config, module)
@@ -151,9 +154,9 @@ def _needs_batchnorm(algorithm: Algorithm) -> bool:
 
 
 def _check_run(config: Config, module: nn.Module, example: Example) -> str:
-    """Checks that the network returns the class scores of two samples, in both modes.
+    """Checks that the network returns scores that fit the task for two samples, in both modes.
 
-    Returns which of its outputs are used in training; empty if it returns the class scores alone.
+    Returns which of its outputs are used in training; empty if it returns the scores alone.
     """
     for layer in module.modules():
         if isinstance(layer, nn.GroupNorm):
@@ -170,7 +173,7 @@ def _check_run(config: Config, module: nn.Module, example: Example) -> str:
         allowed = "null, because the network returns a tensor"
         message = format_option_error("model.output", config.model.output, allowed, "leave it out")
         raise ConfigError(message)
-    return OutputReader(config.model.output).describe(output)
+    return Objective.of(config).describe(output)
 
 
 def _note_single_values(
@@ -216,19 +219,48 @@ def _output(config: Config, module: nn.Module, example: Example) -> Any:
 
 
 def _check_scores(config: Config, output: Any, example: Example) -> None:
-    expected = _SAMPLES, example.classes
+    """Checks what the task gets of ``output``, and that it can compute loss and metrics of it."""
+    objective, option = Objective.of(config), config.model.output
+    device = next((v.device for v in tree_leaves(output) if isinstance(v, Tensor)), None)
+    targets = example.samples.to(device or torch.device("cpu"), torch.float32).labels
+    expected, found = "a tensor", ""
     try:
-        found = str(tuple(OutputReader(config.model.output).scores(output).shape))
-    except ValueError as error:
+        scores = objective.read(output)
+        expected = objective.task.mistake(scores, targets, example.classes)
+        found = str(tuple(scores.shape)) if expected else ""
+    except (ValueError, AttributeError) as error:
         found = str(error)
-    if found == str(expected):
-        return
-    if config.model.output is not None and not isinstance(output, Tensor):
+    if found and option is not None and not isinstance(output, Tensor):
         allowed = f"the name or number of an output that is {expected} for {_SAMPLES} samples"
-        remedy = f"this is {found}"
-        raise ConfigError(format_option_error("model.output", config.model.output, allowed, remedy))
-    allowed = f"a network whose class scores for {_SAMPLES} samples are {expected}"
-    raise _network_error(config, allowed, f"use another, because those of this one are {found}")
+        raise ConfigError(format_option_error("model.output", option, allowed, f"this is {found}"))
+    if found:
+        allowed = f"a network whose scores for {_SAMPLES} samples are {expected}"
+        raise _network_error(config, allowed, f"use another, because those of this one are {found}")
+    if config.task.name is TaskName.import_ and targets.device.type != "meta":
+        _check_own_task(config, objective, output, targets)
+
+
+def _check_own_task(config: Config, objective: Objective, output: Any, targets: Tensor) -> None:
+    """Checks that the user's task computes losses and metrics of two samples."""
+    allowed = f"a task with losses ({_SAMPLES},) and sums ({_SAMPLES}, S) for {_SAMPLES} samples"
+    try:
+        losses = objective.losses(output, targets)
+        sums = objective.task.sums(objective.read(output), targets)
+        objective.task.metrics(sums.double().sum(0), _SAMPLES)
+        wrong = f"these are {tuple(losses.shape)} and {tuple(sums.shape)}"
+        is_right = losses.shape == (_SAMPLES,) and sums.dim() == 2 and len(sums) == _SAMPLES
+    except (Exception, SystemExit) as error:  # the user's task may raise anything
+        wrong, is_right = f"it raised {one_line(error)}", False
+    if not is_right:
+        raise ConfigError(format_option_error("task.target", config.task.target, allowed, wrong))
+
+
+def _check_class_weights(config: Config, example: Example) -> None:
+    weights = config.task.class_weights
+    if weights is not None and len(weights) != example.classes:
+        allowed = f"one number for each of the {example.classes} classes"
+        remedy = f"give {example.classes} numbers"
+        raise ConfigError(format_option_error("task.class_weights", weights, allowed, remedy))
 
 
 def _check_stack(config: Config, module: nn.Module, example: Example) -> None:

@@ -18,10 +18,11 @@ from ..config.enums import LoadingName, PartitionName, PrecisionName
 from ..config.errors import ConfigError
 from ..config.schema import Config
 from ..config.validation.data import own_data_mistakes, partition_mistakes
-from ..data import datasets, loading, own_datasets
+from ..data import datasets, loading
 from ..data.batching import Dataset, Samples
 from ..data.client_store import ClientStore
 from ..data.loading import Need, Reader
+from ..data.own import datasets as own_datasets
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import model_tensors, named_tensors
 from ..evaluation.evaluator import Evaluator
@@ -87,7 +88,7 @@ def load_own(config: Config) -> tuple[Config, Dataset]:
 
     Raises ``ConfigError`` on all ranks if the options do not fit the data.
     """
-    dataset = datasets.load(config.data, config.seed)
+    dataset = datasets.load(config.data, config.seed, config.task)
     info, natural = _info(dataset), None if dataset.clients is None else len(dataset.clients)
     mistakes = [*own_data_mistakes(config, info, natural)]
     if config.partition.name is PartitionName.natural and not mistakes:

@@ -1,6 +1,6 @@
-"""The class scores in what a network returns: a tensor, a tuple, or a mapping such as a dict.
+"""The scores in what a network returns: a tensor, a tuple, or a mapping such as a dict.
 
-``training`` uses it for the loss, ``evaluation`` for the metrics, ``job.dry_run`` for its checks.
+``tasks`` uses it for losses and metrics, ``job.dry_run`` for its checks.
 
 Shapes: N samples, C classes.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 _USUAL_NAMES = ("logits", "out")
 _AUXILIARY = {"aux_logits1": 0.3, "aux_logits2": 0.3, "aux_logits": 0.4, "aux": 0.5}
@@ -23,17 +22,17 @@ aux: torchvision's reference training of networks that return out and aux.
 
 @dataclass(frozen=True)
 class OutputReader:
-    """Finds the class scores in the output of a network, and computes the loss.
+    """Finds the scores, or other values that a task is about, in the output of a network.
 
     They are the output itself if it is a tensor, else its element ``name``.  Without a name they
-    are its element ``logits`` or ``out``, or else its first one; then the loss also has a part for
-    each auxiliary output, an element of a known name and the same shape.
+    are its element ``logits`` or ``out``, or else its first one; then each auxiliary output, an
+    element of a known name and the same shape, has a part in the loss.
     """
 
     name: str | None = None
 
     def scores(self, output: Any) -> Tensor:
-        """Returns the class scores, (N, C); raises ``ValueError`` if there is no such element."""
+        """Returns the scores, such as (N, C); raises ``ValueError`` if there is no such element."""
         if isinstance(output, Tensor):
             return output
         elements = _elements(output)
@@ -56,17 +55,11 @@ class OutputReader:
             if isinstance(value, Tensor) and value.shape == shape
         }
 
-    def loss(self, output: Any, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """Returns the cross-entropy for labels (N,): the mean, 0-d, or with none each, (N,)."""
-        total = cross_entropy(self.scores(output), labels, reduction=reduction)
-        for name, weight in self.auxiliary(output).items():
-            scores = _elements(output)[name]
-            total = total + weight * cross_entropy(scores, labels, reduction=reduction)
-        return total
-
-    def mean_loss(self, model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
-        """Returns the mean loss of ``model`` on inputs of N samples and labels (N,), 0-d."""
-        return self.loss(applied(model, inputs), labels)
+    def auxiliary_values(self, output: Any) -> list[tuple[Tensor, float]]:
+        """Returns the auxiliary outputs, each with the weight of its loss."""
+        weights = self.auxiliary(output)
+        elements = _elements(output) if weights else {}
+        return [(elements[name], weight) for name, weight in weights.items()]
 
     def describe(self, output: Any) -> str:
         """Returns in words which elements of ``output`` are used; empty for a tensor."""

@@ -96,7 +96,7 @@ class Trial:
             # torch would order parallel branches by memory, which differs between ranks' batches.
             options["reorder_for_peak_memory"] = False
         try:
-            loss = replace(loss, compiled=torch.compile(loss.outputs.mean_loss, options=options))
+            loss = replace(loss, compiled=torch.compile(loss.objective.mean_loss, options=options))
             for _ in range(_TRIAL_STEPS[mode]):
                 self.run_steps(loss)
         except Exception as error:  # from torch, the C++ compiler or the network

@@ -8,7 +8,7 @@ Shapes: E local steps with batches of B samples.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.running_norm import fixed_global_statistics
 from ..config.algorithms import Normaliser, RoundPlan
-from ..config.enums import PrecisionName
+from ..config.enums import PrecisionName, TaskName
 from ..config.schema import Config
 from ..data.augmentation import augmentation_of
 from ..data.batching import BatchSampler, Draw, Samples
 from ..data.client_store import Client
-from ..models.outputs import PLAIN_READER, OutputReader
 from ..runtime import global_random, random_streams
 from ..runtime.transfer import send
+from ..tasks.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RoundContext:
 
 
 LossFunction = Callable[[nn.Module, Any, Tensor], Tensor]
-"""Maps a model, inputs of N samples and labels (N,) to the mean loss, 0-d."""
+"""Maps a model, inputs of N samples and their targets (N, ...) to the mean loss, 0-d."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,23 @@ class Loss:
 
     mixed: bool = False
     """Whether matrix products and convolutions run in bfloat16; statistics and sums never do."""
-    outputs: OutputReader = PLAIN_READER
-    """What finds the class scores in what the model returns."""
+    objective: Objective = field(default_factory=Objective)
+    """The task's loss of what the model returns."""
     compiled: LossFunction | None = None
-    """``outputs.mean_loss`` by torch.compile, which compiles its backward pass too."""
+    """``objective.mean_loss`` by torch.compile, which compiles its backward pass too."""
     compile_seconds: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> "Loss":
         """Returns the loss that the options describe, not compiled."""
         mixed = config.precision is PrecisionName.bfloat16
-        return cls(mixed=mixed, outputs=OutputReader(config.model.output))
+        return cls(mixed=mixed, objective=Objective.of(config))
 
     def __call__(self, model: nn.Module, batch: Samples, eager: bool = False) -> Tensor:
         """Returns the mean loss, 0-d.  ``eager`` is for ranks that must run layers in one order."""
-        function = self.outputs.mean_loss if eager or self.compiled is None else self.compiled
+        function = self.compiled
+        if eager or function is None:
+            function = self.objective.mean_loss
         with self.precision(batch.device):
             return function(model, batch.inputs, batch.labels)
 
@@ -93,6 +95,8 @@ class LocalRun:
         self._augmentation = None
         if augmentation := augmentation_of(config.data):
             self._augmentation = augmentation.draw(*key, *indices_EB.shape).to(device)
+        is_segmentation = config.task.name is TaskName.segmentation
+        self._mask_border = (config.task.ignore_index or 0) if is_segmentation else None
         rng = random_streams.generator(random_streams.LAYERS, *key)
         self._layer_seeds = rng.integers(2**63, size=config.local_steps).tolist()
         parameters, sgd = list(model.parameters()), config.optimizer
@@ -118,7 +122,11 @@ class LocalRun:
         batch = self.client.samples.batch(draw, self._batches_EB[step])
         if self._augmentation is None:
             return batch
-        return Samples(self._augmentation.apply(step, batch.inputs), batch.labels)
+        inputs, labels = self._augmentation.apply(step, batch.inputs), batch.labels
+        if self._mask_border is not None:  # masks are cut as their images are
+            masks = self._augmentation.apply(step, labels.unsqueeze(1), self._mask_border)
+            labels = masks.squeeze(1)
+        return Samples(inputs, labels)
 
     def step(self, loss: Tensor) -> None:
         """Takes an SGD step along the gradients that the backward pass of ``loss`` has left.

@@ -14,8 +14,8 @@ from ..config.schema import Config
 from ..data.batching import Samples
 from ..distributed import process_group
 from ..distributed.model_average import model_tensors
-from ..models.outputs import PLAIN_READER, OutputReader
 from ..runtime.free_memory import free_bytes
+from ..tasks.objective import Objective
 
 _PEAK_FACTOR = 1.6
 """Peak memory of a pass over what it saves; measured for stacked ResNet-20 on a CPU."""
@@ -34,9 +34,7 @@ class MemoryBudget:
         values = sum(value.nbytes for value in model_tensors(model))
         self.model_bytes = values * (3 if config.optimizer.momentum else 2)
         """Parameters, gradients and momentum of one client."""
-        saved = config.batch_size * saved_bytes_per_sample(
-            model, dummy, OutputReader(config.model.output)
-        )
+        saved = config.batch_size * saved_bytes_per_sample(model, dummy, Objective.of(config))
         self.pass_bytes = int(_PEAK_FACTOR * saved)
         """Activations of one client in a forward and backward pass of a whole batch."""
 
@@ -81,7 +79,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def saved_bytes_per_sample(
-    model: nn.Module, sample: Samples, outputs: OutputReader = PLAIN_READER
+    model: nn.Module, sample: Samples, objective: Objective | None = None
 ) -> int:
     """Returns the bytes per sample that a forward pass saves for backward, without parameters."""
     parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
@@ -97,8 +95,9 @@ def saved_bytes_per_sample(
 
     was_training = model.training
     model.eval()  # running statistics stay unchanged
-    two = sample.map_inputs(lambda value: torch.cat([value, value]), sample.labels.repeat(2))
+    labels = torch.cat([sample.labels, sample.labels])
+    two = sample.map_inputs(lambda value: torch.cat([value, value]), labels)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
-        outputs.mean_loss(model, two.inputs, two.labels)
+        (objective or Objective()).mean_loss(model, two.inputs, two.labels)
     model.train(was_training)
     return sum(sizes.values()) // len(two)

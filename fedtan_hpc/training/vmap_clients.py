@@ -37,7 +37,7 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """The batches of K clients in one step: inputs (K, N, ...), labels (K, N), mask (K, N)."""
+    """The batches of K clients in one step: inputs and labels (K, N, ...), mask (K, N)."""
 
     inputs: Any
     labels: Tensor
@@ -150,14 +150,16 @@ class Stack:
         self, stacked: dict[str, Tensor], batch: PaddedBatch
     ) -> tuple[Gradients, Tensor]:
         """Returns the clients' gradients and losses (K,) for ``stacked`` values (K, ...)."""
-        mask = torch.ones_like(batch.labels) if batch.mask is None else batch.mask
+        mask = batch.mask
+        if mask is None:
+            mask = torch.ones(batch.labels.shape[:2], dtype=torch.bool, device=batch.labels.device)
         self._runs[0].seed_layers()
         loss_function = self._runs[0].loss_function
 
         def loss(values: dict[str, Tensor], x: Any, y: Tensor, is_real: Tensor) -> Tensor:
             named = {name: values[first] for name, first in self._names.items()}
             output = functional_call(self._model, named, *arguments(x), tie_weights=False)
-            losses = loss_function.outputs.loss(output, y, reduction="none")
+            losses = loss_function.objective.losses(output, y)
             return (losses * is_real).sum() / is_real.sum()
 
         step = vmap(grad_and_value(loss), randomness="different")

@@ -72,7 +72,7 @@ class _TrialStack(Stack):
 
 
 def _client(number: int, sample: Samples, size: int) -> Client:
-    labels = torch.zeros(size, dtype=torch.int64, device=sample.device)
+    labels = sample.labels[:1].expand(size, *sample.labels.shape[1:]).clone()
 
     def drawn(values: Tensor) -> Tensor:
         shaped = values[:1].expand(size, *values.shape[1:])

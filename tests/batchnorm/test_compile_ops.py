@@ -19,7 +19,7 @@ from fedtan_hpc.config.algorithms import plan
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.distributed import process_group
-from fedtan_hpc.models.outputs import OutputReader
+from fedtan_hpc.tasks.objective import Objective
 from fedtan_hpc.training import compile_step
 from fedtan_hpc.training.local_step import Loss
 from tests.helpers import commands
@@ -113,7 +113,7 @@ def worst(found: list[Tensor], expected: list[Tensor]) -> float:
 def error_by_aot(network: type[nn.Module]) -> float:
     samples = own_samples(5 + process_group.rank(), 4)
     torch.compiler.reset()
-    step = torch.compile(OutputReader().mean_loss, backend="aot_eager", fullgraph=True)
+    step = torch.compile(Objective().mean_loss, backend="aot_eager", fullgraph=True)
     compiled = left_by(network, Loss(compiled=step), samples)
     return worst(compiled, left_by(network, Loss(), samples))
 
@@ -172,8 +172,8 @@ def replicas_graphs() -> tuple[int, float]:
     torch.compiler.reset()
     found = []
     for step in (
-        OutputReader().mean_loss,
-        torch.compile(OutputReader().mean_loss, backend=count, fullgraph=True),
+        Objective().mean_loss,
+        torch.compile(Objective().mean_loss, backend=count, fullgraph=True),
     ):
         models = [converted(Unused) for _ in range(10)]
         clients = [(model, own_samples(5, 4)) for model in models]

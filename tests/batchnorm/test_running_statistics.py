@@ -13,7 +13,6 @@ from torch.func import functional_call
 from fedtan_hpc import convert_batchnorm, federated_statistics
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.data.batching import Samples
-from fedtan_hpc.models.outputs import OutputReader
 from fedtan_hpc.training.local_step import Loss
 from fedtan_hpc.training.vmap_trial import vmap_error
 from tests.batchnorm.layers import randn
@@ -151,7 +150,7 @@ def test_a_stacked_network_may_be_frozen_in_part() -> None:
             model,
             Samples(X[:1], torch.zeros(1, dtype=torch.int64)),
             Config(),
-            Loss(outputs=OutputReader()),
+            Loss(),
         )
         is None
     )

@@ -21,7 +21,7 @@ from fedtan_hpc.data import datasets
 from fedtan_hpc.data.augmentation import ImageSteps
 from fedtan_hpc.data.batching import Dataset, Samples
 from fedtan_hpc.data.federated_data import Piece, load_own
-from fedtan_hpc.data.items import ItemReader
+from fedtan_hpc.data.own.items import ItemReader
 from fedtan_hpc.job import run_dir
 from fedtan_hpc.models import small_networks
 from tests.helpers.jobs import state_of

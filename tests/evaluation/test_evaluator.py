@@ -108,8 +108,8 @@ def test_figures_are_those_of_plain_loops(method: str, kind: str, ranks: int) ->
 
 
 def test_a_class_without_test_samples_is_left_out_of_the_mix() -> None:
-    table = torch.tensor([[4.0, 1.0, 2.0], [0.0, 0.0, 0.0], [3.0, 3.0, 3.0]], dtype=torch.float64)
-    loss, accuracy = in_mix(table, torch.tensor([0.25, 0.5, 0.25])).tolist()
+    table = torch.tensor([[4.0, 2.0, 1.0], [0.0, 0.0, 0.0], [3.0, 3.0, 3.0]], dtype=torch.float64)
+    loss, _, accuracy = in_mix(table, torch.tensor([0.25, 0.5, 0.25])).tolist()
     assert loss == pytest.approx((4 / 2 + 3 / 3) / 2)
     assert accuracy == pytest.approx((1 / 2 + 1) / 2)
 

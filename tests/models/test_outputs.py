@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedtan_hpc.models.outputs import OutputReader
+from fedtan_hpc.tasks.objective import Objective
 
 SCORES, FIRST, SECOND = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 4, 2, 2])
@@ -55,11 +56,10 @@ def test_scores_and_loss(case: str) -> None:
     assert reader.scores(output) is SCORES
     assert reader.auxiliary(output) == weights
     auxiliary = {"aux": SECOND, "aux_logits": FIRST, "aux_logits1": FIRST, "aux_logits2": SECOND}
-    for reduction in ("mean", "none"):
-        expected = cross_entropy(SCORES, LABELS, reduction=reduction)
-        for name, weight in weights.items():
-            expected += weight * cross_entropy(auxiliary[name], LABELS, reduction=reduction)
-        torch.testing.assert_close(reader.loss(output, LABELS, reduction), expected)
+    expected = cross_entropy(SCORES, LABELS, reduction="none")
+    for name, weight in weights.items():
+        expected += weight * cross_entropy(auxiliary[name], LABELS, reduction="none")
+    torch.testing.assert_close(Objective().losses(output, LABELS), expected)
 
 
 def test_a_named_output_counts_alone() -> None:
@@ -67,7 +67,8 @@ def test_a_named_output_counts_alone() -> None:
     for name, scores in (("logits", SCORES), ("aux_logits1", FIRST)):
         reader = OutputReader(name)
         assert reader.scores(output) is scores
-        torch.testing.assert_close(reader.loss(output, LABELS), cross_entropy(scores, LABELS))
+        losses = Objective(outputs=reader).losses(output, LABELS)
+        torch.testing.assert_close(losses, cross_entropy(scores, LABELS, reduction="none"))
     assert OutputReader("1").scores((FIRST, SCORES)) is SCORES
     assert OutputReader("logits").scores(SCORES) is SCORES  # as GoogLeNet returns in evaluation
 

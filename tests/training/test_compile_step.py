@@ -23,7 +23,7 @@ from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.distributed import process_group
 from fedtan_hpc.job.setup import network, prepare
 from fedtan_hpc.models import factory
-from fedtan_hpc.models.outputs import OutputReader
+from fedtan_hpc.tasks.objective import Objective
 from fedtan_hpc.training import compile_step
 from fedtan_hpc.training.compile_step import Trial
 from fedtan_hpc.training.local_step import Loss, make_sgd, sgd_step
@@ -121,7 +121,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = Samples(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
     state = torch.random.get_rng_state()
-    loss = Loss(compiled=OutputReader().mean_loss)
+    loss = Loss(compiled=Objective().mean_loss)
     plans = plan(iid_config("fixbn"), 1), plan(iid_config("fixbn"), 3)
     Trial(model, batch, plans, synchronised=True).run_steps(loss)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -168,7 +168,7 @@ def one_graph() -> list[int]:
     torch.manual_seed(0)
     torch.compiler.reset()
     model = convert_batchnorm(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)))
-    step = torch.compile(OutputReader().mean_loss, backend=count, fullgraph=True)
+    step = torch.compile(Objective().mean_loss, backend=count, fullgraph=True)
     x, y = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
     for _ in range(3):
         with federated_statistics(model, 1 / process_group.world_size()):
@@ -236,13 +236,13 @@ def pooled_error(dtype: torch.dtype, ours: bool) -> float:
     for kind, federated in ((torch.float64, False), (dtype, ours)):
         model = factory.build(ModelConfig(name=ModelName.resnet20), (3, 8, 8), 10, seed=0).to(kind)
         if not federated:
-            OutputReader().mean_loss(model, x.to(kind), y).backward()
+            Objective().mean_loss(model, x.to(kind), y).backward()
             found.append([value.grad.double() for value in model.parameters()])  # type: ignore[union-attr]
             continue
         model = convert_batchnorm(model)
         clients = [model, copy.deepcopy(model)]
         losses = [
-            partial(OutputReader().mean_loss, client, x[part].to(kind), y[part])
+            partial(Objective().mean_loss, client, x[part].to(kind), y[part])
             for client, part in zip(clients, (slice(16), slice(16, 32)), strict=True)
         ]
         federated_backward(clients, losses, [0.5, 0.5])

@@ -3,68 +3,94 @@
 The ranks share the reading that is needed beforehand, of targets and of pixels: each reads a part.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from ..config.dataset_info import MINIMUM_SAMPLES
-from ..config.enums import NormalisationName
-from ..config.errors import ConfigError, format_option_error
-from ..config.schema import DataConfig
-from ..distributed import collectives, process_group
-from . import image_files
-from .augmentation import ImageSteps, image_steps_of
-from .batching import Dataset, Draw, Moments
-from .federated_data import OwnData, load_own
-from .items import DataError, ItemReader, class_number
-from .partition import Indices, split_test, subsets
+from ...config.dataset_info import MINIMUM_SAMPLES
+from ...config.enums import NormalisationName, TaskName
+from ...config.errors import ConfigError, format_option_error
+from ...config.schema import DataConfig, TaskConfig
+from ...distributed import collectives
+from .. import image_files
+from ..augmentation import ImageSteps, image_steps_of
+from ..batching import Dataset, Draw, Moments
+from ..federated_data import OwnData, load_own
+from ..partition import Indices, split_test, subsets
+from .items import ItemKind, ItemReader
+from .shared import error_of, on_all_ranks, shared
+from .targets import TargetRule, class_number
 
 _MOMENT_SAMPLES = 1000
 """Most training images of which mean and deviation are computed, evenly spread."""
 
 
-def load(config: DataConfig, seed: int) -> Dataset:
+def load(config: DataConfig, seed: int, task: TaskConfig) -> Dataset:
     """Opens the data, reads targets where the data do not list them, and the first sample.
 
-    All ranks call it together, and ``begin_reading`` of the result before they read.  Raises
-    ``ConfigError`` on all of them for what is wrong.
+    Reads class numbers only; other targets come with each sample.  All ranks call it together, and
+    ``begin_reading`` of the result before they read.  Raises ``ConfigError`` on all of them for
+    what is wrong.
     """
     own, steps = _shared_open(config, seed)
     reader = ItemReader(own.pieces, steps, seed)
-    labels_N = _labels(config, own, reader)
-    classes = _classes(config, own, labels_N, reader)
+    classes: int | None
+    if has_classes := _has_class_numbers(config, task, reader):
+        labels_N = _labels(config, own, reader)
+        classes = _classes(config, own, labels_N, reader)
+    else:
+        labels_N = np.zeros(own.size, dtype=np.int64)
+        classes = _class_count(own)
+        rule = TargetRule(task.name, classes, task.ignore_index)
+        if classes is None and task.name is TaskName.segmentation:
+            remedy = "give FederatedData the argument classes, or the data set a list classes"
+            raise error_of(config, "data that tell the number of classes of their masks", remedy)
+        reader = ItemReader(own.pieces, steps, seed, rule)
     train, test, clients, client_tests = _divided(config, own, labels_N, seed)
-    [kind] = _shared(
-        config, lambda _: [reader.find_kind(int(train[0]))], train[:1], "", on_all=True
-    )
+
+    def found(_: Indices) -> list[tuple[ItemKind, int | None]]:
+        return [(reader.find_kind(int(train[0])), reader.outputs)]
+
+    [(kind, outputs)] = shared(config, found, train[:1], "", on_all=True)
     pixels = _Pixels(config, reader, train)
 
     def read(indices: Indices, draw: Draw | None) -> Any:
         inputs = reader.batch(indices, draw)
         return pixels.normalised(inputs) if kind.is_image else inputs
 
+    def read_pairs(indices: Indices, draw: Draw | None) -> tuple[Any, torch.Tensor]:
+        inputs, targets = reader.pairs(indices, draw)
+        return pixels.normalised(inputs) if kind.is_image else inputs, targets
+
     return Dataset(
         labels_N,
         train,
         test,
         kind.shape,
-        classes,
+        outputs if classes is None else classes,
         read,
+        read_pairs=None if has_classes else read_pairs,
         names=_names(own),
         moments=pixels.moments,
         begin_reading=pixels.measure if kind.is_image else None,
         kept=reader if steps.are_random else None,
         clients=clients,
         client_tests=client_tests,
-        sample_bytes=reader.raw_bytes if steps.are_random else kind.nbytes,
+        sample_bytes=reader.raw_bytes if steps.are_random else kind.nbytes + reader.target_bytes,
     )
+
+
+def _has_class_numbers(config: DataConfig, task: TaskConfig, reader: ItemReader) -> bool:
+    """Whether targets are class numbers; for a task of the user's if the first target is one."""
+    if task.name is not TaskName.import_:
+        return task.name is TaskName.classification
+    first = np.array([0])
+    targets = shared(config, lambda part: reader.targets(part), first, "", on_all=True)
+    return class_number(targets[0]) is not None
 
 
 def _shared_open(config: DataConfig, seed: int) -> tuple[OwnData, ImageSteps]:
@@ -77,12 +103,12 @@ def _shared_open(config: DataConfig, seed: int) -> tuple[OwnData, ImageSteps]:
     gathered = collectives.all_gather_object((mistakes, [len(p.items) for p in own.pieces]))
     for found, _ in gathered:
         if found:
-            raise _on_all_ranks(ConfigError(*found))
+            raise on_all_ranks(ConfigError(*found))
     sizes = [each for _, each in gathered]
     if differing := [rank for rank, each in enumerate(sizes) if each != sizes[0]]:
         rank = differing[0]
         found = f"rank {rank} has {sizes[rank]} samples in its data sets, and rank 0 {sizes[0]}"
-        raise _error(config, "the same data on every rank", found)
+        raise error_of(config, "the same data on every rank", found)
     return own, steps
 
 
@@ -90,7 +116,7 @@ def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
     listed = reader.class_numbers()
     if listed is not None and listed.min() >= 0:
         return listed
-    numbers = _shared(
+    numbers = shared(
         config,
         lambda part: [class_number(target) for target in reader.targets(part)],
         np.arange(own.size),
@@ -100,7 +126,7 @@ def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
         index = numbers.index(None)
         [target] = reader.targets(np.array([index]))
         allowed = "data whose targets are class numbers, whole numbers from 0"
-        raise _error(config, allowed, f"the target of {reader.name(index)} is {target!r:.80}")
+        raise error_of(config, allowed, f"the target of {reader.name(index)} is {target!r:.80}")
     return np.array(numbers, dtype=np.int64)
 
 
@@ -109,15 +135,21 @@ def _classes(config: DataConfig, own: OwnData, labels_N: Indices, reader: ItemRe
     lists = _name_lists(own)
     if different := [each for each in lists if each != lists[0]]:
         found = f"some have {lists[0]!s:.80} and some {different[0]!s:.80}"
-        raise _error(config, "data sets with the same attribute classes", found)
-    classes = own.classes or (len(lists[0]) if lists else int(labels_N.max()) + 1)
+        raise error_of(config, "data sets with the same attribute classes", found)
+    classes = _class_count(own) or int(labels_N.max()) + 1
     if wrong := np.flatnonzero(labels_N >= classes).tolist():
         allowed = f"data with class numbers below the number of classes, {classes}"
         found = f"the target of {reader.name(wrong[0])} is {labels_N[wrong[0]]}"
-        raise _error(config, allowed, found)
+        raise error_of(config, allowed, found)
     if classes < 2:
-        raise _error(config, "data of two classes or more", "every target is 0")
+        raise error_of(config, "data of two classes or more", "every target is 0")
     return classes
+
+
+def _class_count(own: OwnData) -> int | None:
+    """Returns the number of classes that the data tell; None if they do not."""
+    lists = _name_lists(own)
+    return own.classes or (len(lists[0]) if lists else None)
 
 
 def _name_lists(own: OwnData) -> list[list[Any]]:
@@ -149,11 +181,11 @@ def _divided(
         train, test = np.concatenate([*clients, others]), np.concatenate([t for _, t in parts])
     else:
         if len(train) < 5:
-            raise _error(config, "data with five samples or more, or with a test set", "too few")
+            raise error_of(config, "data with five samples or more, or with a test set", "too few")
         first, second = split_test(labels_N[train], seed)
         train, test = train[first], train[second]
     if not len(test):
-        raise _error(config, "data with test samples", "there are none")
+        raise error_of(config, "data with test samples", "there are none")
     train, test = subsets(config, labels_N, np.sort(train), np.sort(test), seed)
     if clients is not None:
         clients = [np.intersect1d(each, train) for each in clients]
@@ -177,7 +209,7 @@ def check_clients(clients: Sequence[Indices]) -> None:
             allowed = f"another partition, because client {number} has {len(each)} training samples"
             remedy = f"give each client {MINIMUM_SAMPLES} or more"
             message = format_option_error("partition.name", "natural", allowed, remedy)
-            raise _on_all_ranks(ConfigError(message))
+            raise on_all_ranks(ConfigError(message))
 
 
 class _Pixels:
@@ -200,11 +232,11 @@ class _Pixels:
             allowed = f"training or none with images of {channels} channels"
             name = "data.normalisation"
             message = format_option_error(name, "imagenet", allowed, "leave it out")
-            raise _on_all_ranks(ConfigError(message))
+            raise on_all_ranks(ConfigError(message))
         if config.normalisation is NormalisationName.training:
             spread = np.linspace(0, len(train) - 1, min(len(train), _MOMENT_SAMPLES)).astype(int)
             read = partial(_counts, self._reader)
-            counts = _shared(config, read, train[spread], "reading pixels")
+            counts = shared(config, read, train[spread], "reading pixels")
             counts_CV = np.sum(counts, axis=0)
         self._moments = image_files.moments(counts_CV, config.normalisation)
 
@@ -221,56 +253,3 @@ class _Pixels:
 def _counts(reader: ItemReader, part: Indices) -> list[npt.NDArray[np.int64]]:
     pixels = reader.batch(part, None).numpy()
     return [image_files.value_counts(pixels)] if len(pixels) else []
-
-
-def _shared(
-    config: DataConfig,
-    function: Callable[[Indices], list[Any]],
-    indices: Indices,
-    what: str,
-    on_all: bool = False,
-) -> list[Any]:
-    """Returns the values of ``function`` at ``indices``, of which each rank computes a part.
-
-    ``on_all`` ranks compute all of them, and return their own.  An error of any rank is raised on
-    all of them.  Long work shows its progress: ``what`` is being done.
-    """
-    rank, ranks = process_group.rank(), process_group.world_size()
-    part = indices if on_all else np.array_split(indices, ranks)[rank]
-    values: list[Any] = []
-    mistake: DataError | None = None
-    try:
-        values = _with_progress(function, part, what if rank == 0 else "")
-    except DataError as error:
-        mistake = error
-    gathered = collectives.all_gather_object((values if not on_all else [], mistake))
-    for _, found in gathered:
-        if found:
-            raise unreadable(config, found)
-    return values if on_all else [value for part_values, _ in gathered for value in part_values]
-
-
-def _with_progress(
-    function: Callable[[Indices], list[Any]], indices: Indices, what: str
-) -> list[Any]:
-    chunks = np.array_split(indices, max(1, min(100, len(indices) // 16)))
-    console = Console(file=sys.stderr)
-    is_quiet = not what or not console.is_terminal
-    bar = track(chunks, description=what, console=console, transient=True, disable=is_quiet)
-    return [value for chunk in bar for value in function(chunk)]
-
-
-def unreadable(config: DataConfig, error: DataError) -> ConfigError:
-    """Returns the error for a sample that cannot be used, found before training."""
-    return _error(config, "data whose samples can be read", str(error))
-
-
-def _error(config: DataConfig, allowed: str, found: str) -> ConfigError:
-    option = "data.root" if config.target is None else "data.target"
-    value = config.root if config.target is None else config.target
-    return _on_all_ranks(ConfigError(format_option_error(option, value, allowed, found)))
-
-
-def _on_all_ranks(error: ConfigError) -> ConfigError:
-    error.on_all_ranks = True
-    return error

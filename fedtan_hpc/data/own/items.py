@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..config.errors import one_line
-from ..runtime import global_random, random_streams
-from .augmentation import ImageSteps, as_tensors, raw_bytes, without_array
-from .batching import Draw
-from .federated_data import Piece
-from .partition import Indices
+from ...config.enums import TaskName
+from ...config.errors import one_line
+from ...runtime import global_random, random_streams
+from ..augmentation import ImageSteps, as_tensors, raw_bytes, without_array
+from ..batching import Draw
+from ..federated_data import Piece
+from ..partition import Indices
+from .targets import TargetRule, class_number, listed_targets
 
 
 class DataError(Exception):
@@ -58,16 +60,27 @@ class ItemKind:
 class ItemReader:
     """Reads items of ``pieces``, whose samples are numbered one piece after another."""
 
-    def __init__(self, pieces: Sequence[Piece], steps: ImageSteps, seed: int) -> None:
-        self._pieces, self._steps, self._seed = pieces, steps, seed
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        steps: ImageSteps,
+        seed: int,
+        rule: TargetRule | None = None,
+    ) -> None:
+        self._pieces, self._steps, self._seed, self._rule = pieces, steps, seed, rule
         self._here = [_copied(piece.items) for piece in pieces]
         """Copies for reading in the rank: a file that one opens is not open in forked workers,
         which would share its position."""
-        self._listed = [_listed_targets(piece.items) for piece in pieces]
+        self._listed = [listed_targets(piece.items) for piece in pieces]
         self._ends = np.cumsum([len(piece.items) for piece in pieces])
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, tuple[Any, Any]] = {}
         self.kind: ItemKind | None = None
         """What all inputs must be; None until the first one is known."""
+        self.target_shape: tuple[int, ...] | None = None
+        """The shape of all targets that are no class numbers; None until the first is known."""
+        self.target_bytes = 0
+        self.outputs: int | None = None
+        """Number of a network's outputs, as far as the first target tells it."""
         self.raw_bytes = 0
         """Bytes of the first input before any step."""
 
@@ -76,7 +89,7 @@ class ItemReader:
         with global_random.preserved():
             for index in indices.tolist():
                 if index not in self._kept:
-                    self._kept[index] = self._input(index)
+                    self._kept[index] = self._read(index)
 
     def drop(self, indices: Indices) -> None:
         """Drops items that ``keep`` has read."""
@@ -115,18 +128,19 @@ class ItemReader:
         return values
 
     def find_kind(self, index: int) -> ItemKind:
-        """Reads a sample, which says what the inputs of all samples must be.
+        """Reads a sample, which says what the inputs and targets of all samples must be.
 
         Raises ``DataError`` also if its target is not the listed one.
         """
         with global_random.preserved():
             item, target = self._read(index)
-            value = self._stepped(index, item, None)
-        [listed] = self.targets(np.array([index]))
-        if class_number(target) != class_number(listed):
-            raise DataError(
-                f"{self.name(index)}: its target is {target}, and targets lists {listed}"
-            )
+            value, stepped_target = self._stepped(index, (item, target), None)
+        if self._rule is not None:
+            self.target_shape = tuple(stepped_target.shape)
+            self.target_bytes = stepped_target.nbytes
+            self.outputs = self._rule.classes_of(stepped_target)
+        else:
+            self._check_listed(index, target)
         leaves, structure = tree_flatten(value)
         if not leaves:
             raise DataError(f"{self.name(index)}: the input is empty")
@@ -136,45 +150,75 @@ class ItemReader:
         self.raw_bytes = raw_bytes(item)
         return self.kind
 
+    def _check_listed(self, index: int, target: Any) -> None:
+        [listed] = self.targets(np.array([index]))
+        if class_number(target) != class_number(listed):
+            raise DataError(
+                f"{self.name(index)}: its target is {target}, and targets lists {listed}"
+            )
+
     def batch(self, indices: Indices, draw: Draw | None) -> Any:
         """Returns inputs of samples, one tensor or a dict or tuple of tensors, pixels in uint8.
 
         With a ``draw`` they are those of a training step, with random transforms; without one they
         are for evaluation.
         """
+        return self.pairs(indices, draw)[0]
+
+    def pairs(self, indices: Indices, draw: Draw | None) -> tuple[Any, Tensor]:
+        """Returns inputs as ``batch`` does, and targets that are no class numbers, (N, ...)."""
         with global_random.preserved():
-            values = [self._sample(int(index), draw) for index in indices]
-        if not values:
+            items = [self._sample(int(index), draw) for index in indices]
+        if not items:
             assert self.kind is not None
             empty = [torch.empty(0, *shape, dtype=dtype) for shape, dtype in self.kind.leaves]
-            return tree_unflatten(empty, self.kind.structure)
-        return tree_map(lambda *leaves: torch.stack(leaves), *values)
+            targets = torch.empty(0, *(self.target_shape or ()))
+            return tree_unflatten(empty, self.kind.structure), targets
+        inputs = tree_map(lambda *leaves: torch.stack(leaves), *(value for value, _ in items))
+        targets = torch.empty(0)
+        if self._rule is not None:
+            targets = torch.stack([target for _, target in items])
+        return inputs, targets
 
-    def _sample(self, index: int, draw: Draw | None) -> Any:
-        item = self._kept[index] if index in self._kept else self._input(index)
-        value = self._stepped(index, item, draw)
+    def _sample(self, index: int, draw: Draw | None) -> tuple[Any, Tensor]:
+        item = self._kept[index] if index in self._kept else self._read(index)
+        value, target = self._stepped(index, item, draw)
         self._check(index, value)
-        return value
+        if self._rule is not None and tuple(target.shape) != self.target_shape:
+            raise DataError(
+                f"{self.name(index)}: the target has the shape {tuple(target.shape)}, and the "
+                f"first {self.target_shape}"
+            )
+        return value, target
 
-    def _stepped(self, index: int, value: Any, draw: Draw | None) -> Any:
-        """Returns the tensors of an input after the steps of training or evaluation."""
-        steps = self._steps
+    def _stepped(self, index: int, item: tuple[Any, Any], draw: Draw | None) -> tuple[Any, Any]:
+        """Returns the tensors of input and target after the steps of training or evaluation."""
+        value, target = item
+        steps, rule = self._steps, self._rule
         try:
-            if draw is None:
-                value = steps.evaluated(without_array(value))
-            else:
+            if draw is not None:
                 key = self._seed, draw.client, draw.round, draw.step, index
                 global_random.seed(random_streams.number(random_streams.TRANSFORMS, *key))
-                value = steps.trained(without_array(steps.transformed(value)))
+                value, target = steps.transformed(value, target)
+            value = without_array(value)
+            if rule is not None:
+                target = self._target(index, rule, target)
+            mask = target if rule is not None and rule.task is TaskName.segmentation else None
+            value, mask = steps.stepped(value, mask, draw is not None)
+        except DataError:
+            raise
         except Exception as error:  # the user's transform may raise anything
             raise DataError(f"{self.name(index)}: a transform raised {one_line(error)}") from error
         try:
-            return as_tensors(value)
+            return as_tensors(value), target if mask is None else mask
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{self.name(index)}: {error}") from error
 
-    def _input(self, index: int) -> Any:
-        return self._read(index)[0]
+    def _target(self, index: int, rule: TargetRule, target: Any) -> Tensor:
+        try:
+            return rule.tensor(target)
+        except ValueError as error:
+            raise DataError(f"{self.name(index)}: {error}") from error
 
     def _read(self, index: int) -> tuple[Any, Any]:
         number, local = self._locate(index)
@@ -213,17 +257,6 @@ class ItemReader:
                 raise DataError(f"{self.name(index)}: the input has a value that is not finite")
 
 
-def class_number(target: Any) -> int | None:
-    """Returns a target as a class number; None if it is not a whole number >= 0."""
-    if isinstance(target, Tensor | np.ndarray | np.generic):
-        if target.ndim or not np.issubdtype(np.asarray(target).dtype, np.integer):
-            return None
-        target = target.item()
-    return (
-        target if isinstance(target, int) and not isinstance(target, bool) and target >= 0 else None
-    )
-
-
 def _copied(items: Any) -> Any:
     """Returns a copy that shares all data, and so do the data sets in it."""
     try:
@@ -237,22 +270,3 @@ def _copied(items: Any) -> Any:
         elif isinstance(value, list) and value and isinstance(value[0], torch.utils.data.Dataset):
             attributes[name] = [_copied(each) for each in value]
     return copied
-
-
-def _listed_targets(items: Any) -> Any:
-    """Returns the targets of a data set by index; None if it does not tell those of its items.
-
-    A subset and a concatenation of torch do, if what they are made of does.
-    """
-    if getattr(items, "target_transform", None) is not None:
-        return None
-    if isinstance(items, torch.utils.data.Subset):
-        whole = _listed_targets(items.dataset)
-        return None if whole is None else [whole[index] for index in items.indices]
-    if isinstance(items, torch.utils.data.ConcatDataset):
-        parts = [_listed_targets(part) for part in items.datasets]
-        return None if any(part is None for part in parts) else [t for part in parts for t in part]
-    targets = getattr(items, "targets", None)
-    if targets is None or not hasattr(targets, "__len__") or len(targets) != len(items):
-        return None
-    return targets.tolist() if isinstance(targets, Tensor | np.ndarray) else targets
