@@ -1,7 +1,7 @@
 """Words of the command line that hydra would refuse or change: paths, and options of one's own.
 
 Values of paths are quoted, and so taken as the shell hands them over; ``~`` is the home folder.
-Below ``data.options`` any name is allowed.
+Below ``data.options`` and ``task.options`` any name is allowed.
 """
 
 import re
@@ -12,15 +12,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 _PATHS = ("run_dir", "data.root", "resume", "launch.folder")
-_OPEN = "data.options"
-"""The option whose names are the user's."""
+_OPEN = ("data.options", "task.options")
+"""The options whose names are the user's."""
 _SWEEP_FLAGS = ("-m", "--multirun")
 
 
 def quoted(words: Sequence[str]) -> list[str]:
     """Returns the words of a command line as hydra needs them.
 
-    The values of options that are paths are in quotes, and data.options may have any name below it.
+    The values of options that are paths are in quotes; options of the user's code have any name.
 
     Values in quotes, null and sweeps (a,b or choice(a,b)) stay; ``${...}`` keeps its meaning.  With
     -m commas separate paths also where hydra cannot read them.
@@ -39,7 +39,7 @@ def expanded(path: str) -> Path:
 
 def _quoted_word(word: str, may_sweep: bool) -> str:
     name, equals, value = word.partition("=")
-    if name.partition(".")[0] == "data" and (name == _OPEN or name.startswith(f"{_OPEN}.")):
+    if ".".join(name.split(".")[:2]) in _OPEN:
         return f"++{word}"
     if name.lstrip("+") not in _PATHS or not equals or value in ("", "null") or _has_quotes(value):
         return word

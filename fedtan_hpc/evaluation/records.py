@@ -67,7 +67,8 @@ class RoundRecord:
     def line(self) -> dict[str, Any]:
         """Returns what rounds.jsonl has of the round: the fields, with each of ``metrics``."""
         values = asdict(self)
-        return {**values, **values.pop("metrics")}
+        metrics = values.pop("metrics")
+        return {**values, **metrics}
 
     @classmethod
     def of_line(cls, values: Mapping[str, Any]) -> RoundRecord:

@@ -34,6 +34,8 @@ class _Classes(Task):
     def _weights(self, output: Tensor) -> Tensor | None:
         if self.class_weights is None:
             return None
+        if torch.compiler.is_compiling():  # a constant of the graph
+            return output.new_tensor(self.class_weights)
         return constant(tuple(self.class_weights), output.dtype, output.device)
 
     def mistake(self, output: Any, targets: Tensor, classes: int) -> str:
