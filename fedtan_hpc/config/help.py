@@ -90,8 +90,7 @@ def choices(schema: type[Any] = Config) -> str:
 def overview(schema: type[Any] = Config) -> str:
     """Returns the part of ``--help`` with purpose and option names of each group."""
     return "\n".join(
-        f"{_paragraph(group.name, group.purpose)}\n{_paragraph('', _names(group))}"
-        for group in groups(schema)
+        _paragraph(group.name, f"{group.purpose} {_names(group)}") for group in groups(schema)
     )
 
 

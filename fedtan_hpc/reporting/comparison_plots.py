@@ -1,4 +1,4 @@
-"""The curves of a comparison: accuracy and loss, against rounds and against megabytes.
+"""The curves of a comparison: a metric and the loss, against rounds and against megabytes.
 
 Used by ``compare``.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..config.enums import AlgorithmName
 from . import pictures
-from .reports import Lines, Run
+from .reports import Lines, Measure, Run
 
 _LOG_BYTES_RATIO, _LOG_LOSS_RATIO = 3.0, 8.0
 """Ratios of the largest to the smallest value above which an axis is logarithmic."""
@@ -31,8 +31,9 @@ def draw(lines: Lines, out: Path) -> None:
     """Writes ``compare.png`` into ``out``."""
     shape = {"sharex": "col", "sharey": "row", "figsize": (10, 6.5)}
     with pictures.picture(out / "compare.png", 2, 2, **shape) as (figure, panels):
-        curves = _curves(lines)
-        figures = (("accuracy", "test accuracy, %"), ("loss", "test loss"))
+        measure = Measure.of(lines)
+        curves = _curves(lines, measure)
+        figures = (("metric", f"test {measure.text}"), ("loss", "test loss"))
         for row, (name, text) in zip(panels, figures, strict=True):
             for curve in curves:
                 _draw(row, curve, name)
@@ -43,24 +44,30 @@ def draw(lines: Lines, out: Path) -> None:
         pictures.legend_beside(figure, panels[0][0], note)
 
 
-def _curves(lines: Lines) -> list[Curve]:
+def _curves(lines: Lines, measure: Measure) -> list[Curve]:
     order = [str(name) for name in AlgorithmName]
     labels = sorted(lines, key=lambda label: (order.index(label.partition(",")[0]), label))
     looks = zip(labels, pictures.styles(labels), strict=True)
-    return [_curve(label, lines[label], style) for label, style in looks]
+    return [_curve(label, lines[label], style, measure) for label, style in looks]
 
 
-def _curve(label: str, runs: Sequence[Run], style: pictures.Style) -> Curve:
+def _curve(label: str, runs: Sequence[Run], style: pictures.Style, measure: Measure) -> Curve:
     """Takes the evaluated rounds of the first seed; all seeds have the same."""
     sent = [list(itertools.accumulate(run.payloads)) for run in runs]
-    indices = [n for n, r in enumerate(runs[0].records) if r["test_accuracy"] is not None]
+    indices = [n for n, r in enumerate(runs[0].records) if r["test_loss"] is not None]
     values = {
-        "accuracy": [[100 * run.records[n]["test_accuracy"] for n in indices] for run in runs],
+        "metric": [
+            [_shown(measure, run.records[n].get(measure.test)) for n in indices] for run in runs
+        ],
         "loss": [[run.records[n]["test_loss"] for n in indices] for run in runs],
     }
     megabytes = [statistics.mean(bytes_[n] for bytes_ in sent) / 1e6 for n in indices]
     rounds = [runs[0].records[n]["round"] for n in indices]
     return Curve(label, rounds, megabytes, values, style)
+
+
+def _shown(measure: Measure, value: float | None) -> float:
+    return float("nan") if value is None else measure.shown(value)
 
 
 def _draw(panels: Sequence[Any], curve: Curve, name: str) -> None:

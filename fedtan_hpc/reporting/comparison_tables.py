@@ -13,53 +13,59 @@ from ..config.schema import Config
 from ..runtime import atomic_files
 from . import comparison_runs, reports
 from .comparison_runs import Comparison
-from .reports import OWN_MIX, Lines, Run
+from .reports import Lines, Measure, Run
 
 _FIGURES = (
     "train_loss",
     "pooled_train_loss",
-    "test_accuracy",
+    "test_{0}",
     "test_loss",
-    "clients_test_accuracy_mean",
-    "clients_test_accuracy_spread",
-    OWN_MIX,
-    "clients_own_mix_accuracy_spread",
+    "clients_test_{0}_mean",
+    "clients_test_{0}_spread",
+    "clients_own_mix_{0}_mean",
+    "clients_own_mix_{0}_spread",
 )
+"""Names of figures in records, with {0} for the metric by which runs are compared."""
 
 
 def write_csv(lines: Lines, path: Path) -> None:
     """Writes a row for each evaluated round; ``payload_bytes`` is the sum of all rounds so far."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "seed", "round", "payload_bytes", *_FIGURES])
+    figures = list(dict.fromkeys(name.format(Measure.of(lines).metric) for name in _FIGURES))
+    writer.writerow(["method", "seed", "round", "payload_bytes", *figures])
     for label, runs in lines.items():
         for run in runs:
-            writer.writerows([label, run.options["seed"], *row] for row in _csv_rows(run))
+            writer.writerows([label, run.options["seed"], *row] for row in _csv_rows(run, figures))
     atomic_files.replace_text(path, text.getvalue())
 
 
-def _csv_rows(run: Run) -> Iterator[list[Any]]:
+def _csv_rows(run: Run, figures: Sequence[str]) -> Iterator[list[Any]]:
     for record, sent in zip(run.records, itertools.accumulate(run.payloads), strict=True):
-        if record["test_accuracy"] is not None:
-            yield [record["round"], sent, *(record.get(name) for name in _FIGURES)]
+        if record["test_loss"] is not None:
+            yield [record["round"], sent, *(record.get(name) for name in figures)]
 
 
 def table(lines: Lines) -> list[str]:
     """Returns the last round of each method, mean ± sample deviation over the seeds; best first."""
-    own_mix = ["clients' own accuracy, %"] if _with(OWN_MIX, lines) else []
-    heads = ["method", "seeds", "test accuracy, %", *own_mix]
-    heads += ["test loss", "messages a round", "kB a round"]
-    return reports.markdown_table(heads, (_row(*line, bool(own_mix)) for line in lines.items()))
+    measure = Measure.of(lines)
+    figures = [measure.test, *([measure.own] if _with(measure.own, lines) else [])]
+    texts = [f"test {measure.text}", f"clients' own {measure.text}"][: len(figures)]
+    heads = ["method", "seeds", *texts, "test loss", "messages a round", "kB a round"]
+    rows = (
+        _row(label, runs, [measure.summary(runs, figure) for figure in figures])
+        for label, runs in lines.items()
+    )
+    return reports.markdown_table(heads, rows)
 
 
-def _row(label: str, runs: Sequence[Run], own_mix: bool) -> list[str]:
+def _row(label: str, runs: Sequence[Run], figures: Sequence[str]) -> list[str]:
     messages = statistics.mean(count for run in runs for count in run.messages)
     kilobytes = statistics.mean(sent for run in runs for sent in run.payloads) / 1000
     return [
         label,
         str(len(runs)),
-        reports.percent(runs),
-        *([reports.percent(runs, OWN_MIX)] if own_mix else []),
+        *figures,
         reports.mean_and_deviation(reports.last_figures(runs, "test_loss"), 3),
         f"{messages:.4g}",
         f"{kilobytes:.1f}",
@@ -70,8 +76,9 @@ def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, co
     """Writes ``compare.md``: the table, the command, and what the columns mean."""
     missing = [comparison.name_of(config) for config in comparison.unfinished]
     unrequested = comparison_runs.unrequested(comparison, lines)
-    personal = _with("clients_test_accuracy_mean", lines)
-    has_own = _with(OWN_MIX, lines)
+    measure = Measure.of(lines)
+    personal = _with(f"clients_test_{measure.metric}_mean", lines)
+    has_own = _with(measure.own, lines)
     runs = [run for runs in lines.values() for run in runs]
     rounds = sorted({len(run.records) for run in runs})
     text = [
@@ -82,19 +89,20 @@ def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, co
         f"After {_interval(rounds)} rounds: mean ± sample deviation over the seeds.  Messages and "
         "kB: collectives of a round and what one rank puts into them.",
         *([f"{', '.join(personal)}: {_OWN_MODELS}"] if personal else []),
-        *([_OWN_ACCURACY] if has_own else []),
+        *([f"Clients' own {measure.text.removesuffix(', %')}: {_OWN_DATA}"] if has_own else []),
         *([f"Not finished: {', '.join(missing)}."] if missing else []),
         *([f"Run by other commands: {', '.join(unrequested)}."] if unrequested else []),
         *dict.fromkeys(_machine(run) for run in runs),
-        "![Accuracy and loss against rounds and megabytes](compare.png)",
+        f"![Test {measure.text.removesuffix(', %')} and loss against rounds and megabytes]"
+        "(compare.png)",
     ]
     atomic_files.replace_text(comparison.out / "compare.md", "\n\n".join(text) + "\n")
 
 
 _OWN_MODELS = "there is no one global model; the figures are means over the clients' models."
-_OWN_ACCURACY = (
-    "Clients' own accuracy: mean over the clients, each on its own test samples, or else on test "
-    "samples in the mix of classes of its training data."
+_OWN_DATA = (
+    "mean over the clients, each on its own test samples, or else on test samples in the mix of "
+    "classes of its training data."
 )
 
 

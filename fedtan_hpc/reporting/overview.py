@@ -1,11 +1,12 @@
-"""Shows several comparisons side by side: final accuracies, one row for each method.
+"""Shows several comparisons side by side: final metrics, one row for each method.
 
     python -m fedtan_hpc.overview comparisons/digits_shards comparisons/fashion_shards
 
-Each folder of ``compare`` is a column, named after the folder.  A cell has the test accuracy after
-the last round in percent, mean ± sample deviation over the seeds.  In brackets, where clients have
-models or test samples of their own, follows the mean accuracy on each client's own data.  The order
-of the methods is that of the first folder, best first.  A checkout also has ``tools/overview.py``.
+Each folder of ``compare`` is a column, named after the folder.  A cell has the test metric after
+the last round, for classification the accuracy in percent: mean ± sample deviation over the seeds.
+In brackets, where clients have models or test samples of their own, follows its mean on each
+client's own data.  The order of the methods is that of the first folder, best first.  A checkout
+also has ``tools/overview.py``.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import comparison_runs
-from .reports import OWN_MIX, Run, markdown_table, percent, read_options
+from .reports import Measure, Run, markdown_table, read_options
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -41,5 +42,8 @@ def table(folders: Sequence[Path]) -> list[str]:
 
 
 def _cell(runs: Sequence[Run]) -> str:
-    own_mix = percent(runs, OWN_MIX)
-    return f"{percent(runs)} ({own_mix})" if own_mix else percent(runs)
+    if not runs:
+        return ""
+    measure = Measure.of({"": runs})
+    test, own = (measure.summary(runs, figure) for figure in (measure.test, measure.own))
+    return f"{test} ({own})" if own else test

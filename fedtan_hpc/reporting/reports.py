@@ -1,5 +1,7 @@
 """Finished runs as the tools read, group and tabulate them."""
 
+from __future__ import annotations
+
 import json
 import statistics
 import sys
@@ -17,8 +19,64 @@ READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YA
 """Errors that reading a damaged run raises."""
 IGNORED = ("seed",)
 """Options in which runs of one line may differ, beside those that change no result."""
-OWN_MIX = "clients_own_mix_accuracy_mean"
-"""Figure of a record: mean accuracy on the clients' own data."""
+_SHARES = ("accuracy", "recall", "f1", "f1_micro", "iou", "dice", "pixel_accuracy")
+_SMALLER_IS_BETTER = ("loss", "mae", "error")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The figure by which runs are compared: the first metric of their task."""
+
+    metric: str = "accuracy"
+    """Its name in records, without test_; loss if the task has no metric."""
+
+    @classmethod
+    def of(cls, lines: Mapping[str, Sequence[Run]]) -> Measure:
+        """Returns that of the first run."""
+        runs = next(iter(lines.values()), ())
+        return cls.of_record(runs[0].evaluated[-1]) if runs else cls()
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Measure:
+        """Returns that of an evaluated round."""
+        if record.get("test_accuracy") is not None:
+            return cls()
+        names = [name for name, value in record.items() if isinstance(value, float)]
+        metrics = [name for name in names if name.startswith("test_") and name != "test_loss"]
+        return cls([*metrics, "test_loss"][0].removeprefix("test_"))
+
+    @property
+    def test(self) -> str:
+        """The name in records of the figure on the test set."""
+        return f"test_{self.metric}"
+
+    @property
+    def own(self) -> str:
+        """The name in records of its mean on the clients' own data."""
+        return f"clients_own_mix_{self.metric}_mean"
+
+    @property
+    def text(self) -> str:
+        """The metric in words, with its unit."""
+        return self.metric.replace("_", " ") + (", %" if self._is_share else "")
+
+    @property
+    def falls(self) -> bool:
+        """Whether smaller values are better."""
+        return any(word in self.metric for word in _SMALLER_IS_BETTER)
+
+    def shown(self, value: float) -> float:
+        """Returns a value in the unit of ``text``."""
+        return 100 * value if self._is_share else value
+
+    def summary(self, runs: Sequence[Run], figure: str) -> str:
+        """Returns mean and deviation of the last values of ``figure``; empty if no run has it."""
+        values = [self.shown(value) for value in last_figures(runs, figure)]
+        return mean_and_deviation(values, 1 if self._is_share else 4)
+
+    @property
+    def _is_share(self) -> bool:
+        return self.metric in _SHARES
 
 
 @dataclass(frozen=True)
@@ -32,7 +90,7 @@ class Run:
     @property
     def evaluated(self) -> list[Mapping[str, Any]]:
         """Records of the rounds that were evaluated."""
-        return [record for record in self.records if record["test_accuracy"] is not None]
+        return [record for record in self.records if record["test_loss"] is not None]
 
     @property
     def messages(self) -> list[int]:
@@ -94,12 +152,15 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def best_first(lines: Lines) -> Lines:
-    """Returns the lines by falling mean of their runs' last accuracies."""
+    """Returns the lines by the mean of their runs' last figures; those without one stand last."""
+    measure = Measure.of(lines)
+    sign = 1 if measure.falls else -1
 
-    def accuracy(line: tuple[str, list[Run]]) -> float:
-        return statistics.mean(last_figures(line[1], "test_accuracy"))
+    def rank(line: tuple[str, list[Run]]) -> float:
+        values = last_figures(line[1], measure.test)
+        return sign * statistics.mean(values) if values else float("inf")
 
-    return dict(sorted(lines.items(), key=accuracy, reverse=True))
+    return dict(sorted(lines.items(), key=rank))
 
 
 def last_figures(runs: Sequence[Run], figure: str) -> list[float]:
@@ -114,11 +175,6 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def percent(runs: Sequence[Run], figure: str = "test_accuracy") -> str:
-    """Returns mean and deviation of a share's last values, in percent; empty if no run has it."""
-    return mean_and_deviation([100 * value for value in last_figures(runs, figure)])
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Lists runs, submitted or not: state, round, accuracy, and why a run ended early.
+"""Lists runs, submitted or not: state, round, test result, and why a run ended early.
 
 python -m fedtan_hpc.runs [FOLDER ...]
 
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, TypeAlias
 from rich.console import Console
 from rich.table import Table
 
+from .reports import Measure
+
 _SQUEUE_SECONDS = 30.0
 _RUN_FILES = {".lock", "rounds.jsonl", "summary.json", "failure.json"}
 """Files of which a run has at least one beside its config.yaml."""
@@ -34,13 +36,13 @@ Queue: TypeAlias = dict[str, tuple[str, str]]
 
 
 class Row(NamedTuple):
-    """A run as it is shown; ``accuracy`` is the last evaluation's, in %."""
+    """A run as it is shown; ``result`` is the last evaluation's first metric."""
 
     run: str
     job: str
     state: str
     round: str
-    accuracy: str
+    result: str
     why: str
 
 
@@ -96,18 +98,29 @@ def in_queue(program: str = "runs") -> Queue | None:
     return {number: (state.lower(), reason) for number, state, reason in rows}
 
 
+def _is_evaluated(record: dict[str, Any]) -> bool:
+    return any(record.get(name) is not None for name in ("test_accuracy", "test_loss"))
+
+
+def _result(record: dict[str, Any]) -> str:
+    """Returns name and value of the first test metric of an evaluated round."""
+    measure = Measure.of_record(record)
+    name, _, unit = measure.text.partition(", ")
+    return f"{name} {measure.shown(record[measure.test]):.4g} {unit}".strip()
+
+
 def row_of(run: Path, queue: Queue | None) -> Row:
     """Returns what the folder of a run and the ``queue`` say."""
     note = _json(run / "submitted.json")
     records = list(_records(run / "rounds.jsonl"))
     state, why = _state(run, note, queue)
-    accuracies = [r["test_accuracy"] for r in records if r.get("test_accuracy") is not None]
+    evaluated = [record for record in records if _is_evaluated(record)]
     return Row(
         run=str(run),
         job=str(note.get("job_id", "?")) if note else "",
         state=state,
         round=str(records[-1]["round"]) if records else "0",
-        accuracy=f"{100 * accuracies[-1]:.1f}" if accuracies else "",
+        result=_result(evaluated[-1]) if evaluated else "",
         why=why,
     )
 
@@ -182,7 +195,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def show(rows: Sequence[Row]) -> None:
     """Prints a table, as wide as the terminal; elsewhere as wide as the table needs."""
-    table = Table("run", "job", "state", "round", "accuracy, %", "why", box=None, pad_edge=False)
+    table = Table("run", "job", "state", "round", "test", "why", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Shows the accuracy of finished runs, mean and deviation over seeds: a Markdown table, a picture.
+"""Shows the test metric of finished runs, mean and deviation over seeds: as table and picture.
 
     python -m fedtan_hpc.summarise_runs runs/*/ --picture accuracy.png
 
@@ -16,9 +16,9 @@ from pathlib import Path
 from .. import cli
 from ..config.errors import ConfigError
 from . import options, pictures, reports
-from .reports import Lines, Run
+from .reports import Lines, Measure, Run
 
-_HEADS = "runs|seeds|test accuracy, %|messages, kB a round|ms a round|start-up, s|peak MB"
+_HEADS = "runs|seeds|test {}|messages, kB a round|ms a round|start-up, s|peak MB"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -71,18 +71,18 @@ def _label(run: Run, differing: Sequence[str]) -> str:
 
 
 def table(lines: Lines) -> list[str]:
-    """Returns the lines of a table: the final test accuracy, and what the runs cost."""
-    return reports.markdown_table(
-        _HEADS.split("|"), (_row(label, runs) for label, runs in lines.items())
-    )
+    """Returns the lines of a table: the final test metric, and what the runs cost."""
+    measure = Measure.of(lines)
+    heads = _HEADS.format(measure.text).split("|")
+    return reports.markdown_table(heads, (_row(*line, measure) for line in lines.items()))
 
 
-def _row(label: str, runs: Sequence[Run]) -> list[str]:
+def _row(label: str, runs: Sequence[Run], measure: Measure) -> list[str]:
     last = runs[0].records[-1]
     return [
         label,
         str(len(runs)),
-        reports.percent(runs),
+        measure.summary(runs, measure.test),
         f"{last['comm_messages']}, {last['comm_bytes'] / 1000:.1f}",
         f"{1000 * _median(runs, 'median_round_seconds'):.0f}",
         f"{_median(runs, 'startup_seconds'):.1f}",
@@ -95,14 +95,15 @@ def _median(runs: Sequence[Run], key: str) -> float:
 
 
 def draw(lines: Lines, path: Path) -> None:
-    """Draws accuracy against rounds: the mean of a line, and the band from worst to best seed."""
+    """Draws the metric against rounds: the mean of a line, and the band from worst to best seed."""
+    measure = Measure.of(lines)
     with pictures.picture(path, figsize=(7, 4)) as (figure, axes):
         looks = zip(lines.items(), pictures.styles(list(lines)), strict=True)
         for (label, runs), style in looks:
             rounds = [record["round"] for record in runs[0].evaluated]
-            curves = [[100 * record["test_accuracy"] for record in run.evaluated] for run in runs]
+            curves = [[measure.shown(e[measure.test]) for e in run.evaluated] for run in runs]
             pictures.band(axes, rounds, curves, label=label, **style)
-        axes.set(xlabel="round", ylabel="test accuracy, %")
+        axes.set(xlabel="round", ylabel=f"test {measure.text}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         several = any(len(runs) > 1 for runs in lines.values())
         note = "mean; band from worst to best seed" if several else None

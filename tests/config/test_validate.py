@@ -59,6 +59,9 @@ def test_submission_begins_with_the_same_job(monkeypatch: pytest.MonkeyPatch) ->
     assert cli.compose_as(SubmitConfig, "submit") == [SubmitConfig()]
 
 
+OWN_DATA = ["data=import", "data.target=my_data:hospitals", "partition=natural"]
+
+
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_every_choice_composes_to_valid_options(
     path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +71,8 @@ def test_every_choice_composes_to_valid_options(
         "model=import": ["model.target=my_networks:small"],
         "data=import": ["data.target=my_data:hospitals"],
         "data=folder": ["data.root=scans"],
+        "task=import": ["task.target=my_tasks:Ranking"],
+        **{f"task={name}": OWN_DATA for name in ("multilabel", "segmentation", "regression")},
         "partition=natural": ["data=folder", "data.root=scans"],
         "experiment=imagenet_resnet50": ["data.root=images"],
     }

@@ -75,7 +75,8 @@ def test_names_of_the_package_in_code_font_exist(page: Path) -> None:
 @each_page
 def test_a_page_is_short_and_says_what_it_is_for(page: Path) -> None:
     text = read(page)
-    assert text.count("\n") <= MOST_LINES
+    most = 300 if page.stem == "options" else MOST_LINES  # a table to look things up in
+    assert text.count("\n") <= most
     title, opening = text.split("\n\n")[:2]
     assert re.fullmatch(r"# .+", title)
     [purpose] = documents.paragraphs(opening)

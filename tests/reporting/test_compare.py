@@ -341,3 +341,20 @@ def test_an_overview_has_a_column_for_each_comparison(
     assert " ± " in cells["fedtan"][0]
     with pytest.raises(SystemExit):
         overview.main([str(tmp_path)])
+
+
+def test_runs_of_another_task_are_compared_by_its_first_metric(tmp_path: Path) -> None:
+    words = ["data=import", "data.target=tests.helpers.task_data:sites", "data.options.kind=masks"]
+    words += ["task=segmentation", "task.ignore_index=255", "partition=natural", "model=import"]
+    words += ["model.target=tests.helpers.task_data:pixels", "methods=[fedtan,fedbn]", "seeds=[0]"]
+    compare.main([*words, *SHORT, f"out={tmp_path}"])
+    text = (tmp_path / "compare.md").read_text()
+    last = {run: records(run)[-1] for run in tmp_path.glob("runs/*")}
+    assert "| method | seeds | test iou, % | clients' own iou, % | test loss |" in text
+    best = max(last.values(), key=lambda record: float(record["test_iou"]))
+    first_row = next(line for line in text.splitlines() if line.startswith("| fed"))
+    own = 100 * best["clients_own_mix_iou_mean"]
+    assert f"| 1 | {100 * best['test_iou']:.1f} | {own:.1f} |" in first_row
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text())))
+    assert {float(row["test_iou"]) for row in rows} >= {r["test_iou"] for r in last.values()}
+    assert (tmp_path / "compare.png").exists()

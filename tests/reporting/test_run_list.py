@@ -51,7 +51,7 @@ def test_the_state_of_a_run(
 ) -> None:
     row = run_list.row_of(run_in(tmp_path / "run", **files), queue)
     assert (row.state, row.why) == (state, why)
-    assert (row.job, row.round, row.accuracy) == ("7", "2", "50.0")
+    assert (row.job, row.round, row.result) == ("7", "2", "accuracy 50 %")
 
 
 def test_a_run_that_left_no_word_shows_the_end_of_its_log(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_state_of_a_run_that_nobody_submitted(
     files: dict[str, Any], state: str, why: str, tmp_path: Path
 ) -> None:
     run = unsubmitted(tmp_path / "run", **files)
-    assert run_list.row_of(run, None) == (str(run), "", state, "2", "50.0", why)
+    assert run_list.row_of(run, None) == (str(run), "", state, "2", "accuracy 50 %", why)
 
 
 def test_a_run_whose_folder_a_process_has_locked_is_running(tmp_path: Path) -> None:
