@@ -34,7 +34,7 @@ def page() -> Iterator[str]:
     """Yields the lines of the page in Markdown."""
     yield _INTRODUCTION.rstrip()
     for group in help.groups(SubmitConfig):
-        yield f"\n## {group.name}\n\n{group.purpose}{_REMARKS.get(group.name, '')}\n"
+        yield f"\n## {group.name}\n{group.purpose}{_REMARKS.get(group.name, '')}\n"
         yield "| option | default | allowed | meaning |"
         yield "| --- | --- | --- | --- |"
         for entry in group.entries:

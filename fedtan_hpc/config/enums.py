@@ -169,6 +169,15 @@ class PrecisionName(Choice):
     float64 = "float64"
 
 
+class TrackerName(Choice):
+    """Trackers that follow a run."""
+
+    tensorboard = "tensorboard"
+    csv = "csv"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
 class CohortMode(Choice):
     """Ways in which a rank runs the local steps of its clients."""
 

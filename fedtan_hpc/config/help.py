@@ -142,6 +142,8 @@ def allowed(option: str, schema: type[Any] = Config) -> str:
 def _as_yaml(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
     return str(value)
 
 
@@ -151,8 +153,11 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_in_words(part) for part in get_args(hint))
     if get_origin(hint) is list:
-        texts = get_args(hint) == (str,)
-        return "a list of texts such as [a,b]" if texts else "a list of whole numbers such as [1,2]"
+        [kind] = get_args(hint)
+        if isinstance(kind, EnumMeta):
+            return f"a list such as [a,b] of {_in_words(kind)}"
+        of, example = ("texts", "[a,b]") if kind is str else ("whole numbers", "[1,2]")
+        return f"a list of {of} such as {example}"
     if get_origin(hint) is dict:
         return "names with values such as {a: 1, b: text}"
     return "null" if hint is type(None) else _PLAIN[hint]

@@ -34,6 +34,7 @@ __all__ = [
     "PartitionConfig",
     "ServerConfig",
     "TaskConfig",
+    "TrackingConfig",
     "to_dict",
 ]
 
@@ -69,6 +70,20 @@ class CohortConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Sets where options and figures of the run go for comparison."""
+
+    to: list[enums.TrackerName] = field(default_factory=lambda: [enums.TrackerName.tensorboard])
+    """Trackers that get options and figures; docs/tracking.md describes each."""
+    project: str = "fedtan_hpc"
+    """Project of Weights & Biases, experiment of MLflow."""
+    name: str | None = None
+    """Name of the run in both; null: the name of run_dir's last folder."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run in both; in MLflow each has the value true."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """All options of a job.  The default trains five clients that have two digits each."""
 
@@ -83,6 +98,7 @@ class Config:
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     clients: int = 5
     """Number of clients, on any number of ranks; with partition=natural that of your data."""
@@ -131,7 +147,12 @@ class Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the options as plain values (choices by name), nested as in the YAML files."""
 
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(each) for each in value]
+        return str(value) if isinstance(value, Enum) else value
+
     def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: str(v) if isinstance(v, Enum) else v for key, v in pairs}
+        return {key: named(value) for key, value in pairs}
 
     return asdict(config, dict_factory=plain)

@@ -13,6 +13,7 @@ from .errors import ConfigError, format_option_error
 from .schema import Config
 from .validation.data import data_mistakes
 from .validation.task import task_mistakes
+from .validation.tracking import tracking_mistakes
 from .validation.training import is_import_path, training_mistakes
 
 
@@ -102,6 +103,7 @@ def check(config: Config) -> None:
         *training_mistakes(config),
         *task_mistakes(config),
         *_job(config),
+        *tracking_mistakes(config.tracking),
     ]
     if mistakes:
         raise ConfigError(*mistakes)

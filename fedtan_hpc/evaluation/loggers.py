@@ -1,11 +1,9 @@
-"""Callbacks of rank 0: ``rounds.jsonl``, TensorBoard's event file, and the display.
+"""Callbacks of rank 0: ``rounds.jsonl`` and the display.
 
 The display is a progress bar on a terminal, plain lines elsewhere, and a table at the end.
 """
 
 import json
-from contextlib import suppress
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -26,33 +24,6 @@ class RoundsFile(RoundCallback):
         """Writes the line."""
         with open(self._path, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(record.line(), allow_nan=False) + "\n")
-
-
-class TensorBoardLog(RoundCallback):
-    """Draws one curve for each figure of the rounds in TensorBoard's event file."""
-
-    _writer: Any = None
-
-    def run_began(self, run: RunInfo) -> None:
-        """Opens the file; curves lose the points of rounds that are trained again."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = run.rounds_done + 1 if run.rounds_done else None
-        self._writer = SummaryWriter(str(run.run_dir), purge_step=purge_step)
-
-    def round_ended(self, record: RoundRecord) -> None:
-        """Adds a point to each curve."""
-        for name, value in record.line().items():
-            if isinstance(value, int | float) and name != "round":
-                self._writer.add_scalar(name, value, record.round)
-
-    def run_failed(self, error: object) -> None:
-        """Closes the file."""
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
-
-    run_ended = run_failed
 
 
 class Display(RoundCallback):

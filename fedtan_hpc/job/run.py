@@ -17,8 +17,9 @@ from ..config.validate import check
 from ..data.download import fetch
 from ..data.federated_data import load_own
 from ..distributed import collectives, counters, process_group
+from ..evaluation import trackers
 from ..evaluation.callbacks import RoundCallback, RunInfo
-from ..evaluation.loggers import Display, RoundsFile, TensorBoardLog, show_result
+from ..evaluation.loggers import Display, RoundsFile, show_result
 from ..evaluation.records import Summary
 from ..runtime import device, import_path, launcher_env, malloc, signals
 from ..runtime.device import tensor_float
@@ -182,7 +183,7 @@ def _train(
     writer = CheckpointWriter(trainer.cohort, stop, began, resumption.resumed_after)
     callbacks: list[RoundCallback] = [writer]
     if run.is_first:
-        callbacks = [RoundsFile(), TensorBoardLog(), writer, *observers]
+        callbacks = [RoundsFile(), *trackers.make(run.config.tracking), writer, *observers]
     try:
         tell(callbacks, "run_began", RunInfo(run.config, run.run_dir, rounds_done), stop)
         records = trainer.train(callbacks, resumption.history)

@@ -6,6 +6,8 @@ summary.json   the result (``records.Summary``); only a finished run has it
 model.pt       state_dict of the final global model
 clients.pt     private tensors of each client, if the algorithm has them
 events.*       TensorBoard
+rounds.csv     the rounds as a table, and wandb/: only if tracking.to has csv or wandb
+trackers.json  names of the run at Weights & Biases and MLflow, by which it continues there
 checkpoints/   state to continue from after an interruption (``checkpoint_format``)
 failure.json   why the run ended early; removed when it continues
 .lock          locked while a run writes here
@@ -37,7 +39,7 @@ from ..config.schema import Config, DataConfig, to_dict
 from ..evaluation.records import Summary
 from ..runtime import atomic_files
 
-NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks")
+NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks", "tracking")
 """Options and groups that do not change what a run computes."""
 _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
@@ -204,7 +206,8 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
 
 def _set_aside(folder: Path) -> None:
     # Checkpoints first: they are useless in a folder without rounds.jsonl.
-    names = ("checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "clients.pt")
+    names = ["checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "clients.pt"]
+    names += ["rounds.csv", "trackers.json", "wandb"]
     paths = [folder / name for name in names] + list(folder.glob("events.*"))
     paths = [path for path in paths if path.exists()]
     if not paths or paths == [folder / "config.yaml"]:  # no run had begun
