@@ -94,6 +94,7 @@ class ModelName(Choice):
     resnet32 = "resnet32"
     resnet56 = "resnet56"
     vgg11_bn = "vgg11_bn"
+    unet = "unet"
 
 
 class NormName(Choice):

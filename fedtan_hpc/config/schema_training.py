@@ -71,7 +71,7 @@ class ModelConfig:
     source: enums.ModelSource = enums.ModelSource.builtin
     """Origin of the network: this package, torchvision, or your code (model.target)."""
     name: str = "mlp"
-    """Network: mlp, cnn, resnet20, resnet32, resnet56, vgg11_bn, or the name of torchvision's."""
+    """Network: mlp, cnn, resnet20, resnet32, resnet56, vgg11_bn, unet, or one of torchvision's."""
     target: str | None = None
     """Function that creates the network, package.module:callable. Only for model=import."""
     small_input: bool = False

@@ -14,6 +14,7 @@ from ..runtime import global_random
 from . import import_target, torchvision_models
 from .resnet import resnet20, resnet32, resnet56
 from .small_networks import cnn, mlp, vgg11_bn
+from .unet import UNet
 
 _BUILDERS: dict[ModelName, Callable[[int, int], nn.Module]] = {
     ModelName.mlp: mlp,
@@ -22,6 +23,7 @@ _BUILDERS: dict[ModelName, Callable[[int, int], nn.Module]] = {
     ModelName.resnet32: resnet32,
     ModelName.resnet56: resnet56,
     ModelName.vgg11_bn: vgg11_bn,
+    ModelName.unet: UNet,
 }
 """Built-in networks, called with input channels (mlp: input features) and classes."""
 

@@ -13,7 +13,7 @@ def mlp(features: int, classes: int) -> nn.Module:
 
 def cnn(in_channels: int, classes: int) -> nn.Module:
     """Returns three 3x3 convolutions of 16, 32 and 64 channels; the last two halve the image."""
-    layers = _convolution(in_channels, 16) + _convolution(16, 32, 2) + _convolution(32, 64, 2)
+    layers = convolution(in_channels, 16) + convolution(16, 32, 2) + convolution(32, 64, 2)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
@@ -26,12 +26,13 @@ def vgg11_bn(in_channels: int, classes: int) -> nn.Module:
     width = in_channels
     for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
         for out_width in stage:
-            layers += _convolution(width, out_width)
+            layers += convolution(width, out_width)
             width = out_width
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
-def _convolution(width: int, out_width: int, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(width, out_width, 3, stride, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(out_width), nn.ReLU()]
+def convolution(width: int, out_width: int, stride: int = 1) -> list[nn.Module]:
+    """Returns a 3x3 convolution, BN and ReLU."""
+    weights = nn.Conv2d(width, out_width, 3, stride, padding=1, bias=False)
+    return [weights, nn.BatchNorm2d(out_width), nn.ReLU()]

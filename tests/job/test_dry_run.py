@@ -140,11 +140,12 @@ def own_dict_in_evaluation() -> nn.Module:
 
 
 CNN = ModelConfig(name=ModelName.cnn)
+CLASSIFIERS = [name for name in ModelName if name is not ModelName.unet]
 
 own_instance = nn.Flatten()
 
 FITTING = [
-    *(job(ModelConfig(name=name), "fedtan", (1, 8, 8)) for name in ModelName),
+    *(job(ModelConfig(name=name), "fedtan", (1, 8, 8)) for name in CLASSIFIERS),
     *(job(ModelConfig(name="cnn"), algorithm) for algorithm in AlgorithmName),
     *(job(here("own_network"), algorithm) for algorithm in ("fedavg", "centralised", "singleset")),
     job(here("own_without_names"), "fedtan"),

@@ -11,7 +11,7 @@ from fedtan_hpc.config.enums import GammaName, ModelName, ModelSource
 from fedtan_hpc.config.schema import ModelConfig
 from fedtan_hpc.models import factory
 
-CONVOLUTIONAL = sorted(set(ModelName) - {ModelName.mlp})
+CONVOLUTIONAL = sorted(set(ModelName) - {ModelName.mlp, ModelName.unet})
 SHAPE = (3, 32, 32)
 
 
