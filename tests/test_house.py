@@ -154,6 +154,7 @@ def test_options_are_checked_without_torch(name: str) -> None:
         seen.add(path)
         now = imported(path, lazily=False)
         heavy = {"torch", "numpy", "sklearn", "matplotlib", "tensorboard", "submitit"}
+        heavy |= {"wandb", "mlflow"}
         assert not {each.split(".")[0] for each in now} & heavy, path
         files = {file_of(each) for each in now if each.startswith("fedtan_hpc")}
         ahead += [file for file in files if file is not None and file not in seen]

@@ -175,9 +175,11 @@ class MlflowLog(Tracker):
         from mlflow.exceptions import MlflowException
 
         tracking = run.config.tracking
-        with suppress(MlflowException):  # it exists, perhaps by another run that starts now
-            self._client.create_experiment(tracking.project)
         experiment = self._client.get_experiment_by_name(tracking.project)
+        if experiment is None:
+            with suppress(MlflowException):  # another run may make it at the same time
+                self._client.create_experiment(tracking.project)
+            experiment = self._client.get_experiment_by_name(tracking.project)
         tags = dict.fromkeys(tracking.tags, "true")
         made = self._client.create_run(experiment.experiment_id, tags=tags, run_name=_name(run))
         return str(made.info.run_id)
