@@ -25,6 +25,30 @@ class AlgorithmName(Choice):
     singleset = "singleset"
 
 
+class OptimizerName(Choice):
+    """Optimizers of the clients."""
+
+    sgd = "sgd"
+    adam = "adam"
+    adamw = "adamw"
+
+
+class LrScheduleName(Choice):
+    """Ways in which the learning rate falls from round to round."""
+
+    multistep = "multistep"
+    cosine = "cosine"
+    polynomial = "polynomial"
+
+
+class StoppingMode(Choice):
+    """Which values of a metric are better."""
+
+    auto = "auto"
+    min = "min"
+    max = "max"
+
+
 class ServerOptimizerName(Choice):
     """Optimizers of the server (FedOpt)."""
 

@@ -21,10 +21,15 @@ from .errors import ConfigError, format_option_error
 from .schema import Config
 
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_LISTS = {
+    str: "a list of texts such as [a,b]",
+    int: "a list of whole numbers such as [1,2]",
+    float: "a list of numbers such as [0.9,0.99]",
+}
 UNGROUPED = "run"
 """The name under which help has the options that belong to no group."""
 _OF_UNGROUPED = "Sets clients, rounds, batches, evaluation, device and files."
-_INDENT = 15
+_INDENT = 17
 """Columns before the text that describes a group."""
 
 
@@ -156,8 +161,7 @@ def _in_words(hint: Any) -> str:
         [kind] = get_args(hint)
         if isinstance(kind, EnumMeta):
             return f"a list such as [a,b] of {_in_words(kind)}"
-        of, example = ("texts", "[a,b]") if kind is str else ("whole numbers", "[1,2]")
-        return f"a list of {of} such as {example}"
+        return _LISTS[kind]
     if get_origin(hint) is dict:
         return "names with values such as {a: 1, b: text}"
     return "null" if hint is type(None) else _PLAIN[hint]

@@ -13,6 +13,7 @@ from .schema_data import DataConfig, PartitionConfig
 from .schema_training import (
     AlgorithmConfig,
     ClientConfig,
+    EarlyStoppingConfig,
     LrScheduleConfig,
     ModelConfig,
     OptimizerConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "CommConfig",
     "Config",
     "DataConfig",
+    "EarlyStoppingConfig",
     "LrScheduleConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -41,7 +43,7 @@ __all__ = [
 
 @dataclass(kw_only=True, slots=True)
 class CommConfig:
-    """Sets the backend of collectives, and their time-out."""
+    """Sets the collectives of the ranks."""
 
     backend: enums.BackendName = enums.BackendName.auto
     """Backend of collectives. auto: nccl with one GPU per rank, mpi under mpirun, else gloo."""
@@ -51,7 +53,7 @@ class CommConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """Sets how often checkpoints are written and how many are kept."""
+    """Sets how often checkpoints are written."""
 
     every: int | None = 20
     """Rounds between checkpoints; null: only when a signal stops the run."""
@@ -61,7 +63,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CohortConfig:
-    """Sets how a rank trains the clients that it hosts in a round."""
+    """Sets how a rank trains its clients."""
 
     mode: enums.CohortMode = enums.CohortMode.auto
     """Local steps of a rank's clients: stacked (vmap) or sequential; auto: the faster of both."""
@@ -96,6 +98,7 @@ class Config:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -109,7 +112,9 @@ class Config:
     rounds: int = 100
     """Communication rounds: local steps of the clients, then one average of their models."""
     local_steps: int = 5
-    """SGD steps of a client in a round (E in the paper)."""
+    """Optimizer steps of a client in a round (E in the paper)."""
+    local_epochs: int | None = None
+    """Passes of a client over its samples in a round, in the place of local_steps; null: none."""
     batch_size: int = 32
     """Samples in a client's batch; a client with fewer samples uses all of them."""
     sampling: enums.SamplingName = enums.SamplingName.shuffled

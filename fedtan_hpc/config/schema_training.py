@@ -1,5 +1,6 @@
 """The options of algorithm, task, network and optimizers.  Users import them from ``schema``."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ from . import enums
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
-    """Chooses what BN layers normalise with and what is averaged."""
+    """Chooses what BN normalises with and what is averaged."""
 
     name: enums.AlgorithmName = enums.AlgorithmName.fedtan
     """Federated algorithm; docs/methods.md says what each normalises with and averages."""
@@ -86,21 +87,74 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """Sets the clients' SGD, which starts anew in every round."""
+    """Sets the clients' optimizer."""
 
+    name: enums.OptimizerName = enums.OptimizerName.sgd
+    """Starts anew in every round. On the command line optimizer=adam and adamw set lr to 0.001."""
     lr: float = 0.1
-    """Learning rate of the first round."""
+    """Learning rate before lr_schedule."""
     momentum: float = 0.0
-    """Momentum within the local steps of one round; each round starts with zero velocity."""
+    """Momentum within the local steps of a round, from zero velocity. Only for sgd."""
+    nesterov: bool = False
+    """Nesterov's form of momentum. Only for sgd with momentum."""
+    betas: list[float] | None = None
+    """Decays of mean and squared gradient. Only for adam and adamw; default [0.9,0.999]."""
+    eps: float | None = None
+    """Added to the root of the squared gradient. Only for adam and adamw; default 1e-8."""
     weight_decay: float = 0.0
-    """L2 penalty on all parameters, gamma and beta of BN layers included."""
+    """L2 penalty in the gradient; with adamw, decay of the parameters beside it."""
+    decay_norm: bool = True
+    """Whether normalization layers, biases and other vectors of parameters have weight decay."""
+    clip_norm: float | None = None
+    """Largest L2 norm of a client's gradient, FedProx's term included; null: not clipped."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LrScheduleConfig:
-    """Lowers the learning rate after chosen rounds."""
+    """Changes the learning rate from round to round."""
 
+    name: enums.LrScheduleName = enums.LrScheduleName.multistep
+    """multistep: falls after milestones; cosine, polynomial: from round to round, to final."""
     milestones: list[int] = field(default_factory=list)
-    """Rounds, ascending, after which the learning rate is multiplied by lr_schedule.gamma."""
+    """Rounds, ascending, after which gamma multiplies the learning rate. Only for multistep."""
     gamma: float = 0.1
-    """Factor on the learning rate at each milestone."""
+    """Factor on the learning rate at each milestone. Only for multistep."""
+    warmup_rounds: int = 0
+    """First rounds w in which the rate rises: it is lr r / w in round r. Decay begins after them."""
+    power: float | None = None
+    """Exponent of the decay, 1 is linear. Only for polynomial; default 1."""
+    final: float | None = None
+    """Factor on lr that a round after the last would have. For cosine, polynomial; default 0."""
+
+    def factor(self, round_number: int, rounds: int) -> float:
+        """Returns the learning rate of a round, counted from 1, over that of ``optimizer.lr``.
+
+        With t = (r - 1 - w) / (rounds - w), which is below 1 in the last round, cosine is
+        final + (1 - final) (1 + cos(pi t)) / 2 and polynomial is final + (1 - final) (1 - t)^power.
+        In the warm-up t is 0.
+        """
+        warmup = self.warmup_rounds
+        rise = min(1.0, round_number / warmup) if warmup else 1.0
+        if self.name is enums.LrScheduleName.multistep:
+            return rise * self.gamma ** sum(each < round_number for each in self.milestones)
+        done = max(0, round_number - 1 - warmup) / (rounds - warmup)
+        if self.name is enums.LrScheduleName.cosine:
+            shape = (1 + math.cos(math.pi * done)) / 2
+        else:
+            shape = (1 - done) ** (1.0 if self.power is None else self.power)
+        final = self.final or 0.0
+        return rise * (final + (1 - final) * shape)
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStoppingConfig:
+    """Ends the run by a metric."""
+
+    metric: str | None = None
+    """test_... or pooled_train_loss of rounds.jsonl; chooses best.pt too; null: no early end."""
+    patience: int | None = None
+    """Evaluations in succession without a better value after which the run ends; null: no end."""
+    target: float | None = None
+    """Value of the metric at which the run ends; null: none."""
+    mode: enums.StoppingMode = enums.StoppingMode.auto
+    """Better values: min or max; auto: min for names with loss, error, mae or mse, else max."""

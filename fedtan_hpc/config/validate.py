@@ -12,6 +12,7 @@ from . import enums
 from .errors import ConfigError, format_option_error
 from .schema import Config
 from .validation.data import data_mistakes
+from .validation.optimizing import optimizing_mistakes
 from .validation.task import task_mistakes
 from .validation.tracking import tracking_mistakes
 from .validation.training import is_import_path, training_mistakes
@@ -34,6 +35,8 @@ _MINIMA = {
     "clients_per_round": 1,
     "rounds": 1,
     "local_steps": 1,
+    "local_epochs": 1,
+    "early_stopping.patience": 1,
     "batch_size": 1,
     "eval_every": 1,
     "eval_train_samples": 0,
@@ -53,6 +56,10 @@ _RANGES = {
     "optimizer.lr": (_POSITIVE, 0.1),
     "optimizer.momentum": (_DECAY, 0.9),
     "optimizer.weight_decay": (_NON_NEGATIVE, 1e-4),
+    "optimizer.eps": (_POSITIVE, 1e-8),
+    "optimizer.clip_norm": (_POSITIVE, 1.0),
+    "lr_schedule.power": (_POSITIVE, 1.0),
+    "lr_schedule.final": (Range(lambda value: 0 <= value <= 1, "a number >= 0, 1 at most"), 0.01),
     "lr_schedule.gamma": (Range(lambda value: 0 < value <= 10, "a number > 0, 10 at most"), 0.1),
     "client.proximal_mu": (_NON_NEGATIVE, 0.01),
     "server.lr": (_POSITIVE, 0.01),
@@ -76,6 +83,10 @@ _USERS: dict[str, dict[str, Sequence[enums.Choice]]] = {
         "data.samples": [enums.DataName.synthetic],
         "data.shape": [enums.DataName.synthetic],
         "data.classes": [enums.DataName.synthetic],
+    },
+    "lr_schedule.name": {
+        "lr_schedule.power": [enums.LrScheduleName.polynomial],
+        "lr_schedule.final": [enums.LrScheduleName.cosine, enums.LrScheduleName.polynomial],
     },
     "partition.name": {
         "partition.classes_per_client": [enums.PartitionName.shards],
@@ -102,6 +113,7 @@ def check(config: Config) -> None:
         *data_mistakes(config),
         *training_mistakes(config),
         *task_mistakes(config),
+        *optimizing_mistakes(config),
         *_job(config),
         *tracking_mistakes(config.tracking),
     ]
@@ -137,8 +149,8 @@ def _unused(config: Config) -> Iterator[str]:
 
 
 def _rounds(config: Config) -> Iterator[str]:
-    """Participation in rounds, and the schedule of the learning rate."""
-    per_round, milestones = config.clients_per_round, config.lr_schedule.milestones
+    """Participation in rounds."""
+    per_round = config.clients_per_round
     if per_round is None and config.participation is enums.ParticipationName.weighted:
         allowed = "uniform while all clients take part"
         remedy = "set clients_per_round, or leave participation out"
@@ -148,10 +160,6 @@ def _rounds(config: Config) -> Iterator[str]:
         allowed = f"1 to clients, {config.clients}"
         remedy = f"set clients_per_round={config.clients} or leave it out"
         yield format_option_error("clients_per_round", per_round, allowed, remedy)
-    if milestones != sorted(set(milestones)) or any(m < 1 for m in milestones):
-        allowed = "a list of rounds >= 1 in ascending order"
-        remedy = "for example lr_schedule.milestones=[60,80]"
-        yield format_option_error("lr_schedule.milestones", milestones, allowed, remedy)
 
 
 def _job(config: Config) -> Iterator[str]:

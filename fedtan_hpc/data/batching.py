@@ -175,7 +175,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Draws a client's batches of a round: E = ``steps`` batches of B samples each.
+    """Draws a client's batches of a round: E batches of B samples each.
 
     shuffled: the client goes through its samples in random order and starts a new order when fewer
     than B are left; B = min(batch_size, samples).  replacement: each index is drawn independently
@@ -184,23 +184,33 @@ class BatchSampler:
 
     batch_size: int
     steps: int
+    """E, unless ``epochs`` is given."""
     seed: int
     sampling: SamplingName = SamplingName.shuffled
+    epochs: int | None = None
+    """Passes over the client's samples; a pass has as many batches as there are whole ones."""
 
     @classmethod
     def of(cls, config: Config) -> BatchSampler:
         """Returns the sampler that the options describe."""
-        return cls(config.batch_size, config.local_steps, config.seed, config.sampling)
+        size, steps = config.batch_size, config.local_steps
+        return cls(size, steps, config.seed, config.sampling, config.local_epochs)
+
+    def steps_of(self, samples: int) -> int:
+        """Returns E of a client with this number of samples."""
+        if self.epochs is None:
+            return self.steps
+        return self.epochs * (samples // min(self.batch_size, samples))
 
     def draw(self, samples: int, client: int, round_number: int) -> Tensor:
         """Returns indices (E, B), 0 to ``samples`` - 1; they depend on seed, client and round."""
-        key = self.seed, client, round_number
+        key, steps = (self.seed, client, round_number), self.steps_of(samples)
         if self.sampling is SamplingName.replacement:
             rng = random_streams.generator(random_streams.REPLACEMENT, *key)
-            return torch.from_numpy(rng.integers(samples, size=(self.steps, self.batch_size)))
+            return torch.from_numpy(rng.integers(samples, size=(steps, self.batch_size)))
         size = min(self.batch_size, samples)
         per_pass = samples // size
-        passes = -(-self.steps // per_pass)
+        passes = -(-steps // per_pass)
         rng = random_streams.generator(random_streams.BATCHES, *key)
         orders = [rng.permutation(samples)[: per_pass * size] for _ in range(passes)]
-        return torch.from_numpy(np.concatenate(orders).reshape(-1, size)[: self.steps])
+        return torch.from_numpy(np.concatenate(orders).reshape(-1, size)[:steps])

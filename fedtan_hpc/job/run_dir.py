@@ -4,6 +4,7 @@ config.yaml    the options, resolved
 rounds.jsonl   one line for each round (``records.RoundRecord``)
 summary.json   the result (``records.Summary``); only a finished run has it
 model.pt       state_dict of the final global model
+best.pt        state_dict of the global model at the best evaluation, if there is one such model
 clients.pt     private tensors of each client, if the algorithm has them
 events.*       TensorBoard
 rounds.csv     the rounds as a table, and wandb/: only if tracking.to has csv or wandb
@@ -58,7 +59,10 @@ def name(config: Config) -> Path:
     network = str(config.model.target).rpartition(":")[2] if is_target else config.model.name
     is_natural = config.partition.name is PartitionName.natural  # its clients are not known yet
     clients = "" if is_natural else f"{config.clients}clients-"
-    counts = f"{clients}{config.local_steps}steps-seed{config.seed}"
+    steps = f"{config.local_steps}steps"
+    if config.local_epochs is not None:
+        steps = f"{config.local_epochs}epochs"
+    counts = f"{clients}{steps}-seed{config.seed}"
     names = (config.algorithm.name, _data_name(config.data), network, config.partition.name)
     return Path("runs") / "-".join([*names, counts, digest])
 
@@ -206,7 +210,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
 
 def _set_aside(folder: Path) -> None:
     # Checkpoints first: they are useless in a folder without rounds.jsonl.
-    names = ["checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "clients.pt"]
+    names = ["checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "best.pt", "clients.pt"]
     names += ["rounds.csv", "trackers.json", "wandb"]
     paths = [folder / name for name in names] + list(folder.glob("events.*"))
     paths = [path for path in paths if path.exists()]

@@ -5,6 +5,7 @@ Used by ``validate``.
 
 from collections.abc import Iterator
 from difflib import get_close_matches
+from math import inf
 
 from ..algorithms import ALGORITHMS, Normaliser, ParameterGroup
 from ..enums import CohortMode, GammaName, ModelName, ModelSource, NormName, ServerOptimizerName
@@ -62,7 +63,8 @@ def _builtin(config: Config) -> Iterator[str]:
 
 def _steps(config: Config) -> Iterator[str]:
     steps, switch = config.algorithm.synchronised_steps, config.algorithm.switch_round
-    if steps is not None and not 0 <= steps <= max(config.local_steps, 1):
+    most = inf if config.local_epochs else max(config.local_steps, 1)  # then clients decide
+    if steps is not None and not 0 <= steps <= most:
         allowed = f"0 to local_steps, {config.local_steps}"
         option = "algorithm.synchronised_steps"
         yield format_option_error(option, steps, allowed, f"set {option}=1")
