@@ -120,7 +120,7 @@ class LrScheduleConfig:
     gamma: float = 0.1
     """Factor on the learning rate at each milestone. Only for multistep."""
     warmup_rounds: int = 0
-    """First rounds w in which the rate rises: it is lr r / w in round r. Decay begins after them."""
+    """First rounds w, in which the rate rises: lr r / w in round r. Decay begins after them."""
     power: float | None = None
     """Exponent of the decay, 1 is linear. Only for polynomial; default 1."""
     final: float | None = None

@@ -53,6 +53,9 @@ class ClientStore:
         """Feature shift of the clients' inputs, if there is one."""
         self.sizes = [len(indices) for indices in partition]
         """Number of training samples of each client."""
+        sampler = BatchSampler.of(config)
+        self.steps = [sampler.steps_of(size) for size in self.sizes]
+        """Number of local steps E of each client in a round."""
         total = sum(self.sizes)
         self.shares = [size / total for size in self.sizes]
         """p_k of each client: its fraction of all training samples."""

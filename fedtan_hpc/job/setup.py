@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,9 @@ from ..config.enums import LoadingName, PartitionName, PrecisionName
 from ..config.errors import ConfigError
 from ..config.schema import Config
 from ..config.validation.data import own_data_mistakes, partition_mistakes
+from ..config.validation.optimizing import epoch_mistakes
 from ..data import datasets, loading
-from ..data.batching import Dataset, Samples
+from ..data.batching import BatchSampler, Dataset, Samples
 from ..data.client_store import ClientStore
 from ..data.loading import Need, Reader
 from ..data.own import datasets as own_datasets
@@ -117,6 +119,7 @@ def prepare(
         config, opened = open_data(config, placement)
     dataset = opened.dataset or datasets.load(config.data, config.seed)
     indices = datasets.partition_of(dataset, config)
+    config = with_steps(config, [len(each) for each in indices])
     workers = loading.workers_of(config) if opened.is_streamed else 0
     reader = Reader(dataset, device, dtype, workers)
     store = ClientStore(dataset, indices, reader, config, opened.is_streamed)
@@ -128,6 +131,20 @@ def prepare(
     cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)
     evaluator = Evaluator(model, dataset, store, cohort.states, config)
     return Trainer(config=config, store=store, cohort=cohort, evaluator=evaluator)
+
+
+def with_steps(config: Config, sizes: Sequence[int]) -> Config:
+    """Returns the options with ``local_steps`` the most steps of clients of these ``sizes``.
+
+    Raises ``ConfigError`` on all ranks if ``local_epochs`` gives some clients too few steps.
+    """
+    sampler = BatchSampler.of(config)
+    steps = [sampler.steps_of(size) for size in sizes]
+    if mistakes := [*epoch_mistakes(config, steps)]:
+        error = ConfigError(*mistakes)
+        error.on_all_ranks = True
+        raise error
+    return replace(config, local_steps=max(steps))
 
 
 def _one_client_per_rank(config: Config, store: ClientStore) -> bool:

@@ -119,9 +119,9 @@ class Trainer:
         return self.store.host({client: weights[client] for client in hosted[process_group.rank()]})
 
     def _assigned(self, weights: dict[int, float]) -> list[list[int]]:
-        """Returns the participants by rank; the cost of a client is the size of its batches."""
-        batch = self.config.batch_size
-        costs = {client: min(batch, self.store.sizes[client]) for client in weights}
+        """Returns the participants by rank; the cost of a client is the samples of its batches."""
+        batch, sizes = self.config.batch_size, self.store.sizes
+        costs = {client: min(batch, sizes[client]) * self.store.steps[client] for client in weights}
         return assign(costs, process_group.world_size())
 
     def _batch_order(self, number: int) -> list[tuple[int, int]] | None:
@@ -132,15 +132,17 @@ class Trainer:
         if number > self.config.rounds:
             return None
         clients = self._assigned(self._participants(number))[process_group.rank()]
-        steps = self.config.local_steps
-        together = self.cohort.runner.steps_together(len(clients), plan(self.config, number))
+        steps, this_plan = self.store.steps, plan(self.config, number)
+        hosted = [steps[client] for client in clients]
+        together = self.cohort.runner.steps_together(hosted, this_plan)
         order = [(client, step) for step in range(together) for client in clients]
-        return order + [(client, step) for client in clients for step in range(together, steps)]
+        return order + [
+            (client, step) for client in clients for step in range(together, steps[client])
+        ]
 
     def _learning_rate(self, number: int) -> float:
-        schedule = self.config.lr_schedule
-        passed = sum(1 for milestone in schedule.milestones if milestone < number)
-        return self.config.optimizer.lr * schedule.gamma**passed
+        factor = self.config.lr_schedule.factor(number, self.config.rounds)
+        return self.config.optimizer.lr * factor
 
     def _is_due(self, number: int, every: int) -> bool:
         return number % every == 0 or number == self.config.rounds

@@ -26,7 +26,7 @@ from ..runtime.transfer import copy_all
 from .client_state import PrivateStates
 from .local_step import LocalRun, Loss, RoundContext, set_training_mode
 from .memory_budget import MemoryBudget
-from .pooled_gradients import PooledMomentum, pool_gradients
+from .pooled_gradients import PooledState, pool_gradients
 from .vmap_clients import Stack
 from .vmap_trial import vmap_error
 
@@ -48,7 +48,7 @@ class ClientModels:
     config: Config
     loss: Loss
     states: PrivateStates
-    momentum: PooledMomentum = field(default_factory=PooledMomentum)
+    pooled: PooledState = field(default_factory=PooledState)
     _copies: list[nn.Module] = field(default_factory=list, init=False)
 
     def replicas(self, count: int) -> list[nn.Module]:
@@ -67,7 +67,7 @@ class ClientModels:
     def start(self, replica: nn.Module, client: Client, context: RoundContext) -> LocalRun:
         """Prepares the steps of ``client`` in ``replica``, from the values that it has."""
         run = LocalRun(replica, client, context, self.config, self.loss)
-        self.momentum.give_to(run, context.plan)
+        self.pooled.give_to(run, context.plan)
         return run
 
     def finish(self, run: LocalRun, context: RoundContext, model_sum: ModelSum) -> Tensor:
@@ -75,7 +75,7 @@ class ClientModels:
 
         Adds the model to ``model_sum`` and keeps the client's private state.
         """
-        self.momentum.keep_of(run, context.plan)
+        self.pooled.keep_of(run, context.plan)
         loss = run.finish()
         model_sum.add(run.model, run.client.weight)
         self.states.save(run.client.number, run.model)
@@ -116,7 +116,7 @@ class LockstepRunner(ClientRunner):
         for _ in range(plan.synchronised_steps):
             self._synchronised_step(runs, plan.pooled_gradients)
         if not clients:
-            models.momentum.keep_of(runs[0], plan)
+            models.pooled.keep_of(runs[0], plan)
             return []
         return [models.finish(run, context, model_sum) for run in runs]
 
@@ -140,7 +140,7 @@ class LockstepRunner(ClientRunner):
 
 @dataclass
 class StackedRunner(ClientRunner):
-    """All clients train as one stack: in all steps, or in the synchronised steps only."""
+    """All clients train as one stack: in synchronised steps only, or while all have steps."""
 
     all_steps: bool
     max_stacked: int
@@ -151,7 +151,8 @@ class StackedRunner(ClientRunner):
         models, plan = self.models, context.plan
         [model, replica] = models.replicas(2)
         set_training_mode(model, plan)
-        stack = Stack(model, [models.start(replica, client, context) for client in clients])
+        runs = [models.start(replica, client, context) for client in clients]
+        stack = Stack(model, runs)
         if models.states.exist:
             for client_index, client in enumerate(clients):
                 models.states.load(client.number, replica)
@@ -159,7 +160,7 @@ class StackedRunner(ClientRunner):
         for _ in range(plan.synchronised_steps):
             stack.synchronised_step(plan.pooled_gradients)
         if self.all_steps:
-            for _ in range(models.config.local_steps - plan.synchronised_steps):
+            for _ in range(min(run.steps for run in runs) - plan.synchronised_steps):
                 stack.local_step(self.max_stacked)
         losses = []
         for client_index in range(len(clients)):
@@ -210,11 +211,14 @@ class ClientRunners(ClientRunner):
         with self.budget.spent_on(count, passes, context.number):
             return runner.run(clients, context, model_sum)
 
-    def steps_together(self, clients: int, plan: RoundPlan) -> int:
-        """Returns the first steps that the clients take together, before any takes the next one."""
-        is_stacked = self.stacked is not None and self.choose(clients, plan) is self.stacked
+    def steps_together(self, steps: Sequence[int], plan: RoundPlan) -> int:
+        """Returns the first steps that the clients take together, before any takes the next one.
+
+        ``steps`` are those of each client of this rank.
+        """
+        is_stacked = self.stacked is not None and self.choose(len(steps), plan) is self.stacked
         if is_stacked and self.stacked is not None and self.stacked.all_steps:
-            return self.models.config.local_steps
+            return min(steps)
         return plan.synchronised_steps
 
     def choose(self, clients: int, plan: RoundPlan) -> ClientRunner:

@@ -4,6 +4,7 @@ The round loop (``job.trainer``) calls ``begin_round``, runs the clients with ``
 ``end_round``; ``job.checkpoint_writer`` and ``job.resume`` save and load the state.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..distributed.model_average import ModelSum, named_tensors
 from ..models.parameter_groups import TensorFilter, groups_of
 from .client_runners import ClientModels, ClientRunners
 from .local_step import RoundContext
+from .optimizers import State, trained_parameters
 from .server_optimizer import ServerOptimizer
 
 
@@ -28,7 +30,7 @@ class Cohort:
         Between rounds its private tensors have the values of a client that was never drawn.
         """
         self.loss, self.states, self.runner = models.loss, models.states, runner
-        self._momentum, self._server = models.momentum, server
+        self._pooled, self._server = models.pooled, server
         self._groups = groups_of(self.model)
         self._unchanged: list[tuple[Tensor, Tensor]] = []
         """Buffers that the client in ``model`` may change but the round must not, and copies."""
@@ -59,7 +61,7 @@ class Cohort:
         return {
             "model": {name: _copy(value) for name, value in named_tensors(self.model).items()},
             "server": [_copy(value) for value in self._server.state_dict()],
-            "momentum": [_copy(value) for value in self._momentum.state_dict()],
+            "optimizer": _each(_copy, self._pooled.state_dict()),
         }
 
     @torch.no_grad()
@@ -69,7 +71,22 @@ class Cohort:
         for name, value in named_tensors(self.model).items():
             value.copy_(state["model"][name])
         self._server.load_state_dict([value.to(device) for value in state["server"]])
-        self._momentum.load_state_dict([value.to(device) for value in state["momentum"]])
+        pooled = (
+            state["optimizer"] if "optimizer" in state else self._of_momentum(state["momentum"])
+        )
+        self._pooled.load_state_dict(_each(lambda value: value.to(device), pooled))
+
+    def _of_momentum(self, buffers: list[Tensor]) -> State:
+        """Returns the state in a checkpoint of version 0.3, which had the momentum of SGD alone."""
+        names = trained_parameters(self.model)
+        return {n: {"momentum_buffer": each} for n, each in zip(names, buffers, strict=False)}
+
+
+def _each(function: Callable[[Tensor], Tensor], state: State) -> State:
+    return {
+        name: {key: function(each) for key, each in tensors.items()}
+        for name, tensors in state.items()
+    }
 
 
 def _copy(tensor: Tensor) -> Tensor:

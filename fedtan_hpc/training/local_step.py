@@ -1,4 +1,4 @@
-"""The local steps of one client: batch, loss, backward pass and SGD step.
+"""The local steps of one client: batch, loss, backward pass and optimizer step.
 
 ``client_runners`` starts a ``LocalRun`` for each client of a round.  ``vmap_clients`` takes the
 steps of many runs as one, ``compile_step`` compiles the loss, ``memory_budget`` measures it.
@@ -6,7 +6,7 @@ steps of many runs as one, ``compile_step`` compiles the loss, ``memory_budget``
 Shapes: E local steps with batches of B samples.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from ..data.client_store import Client
 from ..runtime import global_random, random_streams
 from ..runtime.transfer import send
 from ..tasks.objective import Objective
+from .optimizers import ClientOptimizer, OptimizerSettings, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Loss:
 class LocalRun:
     """The steps of one client in one round, taken one at a time; they train ``model`` in place.
 
-    SGD is new in each run, so that no momentum survives a round.
+    The optimizer is new in each run, so that none of its state survives a round.
     """
 
     def __init__(
@@ -98,11 +99,16 @@ class LocalRun:
         is_segmentation = config.task.name is TaskName.segmentation
         self._mask_border = (config.task.ignore_index or 0) if is_segmentation else None
         rng = random_streams.generator(random_streams.LAYERS, *key)
-        self._layer_seeds = rng.integers(2**63, size=config.local_steps).tolist()
-        parameters, sgd = list(model.parameters()), config.optimizer
-        self.optimizer = make_sgd(parameters, context.learning_rate, sgd.momentum, sgd.weight_decay)
-        self.proximal = ProximalTerm(parameters, config.client.proximal_mu)
+        self._layer_seeds = rng.integers(2**63, size=len(indices_EB)).tolist()
+        settings = OptimizerSettings.of(config.optimizer, context.learning_rate, model)
+        self.optimizer = ClientOptimizer(trained_parameters(model), settings)
+        self.proximal = ProximalTerm(list(model.parameters()), config.client.proximal_mu)
         self._normalisation = local_normalisation(model, context.plan)
+
+    @property
+    def steps(self) -> int:
+        """The local steps of the client, E."""
+        return len(self._batches_EB)
 
     def loss(self, eager: bool = False) -> Tensor:
         """Clears the gradients and returns the loss F_k of the next step's batch, 0-d."""
@@ -129,7 +135,7 @@ class LocalRun:
         return Samples(inputs, labels)
 
     def step(self, loss: Tensor) -> None:
-        """Takes an SGD step along the gradients that the backward pass of ``loss`` has left.
+        """Takes a step along the gradients that the backward pass of ``loss`` has left.
 
         A parameter without a gradient gets the gradient 0, as it does in a stack of clients.
         """
@@ -137,21 +143,21 @@ class LocalRun:
             if value.grad is None and value.requires_grad:
                 value.grad = torch.zeros_like(value)
         self.proximal.add_to_gradients()
-        sgd_step(self.optimizer)
+        self.optimizer.step()
         self.losses.append(loss.detach().clone())  # a CUDA graph overwrites its output
 
     def finish(self) -> Tensor:
         """Takes the remaining steps, each with the client's local statistics.
 
-        Returns the mean loss of all steps of the round, 0-d float64.  Frees the momentum, because a
-        rank may have many clients.
+        Returns the mean loss of all steps of the round, 0-d float64.  Frees the optimizer's state,
+        because a rank may have many clients.
         """
         with self._normalisation:
-            while len(self.losses) < len(self._batches_EB):
+            while len(self.losses) < self.steps:
                 loss = self.loss()
                 loss.backward()
                 self.step(loss)
-        self.optimizer.state.clear()
+        self.optimizer.free()
         return torch.stack(self.losses).double().mean()
 
 
@@ -183,40 +189,3 @@ def local_normalisation(model: nn.Module, plan: RoundPlan) -> AbstractContextMan
     if plan.normaliser is Normaliser.running:
         return fixed_global_statistics(model)
     return nullcontext()
-
-
-def make_sgd(
-    values: Iterable[Tensor], learning_rate: float, momentum: float, weight_decay: float
-) -> torch.optim.SGD:
-    """Returns torch's fused SGD; take its steps with ``sgd_step``."""
-    return torch.optim.SGD(
-        values, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
-
-
-@torch.no_grad()
-def sgd_step(optimizer: torch.optim.Optimizer) -> None:
-    """Takes one step, with gradients and momentum in the memory order of their parameters.
-
-    The fused kernels (torch 2.13, CPU) read memory linearly: if a gradient lies channels first and
-    its parameter channels last, they silently mix up the values.
-    """
-    for group in optimizer.param_groups:
-        for value in group["params"]:
-            if value.grad is not None:
-                value.grad = _in_memory_order(value.grad, value)
-                state = optimizer.state[value]
-                if state.get("momentum_buffer") is not None:
-                    state["momentum_buffer"] = _in_memory_order(state["momentum_buffer"], value)
-    optimizer.step()
-
-
-def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    if _strides(tensor) == _strides(like):
-        return tensor
-    return torch.empty_like(like).copy_(tensor)
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """Strides of dimensions larger than 1; the other strides have no meaning."""
-    return [step for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]

@@ -16,6 +16,7 @@ from ..distributed import process_group
 from ..distributed.model_average import model_tensors
 from ..runtime.free_memory import free_bytes
 from ..tasks.objective import Objective
+from .optimizers import state_tensors
 
 _PEAK_FACTOR = 1.6
 """Peak memory of a pass over what it saves; measured for stacked ResNet-20 on a CPU."""
@@ -32,8 +33,8 @@ class MemoryBudget:
         self._largest = 0
         """Bytes of the largest round until now."""
         values = sum(value.nbytes for value in model_tensors(model))
-        self.model_bytes = values * (3 if config.optimizer.momentum else 2)
-        """Parameters, gradients and momentum of one client."""
+        self.model_bytes = values * (2 + state_tensors(config.optimizer))
+        """Parameters, gradients and optimizer state of one client."""
         saved = config.batch_size * saved_bytes_per_sample(model, dummy, Objective.of(config))
         self.pass_bytes = int(_PEAK_FACTOR * saved)
         """Activations of one client in a forward and backward pass of a whole batch."""

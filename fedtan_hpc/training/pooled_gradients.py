@@ -1,7 +1,7 @@
-"""Large-batch SGD on the pooled data: every step follows the mean gradient of all clients.
+"""Large batches of the pooled data: every step follows the mean gradient of all clients.
 
-All clients hold the same model after each step.  The momentum is that of one optimizer, and it
-continues from round to round.  Used by ``client_runners`` and ``vmap_clients``.
+All clients hold the same model after each step.  The optimizer's state is that of one optimizer,
+and it continues from round to round.  Used by ``client_runners`` and ``vmap_clients``.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..config.algorithms import RoundPlan
 from ..distributed import collectives
-from ..distributed.model_average import named_tensors
 from ..models.parameter_groups import pack, unpack
 from .local_step import LocalRun
+from .optimizers import State, trained_parameters
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def pool_gradients(models: Sequence[nn.Module], weights: Sequence[float]) -> Non
 
     One collective.  A client with weight 0 adds nothing, whatever its gradients are.
     """
-    trained = [_trained(model) for model in models]
+    trained = [list(trained_parameters(model).values()) for model in models]
     means = [torch.zeros_like(value) for value in trained[0]]
     for parameters, weight in zip(trained, weights, strict=True):
         for value, mean in zip(parameters, means, strict=True):
@@ -39,33 +39,29 @@ def mean_over_ranks(sums: list[Tensor]) -> None:
     unpack(collectives.sum_for_training(pack(sums), of_models=True), sums)
 
 
-class PooledMomentum:
-    """The optimizer's momentum between rounds with pooled gradients; empty in other rounds."""
+class PooledState:
+    """The optimizer's state between rounds with pooled gradients; empty in other rounds."""
 
     def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
+        self._state: State = {}
 
-    def state_dict(self) -> list[Tensor]:
-        """Returns the momentum of each trained parameter, or an empty list."""
-        return self._buffers
+    def state_dict(self) -> State:
+        """Returns the state by name of a trained parameter; empty if there is none."""
+        return self._state
 
-    def load_state_dict(self, buffers: list[Tensor]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Loads what ``state_dict`` returned."""
-        self._buffers = buffers
+        self._state = state
 
     def give_to(self, run: LocalRun, plan: RoundPlan) -> None:
-        """Gives the optimizer of ``run`` the momentum at the end of the last round."""
+        """Gives the optimizer of ``run`` the state at the end of the last round."""
         if plan.pooled_gradients:
-            for value, buffer in zip(_trained(run.model), self._buffers, strict=False):
-                run.optimizer.state[value]["momentum_buffer"] = buffer.clone()
+            run.optimizer.load(self._state)
 
     def keep_of(self, run: LocalRun, plan: RoundPlan) -> None:
-        """Keeps the momentum of ``run``, which is equal for all clients."""
+        """Keeps the state of ``run``, which is equal for all clients."""
         if plan.pooled_gradients:
-            states = [run.optimizer.state[value] for value in _trained(run.model)]
-            buffers = [state.get("momentum_buffer") for state in states]
-            self._buffers = [buffer.clone() for buffer in buffers if buffer is not None]
-
-
-def _trained(model: nn.Module) -> list[Tensor]:
-    return [value for value in named_tensors(model).values() if value.requires_grad]
+            self._state = {
+                name: {key: tensor.clone() for key, tensor in tensors.items()}
+                for name, tensors in run.optimizer.state().items()
+            }

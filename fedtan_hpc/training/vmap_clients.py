@@ -25,10 +25,10 @@ from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.layer import FedTANBatchNorm
 from ..batchnorm.local_statistics import LocalStatistics, RunningStatistics, move_stacks
 from ..batchnorm.statistics_call import GlobalStatistics
-from ..distributed.model_average import named_tensors
 from ..models.outputs import arguments
 from ..runtime.transfer import constant, copy_all
-from .local_step import LocalRun, ProximalTerm, make_sgd, sgd_step
+from .local_step import LocalRun, ProximalTerm
+from .optimizers import ClientOptimizer, trained_parameters
 from .pooled_gradients import mean_over_ranks
 
 Gradients = dict[str, Tensor]
@@ -56,7 +56,7 @@ class Stack:
     """The clients of ``runs``, which begin with the values of ``model``.
 
     Each run gives batches and the optimizer's settings.  ``extract_client`` moves a client's values
-    and momentum into its run.  The runs may share one model if they are extracted one by one.
+    and optimizer state into its run.  The runs may share a model if they are extracted one by one.
     """
 
     _statistics_class = GlobalStatistics
@@ -68,9 +68,11 @@ class Stack:
         clients, plain = len(runs), torch.contiguous_format  # vmap is slow with channels last
         self._values = {
             name: value.detach().expand(clients, *value.shape).clone(memory_format=plain)
-            for name, value in _trained(model).items()
+            for name, value in trained_parameters(model).items()
         }
-        self._optimizer = _optimizer_like(runs[0], self._values)
+        first = runs[0].optimizer
+        self._optimizer = ClientOptimizer(self._values, first.settings, stacked=True)
+        self._optimizer.load(first.state())
         self._proximal: ProximalTerm | None = None
         layers = batchnorm_layers(model).values()
         self._running = [RunningStatistics(layer, clients) for layer in layers]
@@ -78,7 +80,7 @@ class Stack:
     @torch.no_grad()
     def load_client(self, client_index: int, module: nn.Module) -> None:
         """Replaces a client's initial values by those of ``module``."""
-        for name, parameter in _trained(module).items():
+        for name, parameter in trained_parameters(module).items():
             self._values[name][client_index] = parameter
         layers = batchnorm_layers(module).values()
         for running, layer in zip(self._running, layers, strict=True):
@@ -122,14 +124,11 @@ class Stack:
 
     @torch.no_grad()
     def extract_client(self, client_index: int) -> LocalRun:
-        """Copies a client's parameters, statistics and momentum into its run; returns the run."""
+        """Copies a client's parameters, statistics and optimizer state into its run; returns it."""
         run = self._runs[client_index]
-        trained = _trained(run.model)
+        trained = trained_parameters(run.model)
         copy_all(trained.values(), (self._values[name][client_index] for name in trained))
-        for name, parameter in trained.items():
-            momentum = self._optimizer.state[self._values[name]].get("momentum_buffer")
-            if momentum is not None:
-                run.optimizer.state[parameter]["momentum_buffer"] = momentum[client_index].clone()
+        run.optimizer.load(self._optimizer.state_of(client_index))
         layers = batchnorm_layers(run.model).values()
         for running, layer in zip(self._running, layers, strict=True):
             running.copy_to(layer, client_index)
@@ -184,7 +183,7 @@ class Stack:
         if self._proximal is None:  # the first step: all clients are loaded
             self._proximal = ProximalTerm(list(self._values.values()), self._runs[0].proximal.mu)
         self._proximal.add_to_gradients()
-        sgd_step(self._optimizer)
+        self._optimizer.step()
         self._optimizer.zero_grad()
         losses = torch.cat([losses for _, losses in passes])
         for run, loss in zip(self._runs, losses.detach(), strict=True):
@@ -195,33 +194,16 @@ def _padded(*batches: Tensor) -> Tensor:
     return pad_sequence(list(batches), batch_first=True)
 
 
-def _trained(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the trainable parameters by name; the clients share the others."""
-    return {name: value for name, value in named_tensors(module).items() if value.requires_grad}
-
-
 def _names(module: nn.Module) -> dict[str, str]:
-    """Returns the name in ``_trained`` of each parameter, by all names that it has in layers.
+    """Returns the name in ``trained_parameters`` of each parameter, by all its names in layers.
 
     Several layers may share a parameter.  A layer that is used twice has one name: torch would put
     its parameters back in the wrong order otherwise.
     """
-    first = {id(value): name for name, value in _trained(module).items()}
+    first = {id(value): name for name, value in trained_parameters(module).items()}
     return {
         name: first[id(value)]
         for path, layer in module.named_modules()
         for name, value in layer.named_parameters(prefix=path, recurse=False)
         if id(value) in first
     }
-
-
-def _optimizer_like(run: LocalRun, values: dict[str, Tensor]) -> torch.optim.SGD:
-    """Returns SGD for stacked ``values``, with the settings and the momentum of ``run``."""
-    group = run.optimizer.param_groups[0]
-    optimizer = make_sgd(values.values(), group["lr"], group["momentum"], group["weight_decay"])
-    for name, parameter in _trained(run.model).items():
-        momentum = run.optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            stacked = momentum.expand_as(values[name]).clone()
-            optimizer.state[values[name]]["momentum_buffer"] = stacked
-    return optimizer

@@ -87,7 +87,8 @@ def _train(
     """Does what ``StackedRunner`` does in a round, with a step of each kind."""
     plan = context.plan
     replica, steps = copied(model), _steps(plan, config)
-    options = replace(config, local_steps=sum(steps), batch_size=max(2, config.batch_size))
+    options = replace(config, local_steps=sum(steps), local_epochs=None)
+    options.batch_size = max(2, config.batch_size)
     set_training_mode(model, plan)
     runs = [LocalRun(replica, client, context, options, loss) for client in clients]
     stack = _TrialStack(model, runs)

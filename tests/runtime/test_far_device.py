@@ -24,7 +24,7 @@ from fedtan_hpc.distributed import collectives, model_average, process_group
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.runtime import transfer
 from fedtan_hpc.runtime.device import DevicePlacement
-from fedtan_hpc.training import client_runners, local_step, memory_budget, vmap_clients
+from fedtan_hpc.training import client_runners, local_step, memory_budget, optimizers
 from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers.rounds import iid_config, train_round
 
@@ -78,8 +78,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     def check_header(header: Tensor, group: process_group.Group) -> None:
         Reads.weights += 1
 
-    def sgd_without_kernels(values: Any, rate: float, momentum: float, decay: float) -> Any:
-        return torch.optim.SGD(values, lr=rate, momentum=momentum, weight_decay=decay)
+    fused_sgd = torch.optim.SGD
+
+    def sgd_without_kernels(groups: Any, fused: bool, **options: Any) -> Any:
+        return fused_sgd(groups, **options)
 
     for module in (transfer, model_average, augmentation, local_step):
         if hasattr(module, "send"):
@@ -89,8 +91,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setattr(GlobalStatistics, "_verify", verify)
     monkeypatch.setattr(memory_budget, "free_bytes", lambda *_: None)
     monkeypatch.setattr(client_runners, "is_on_gpu", lambda model: True)
-    for module in (local_step, vmap_clients):
-        monkeypatch.setattr(module, "make_sgd", sgd_without_kernels)
+    monkeypatch.setattr(optimizers.torch.optim, "SGD", sgd_without_kernels)
     library = torch.library.Library("aten", "IMPL")
     library.impl("batch_norm_update_stats", batch_statistics, "Meta")
     yield mode

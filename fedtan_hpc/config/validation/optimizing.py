@@ -5,6 +5,7 @@ Used by ``validate`` and, once the sizes of the clients are known, by ``job.setu
 
 from collections.abc import Iterator, Sequence
 from math import isfinite
+from typing import Any
 
 from ..algorithms import ALGORITHMS
 from ..enums import LrScheduleName, OptimizerName, StoppingMode
@@ -24,7 +25,7 @@ def optimizing_mistakes(config: Config) -> Iterator[str]:
 
 
 def epoch_mistakes(config: Config, steps: Sequence[int]) -> Iterator[str]:
-    """Yields one line for each mistake of ``local_epochs`` with the ``steps`` E_k of the clients."""
+    """Yields a line for each mistake of ``local_epochs`` with the ``steps`` E_k of the clients."""
     epochs, least, most = config.local_epochs, min(steps), max(steps)
     if epochs is None:
         return
@@ -47,14 +48,14 @@ def _optimizer(config: Config) -> Iterator[str]:
     if options.nesterov and is_sgd and not options.momentum:
         allowed, remedy = "false without momentum", "set optimizer.momentum=0.9 or leave it out"
         yield format_option_error("optimizer.nesterov", "true", allowed, remedy)
-    given = {"momentum": options.momentum or None, "nesterov": options.nesterov or None}
+    given: dict[str, Any] = {"momentum": options.momentum or None}
+    given["nesterov"] = "true" if options.nesterov else None
     if is_sgd:
         given = {"betas": options.betas, "eps": options.eps}
     users = "adam or adamw" if is_sgd else "sgd"
     for option, value in given.items():
         if value is not None:
             neutral = {"momentum": "0", "nesterov": "false"}.get(option, "null")
-            value = "true" if value is True else value
             remedy = f"leave it out or use optimizer={users}"
             allowed = f"{neutral} with optimizer={name}"
             yield format_option_error(f"optimizer.{option}", value, allowed, remedy)
@@ -101,9 +102,8 @@ def _epochs(config: Config) -> Iterator[str]:
 def _stopping(config: Config) -> Iterator[str]:
     options = config.early_stopping
     metric = options.metric
-    given = {"patience": options.patience, "target": options.target}
-    if options.mode is not StoppingMode.auto:
-        given["mode"] = options.mode  # type: ignore[assignment]
+    given: dict[str, Any] = {"patience": options.patience, "target": options.target}
+    given["mode"] = None if options.mode is StoppingMode.auto else options.mode
     if metric is None:
         for option, value in given.items():
             if value is not None:
