@@ -77,6 +77,7 @@ def show_result(summary: Summary) -> None:
         *_rows_over_clients(summary),
         ("test loss", f"{summary.test_loss:.4f}"),
         ("rounds", f"{summary.rounds}"),
+        *([("ended early", summary.stopped_early)] if summary.stopped_early else []),
         ("seconds", f"{summary.total_seconds:.1f}"),
         ("seconds a round, median", f"{summary.median_round_seconds:.4f}"),
         ("ranks, backend, device", f"{summary.world_size}, {summary.backend}, {summary.device}"),

@@ -88,6 +88,7 @@ class Summary:
 
     algorithm: str
     rounds: int
+    """Rounds that were trained."""
     test_accuracy: float | None
     """Share of right answers on the test set after the last round, 0 to 1; only classification."""
     test_loss: float
@@ -130,6 +131,12 @@ class Summary:
     """The task's test metrics after the last round, beside ``test_accuracy``."""
     resumed_after: list[int] = field(default_factory=list)
     """Rounds after which the run was interrupted and resumed; times leave the gaps out."""
+    stopped_early: str = ""
+    """Why the run ended before ``Config.rounds`` rounds; empty if it did not."""
+    best_round: int = 0
+    """Round of the best evaluation, by early_stopping.metric or else accuracy, or else loss."""
+    best_value: float | None = None
+    """The metric in that round."""
 
 
 def headline(result: RoundRecord | Summary, digits: int = 2) -> tuple[str, str]:

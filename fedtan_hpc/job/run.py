@@ -18,6 +18,7 @@ from ..data.download import fetch
 from ..data.federated_data import load_own
 from ..distributed import collectives, counters, process_group
 from ..evaluation import trackers
+from ..evaluation.best_model import BestModelFile
 from ..evaluation.callbacks import RoundCallback, RunInfo
 from ..evaluation.loggers import Display, RoundsFile, show_result
 from ..evaluation.records import Summary
@@ -183,7 +184,11 @@ def _train(
     writer = CheckpointWriter(trainer.cohort, stop, began, resumption.resumed_after)
     callbacks: list[RoundCallback] = [writer]
     if run.is_first:
-        callbacks = [RoundsFile(), *trackers.make(run.config.tracking), writer, *observers]
+        best = [BestModelFile(trainer.model, resumption.history)]
+        if trainer.cohort.states.are_models:
+            best = []
+        tracking = trackers.make(run.config.tracking)
+        callbacks = [RoundsFile(), *tracking, *best, writer, *observers]
     try:
         tell(callbacks, "run_began", RunInfo(run.config, run.run_dir, rounds_done), stop)
         records = trainer.train(callbacks, resumption.history)

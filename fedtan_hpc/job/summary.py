@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..distributed import collectives, process_group
+from ..evaluation.early_stopping import BestEvaluation
 from ..evaluation.records import RoundRecord, Summary
 from ..models import factory
 from ..runtime import atomic_files
@@ -50,11 +51,12 @@ def summarise(
     """Returns the summary of all ``records``; every rank calls it."""
     last, device = records[-1], run.placement.device
     has_global_model = last.clients_test_accuracy_mean is None
+    best = BestEvaluation(run.config.early_stopping, records)
     shared = [field.name for field in fields(Summary) if hasattr(last, field.name)]
     figures: dict[str, Any] = {name: getattr(last, name) for name in shared}
     return Summary(
         algorithm=str(run.config.algorithm.name),
-        rounds=run.config.rounds,
+        rounds=len(records),
         judged="global model" if has_global_model else "mean over the clients' own models",
         total_seconds=time.perf_counter() - run.started + resumption.seconds,
         startup_seconds=startup_seconds,
@@ -75,6 +77,9 @@ def summarise(
         compile_seconds=trainer.cohort.loss.compile_seconds,
         phases=phases(records[len(resumption.history) :], device),
         resumed_after=resumption.resumed_after,
+        stopped_early=best.reason_to_stop() if len(records) < run.config.rounds else "",
+        best_round=best.round,
+        best_value=best.value,
         **figures,  # of the last evaluation
     )
 

@@ -13,6 +13,7 @@ from ..config.schema import Config
 from ..data.client_store import Client, ClientStore
 from ..distributed import collective_timer, consistency, counters, process_group
 from ..evaluation.callbacks import RoundCallback
+from ..evaluation.early_stopping import BestEvaluation
 from ..evaluation.evaluator import EvaluationResult, Evaluator
 from ..evaluation.records import RoundRecord
 from ..runtime import signals
@@ -48,20 +49,26 @@ class Trainer:
     ) -> list[RoundRecord]:
         """Runs the rounds after those of ``history`` and returns the records of all rounds.
 
+        The last one is ``rounds``, or an earlier one after which ``early_stopping`` ends the run.
+
         Every rank calls it, with its own ``callbacks``.  Raises ``RunError``: on every rank if a
         loss is not finite or the models differ, and on one rank for what happens there alone;
         ``Stopped`` on every rank, after a whole round, if a signal has asked one of them to stop.
         """
         records = list(history)
+        best = BestEvaluation(self.config.early_stopping, records)
         self.stop.has_begun_rounds = True
-        for number in range(len(records) + 1, self.config.rounds + 1):
+        while len(records) < self.config.rounds and not best.reason_to_stop():
             with as_run_error():
+                number = len(records) + 1
                 records.append(self.round(number))
+                best.add(records[-1])
                 # 8. Report: files, display, a checkpoint if it is due, and the user's callbacks.
                 tell(callbacks, "round_ended", records[-1], self.stop)
-                # 9. Stop early if a signal has asked for it.
-                if self.stop.agreed_signal and number < self.config.rounds:
-                    self._stop_early(number)
+                # 9. Stop if a signal has asked for it, unless the run ends here.
+                is_over = number == self.config.rounds or best.reason_to_stop()
+                if self.stop.agreed_signal and not is_over:
+                    self._stop_by_signal(number)
         return records
 
     def round(self, number: int) -> RoundRecord:
@@ -161,7 +168,7 @@ class Trainer:
             raise RunError(message, on_all_ranks=True)
         return result
 
-    def _stop_early(self, number: int) -> NoReturn:
+    def _stop_by_signal(self, number: int) -> NoReturn:
         process_group.barrier()  # no rank leaves before the checkpoint is on the disk
         name, resumes = signals.name(self.stop.agreed_signal), self.config.resume == "auto"
         then = "the same command goes on" if resumes else "resume=auto goes on from there"

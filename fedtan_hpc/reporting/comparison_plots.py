@@ -52,9 +52,10 @@ def _curves(lines: Lines, measure: Measure) -> list[Curve]:
 
 
 def _curve(label: str, runs: Sequence[Run], style: pictures.Style, measure: Measure) -> Curve:
-    """Takes the evaluated rounds of the first seed; all seeds have the same."""
+    """Takes the rounds that are evaluated in all runs; a run may have ended early."""
     sent = [list(itertools.accumulate(run.payloads)) for run in runs]
-    indices = [n for n, r in enumerate(runs[0].records) if r["test_loss"] is not None]
+    together = enumerate(zip(*(run.records for run in runs), strict=False))
+    indices = [n for n, each in together if all(r["test_loss"] is not None for r in each)]
     values = {
         "metric": [
             [_shown(measure, run.records[n].get(measure.test)) for n in indices] for run in runs

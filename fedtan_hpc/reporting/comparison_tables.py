@@ -113,7 +113,9 @@ def title(settings: Mapping[str, str]) -> str:
         network = settings["model.target"].rpartition(":")[2]
     names = [settings["data.name"], network, settings["partition.name"]]
     clients = [f"{settings['clients']} clients"] if "clients" in settings else []  # not if natural
-    return ", ".join([*names, *clients, f"{settings['local_steps']} local steps"])
+    epochs = settings["local_epochs"]
+    steps = f"{settings['local_steps']} local steps" if epochs == "None" else f"{epochs} epochs"
+    return ", ".join([*names, *clients, steps])
 
 
 def _interval(numbers: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from fedtan_hpc.distributed import collectives, model_average, process_group
 from fedtan_hpc.job.setup import prepare
 from fedtan_hpc.runtime import transfer
 from fedtan_hpc.runtime.device import DevicePlacement
-from fedtan_hpc.training import client_runners, local_step, memory_budget, optimizers
+from fedtan_hpc.training import client_runners, local_step, memory_budget
 from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers.rounds import iid_config, train_round
 
@@ -91,7 +91,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setattr(GlobalStatistics, "_verify", verify)
     monkeypatch.setattr(memory_budget, "free_bytes", lambda *_: None)
     monkeypatch.setattr(client_runners, "is_on_gpu", lambda model: True)
-    monkeypatch.setattr(optimizers.torch.optim, "SGD", sgd_without_kernels)
+    monkeypatch.setattr(torch.optim, "SGD", sgd_without_kernels)
     library = torch.library.Library("aten", "IMPL")
     library.impl("batch_norm_update_stats", batch_statistics, "Meta")
     yield mode

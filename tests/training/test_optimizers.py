@@ -197,7 +197,7 @@ def test_gradients_and_state_that_lie_otherwise_are_taken_for_what_they_are(name
             optimizer.free()
             optimizer.load({"w": {key: each.contiguous() for key, each in state["w"].items()}})
         found.append(value.detach())
-    assert torch.allclose(*found, rtol=1e-6)
+    assert torch.allclose(found[0], found[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "clipped"])
@@ -236,7 +236,8 @@ def test_a_gradient_is_clipped_to_the_norm_for_each_client() -> None:
     make({"a": a, "b": b}, stacked=True).step()
     assert torch.allclose(-a, torch.tensor([[1.2, 0, 0], [0, 1, 0]]))
     assert torch.allclose(-b, torch.tensor([1.6, 1.0]))
-    a.data.zero_(), b.data.zero_()  # type: ignore[func-returns-value]
+    for value in (a, b):
+        value.data.zero_()
     a.grad, b.grad = torch.tensor([[3.0, 0, 0], [0, 0, 0]]), torch.tensor([4.0, 0.0])
     make({"a": a, "b": b}).step()
     assert float(torch.cat([a.flatten(), b]).detach().norm()) == pytest.approx(2.0)
