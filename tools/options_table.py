@@ -14,10 +14,10 @@ This page is for everyone who starts a job: it lists each option with its defaul
 values and its meaning. `python -m fedtan_hpc --help=GROUP` shows the same in a terminal.
 
 - An option is written `name=value`, as in `rounds=20` or (of a group) `optimizer.lr=0.05`.
-- `algorithm=`, `data=`, `model=`, `partition=` and `launch=` choose a file of `conf/`, which sets
-  options of its group: `algorithm=fedavg` sets `algorithm.name`. `experiment=` sets options of all
-  groups: `quick`, `digits_shards`, `fashion_shards`, `scanners`, `imagenet_resnet50`
-  and three `paper_...`.
+- `algorithm=`, `data=`, `task=`, `model=`, `partition=`, `optimizer=`, `lr_schedule=` and `launch=`
+  choose a file of `conf/`, which sets options of its group: `algorithm=fedavg` sets
+  `algorithm.name`. `experiment=` sets options of all groups: `quick`, `digits_shards`,
+  `fashion_shards`, `scanners`, `imagenet_resnet50` and three `paper_...`.
 - A list is written `data.shape=[3,32,32]`; `null` means no value. The shell needs quotes around
   spaces and brackets: `'lr_schedule.milestones=[60,80]'`.
 - With `-m`, commas make a sweep: `-m algorithm=fedtan,fedavg seed=0,1,2` runs six jobs in turn.
@@ -34,7 +34,7 @@ def page() -> Iterator[str]:
     """Yields the lines of the page in Markdown."""
     yield _INTRODUCTION.rstrip()
     for group in help.groups(SubmitConfig):
-        yield f"\n## {group.name}\n{group.purpose}{_REMARKS.get(group.name, '')}\n"
+        yield f"\n## {group.name}\n\n{group.purpose}{_REMARKS.get(group.name, '')}\n"
         yield "| option | default | allowed | meaning |"
         yield "| --- | --- | --- | --- |"
         for entry in group.entries:
