@@ -80,7 +80,7 @@ ALGORITHMS = {
     AlgorithmName.hbn: Algorithm(
         normaliser=Normaliser.running, mixes=True, private=frozenset({ParameterGroup.mixing})
     ),
-    # Large-batch SGD of one model on the pooled data, distributed over the ranks.
+    # Large-batch training of one model on the pooled data, distributed over the ranks.
     AlgorithmName.centralised: Algorithm(
         any_norm=True, synchronised_steps=None, pooled_gradients=True
     ),

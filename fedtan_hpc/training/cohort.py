@@ -77,7 +77,7 @@ class Cohort:
         self._pooled.load_state_dict(_each(lambda value: value.to(device), pooled))
 
     def _of_momentum(self, buffers: list[Tensor]) -> State:
-        """Returns the state in a checkpoint of version 0.3, which had the momentum of SGD alone."""
+        """Returns the state in a checkpoint of an earlier version: the momentum of SGD."""
         names = trained_parameters(self.model)
         return {n: {"momentum_buffer": each} for n, each in zip(names, buffers, strict=False)}
 

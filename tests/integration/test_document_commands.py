@@ -156,7 +156,7 @@ def shortened(line: str) -> str:
     command, operator, rest = documents.split_at_operator(few_seeds(line))
     words = set(shlex.split(command))
     added = [word for programs, more in SHORT.items() if words & set(programs) for word in more]
-    if "synchronised_steps=" in line:  # as many local steps are needed
+    if "synchronised_steps=" in line or "local_epochs=" in line:  # these decide
         added = [word for word in added if word != "local_steps=1"]
     return " ".join([command, *added, operator, rest]).strip()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedtan_hpc.config.enums import OptimizerName
 from fedtan_hpc.config.errors import RunError
 from fedtan_hpc.config.schema import Config, OptimizerConfig
 from fedtan_hpc.data.batching import Samples
@@ -29,8 +30,8 @@ def test_saved_bytes_are_those_of_the_layers_inputs() -> None:
     assert 8 * widths <= measured <= 3 * 8 * widths
 
 
-def budget(momentum: float = 0.0) -> MemoryBudget:
-    config = Config(batch_size=32, optimizer=OptimizerConfig(momentum=momentum))
+def budget(optimizer: OptimizerConfig | None = None) -> MemoryBudget:
+    config = Config(batch_size=32, optimizer=optimizer or OptimizerConfig())
     return MemoryBudget(resnet.resnet20(3, 10), sample(), config, 1)
 
 
@@ -42,8 +43,10 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in module.named_buffers())
 
 
-def test_momentum_takes_memory() -> None:
-    assert budget(0.9).model_bytes == pytest.approx(1.5 * budget().model_bytes)
+def test_the_state_of_the_optimizer_takes_memory() -> None:
+    plain = budget().model_bytes
+    assert budget(OptimizerConfig(momentum=0.9)).model_bytes == pytest.approx(1.5 * plain)
+    assert budget(OptimizerConfig(name=OptimizerName.adamw)).model_bytes == pytest.approx(2 * plain)
 
 
 def test_an_allocation_that_would_not_fit_says_how_many_clients_would(

@@ -241,3 +241,19 @@ def test_a_gradient_is_clipped_to_the_norm_for_each_client() -> None:
     a.grad, b.grad = torch.tensor([[3.0, 0, 0], [0, 0, 0]]), torch.tensor([4.0, 0.0])
     make({"a": a, "b": b}).step()
     assert float(torch.cat([a.flatten(), b]).detach().norm()) == pytest.approx(2.0)
+
+
+def test_a_checkpoint_with_the_momentum_alone_is_loaded() -> None:
+    """Earlier versions kept a list of momenta, in the order of the parameters' names."""
+    options = job("centralised", "nesterov", rounds=1)
+    first, second = prepare(options, CPU), prepare(options, CPU)
+    first.train([])
+    state = first.cohort.state_dict()
+    momenta = [each["momentum_buffer"] for each in state["optimizer"].values()]
+    assert len(momenta) == len(list(first.model.parameters()))
+    older = {"model": state["model"], "server": state["server"], "momentum": momenta}
+    second.cohort.load_state_dict(older)
+    found = second.cohort.state_dict()["optimizer"]
+    assert found.keys() == state["optimizer"].keys()
+    for name, tensors in state["optimizer"].items():
+        assert torch.equal(found[name]["momentum_buffer"], tensors["momentum_buffer"])
