@@ -3,7 +3,7 @@ statistics.
 
 For your training loop: ``convert_batchnorm``, ``federated_statistics``, ``average_model``, and with
 several clients on a rank ``federated_backward`` and ``average_models``.  For a whole job: ``run``
-with a ``Config``, and a ``RoundCallback`` that follows it.
+with a ``Config``, and a ``RoundCallback`` that follows it.  After a job: ``load_model``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .distributed.model_average import average_model, average_models
     from .evaluation.callbacks import RoundCallback, RunInfo
     from .evaluation.records import RoundRecord, Summary
+    from .inference.saved_run import load_model
     from .job.run import run
     from .tasks.task import Task
 
@@ -39,6 +40,7 @@ __all__ = [
     "convert_batchnorm",
     "federated_backward",
     "federated_statistics",
+    "load_model",
     "revert_batchnorm",
     "run",
 ]
@@ -58,6 +60,7 @@ _MODULE_OF = {
     "convert_batchnorm": "batchnorm.conversion",
     "federated_backward": "batchnorm.context",
     "federated_statistics": "batchnorm.context",
+    "load_model": "inference.saved_run",
     "revert_batchnorm": "batchnorm.conversion",
     "run": "job.run",
 }

@@ -22,6 +22,7 @@ LAYERS = [
     ("launch",),
     ("__main__",),
     ("cli", "__init__"),
+    ("inference",),
     ("job",),
     ("evaluation",),
     ("training",),

@@ -1,5 +1,5 @@
 """A run from its options to its summary: set-up, round loop, checkpoints and results.
 
 ``run`` is the entry, ``trainer`` the round loop.  Uses all rooms below; used by the command line,
-``launch`` and ``reporting``.
+``inference``, ``launch`` and ``reporting``.
 """
