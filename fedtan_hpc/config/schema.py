@@ -56,7 +56,7 @@ class CheckpointConfig:
     """Sets how often checkpoints are written."""
 
     every: int | None = 20
-    """Rounds between checkpoints; null: only when a signal stops the run."""
+    """Rounds between checkpoints; one comes after the last. null: only when a signal stops the run."""
     keep: int = 2
     """Number of newest checkpoints to keep; more of them protect against damaged files."""
 
@@ -142,7 +142,9 @@ class Config:
     threads: int | None = None
     """CPU threads of a rank; null: the CPUs that SLURM gives to a task, else 1."""
     resume: str = "auto"
-    """auto: resumes from the newest intact checkpoint in run_dir; never; or a checkpoint's path."""
+    """auto: resumes from the newest intact checkpoint in run_dir; never; or a run's folder."""
+    resume_change: list[str] = field(default_factory=list)
+    """Options or groups that may differ from the resumed run's, such as [rounds,optimizer.lr]."""
     run_dir: str | None = None
     """Folder of the results; null: runs/ and a name that is made from the other options."""
     callbacks: list[str] = field(default_factory=list)

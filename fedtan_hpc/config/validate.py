@@ -15,6 +15,7 @@ from .validation.data import data_mistakes
 from .validation.optimizing import optimizing_mistakes
 from .validation.task import task_mistakes
 from .validation.tracking import tracking_mistakes
+from .validation.resume import resume_mistakes
 from .validation.training import is_import_path, training_mistakes
 
 
@@ -114,6 +115,7 @@ def check(config: Config) -> None:
         *training_mistakes(config),
         *task_mistakes(config),
         *optimizing_mistakes(config),
+        *resume_mistakes(config),
         *_job(config),
         *tracking_mistakes(config.tracking),
     ]
@@ -170,9 +172,6 @@ def _job(config: Config) -> Iterator[str]:
     if config.run_dir is not None and not config.run_dir.strip():
         allowed, remedy = "the name of a folder, or null", "name a folder or leave it out"
         yield format_option_error("run_dir", config.run_dir, allowed, remedy)
-    if not config.resume.strip():
-        allowed, remedy = "auto, never or a checkpoint's file", "name a file or leave it out"
-        yield format_option_error("resume", config.resume, allowed, remedy)
     for callback in config.callbacks:
         if not is_import_path(callback):
             remedy = "for example callbacks=[my_callbacks:Plot]"

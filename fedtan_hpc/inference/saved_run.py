@@ -1,7 +1,7 @@
 """A finished run as its folder holds it: options, summary, and the trained network.
 
-``load_model`` is for users; ``evaluate`` uses the other functions too.  Nothing here needs a process
-group or the data set.
+``load_model`` is for users; ``evaluate`` uses the other functions too.  Nothing here needs a
+process group or the data set.
 """
 
 import json
@@ -43,7 +43,7 @@ class SavedRun:
 def load_model(run_dir: str | Path, client: int | None = None, *, best: bool = False) -> nn.Module:
     """Returns the network of the finished run in the folder ``run_dir``, in evaluation mode.
 
-    Its layers are torch's own, on the CPU; its values are in float64 after ``precision=float64`` and
+    Its layers are torch's own, on the CPU; its values are in float64 after ``precision=float64``,
     else in float32.  Needs neither a process group nor the data set.
 
     Args:

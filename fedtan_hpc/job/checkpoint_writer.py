@@ -46,11 +46,11 @@ class CheckpointWriter(RoundCallback):
         self._run = run
 
     def round_ended(self, record: RoundRecord) -> None:
-        """Saves if that is due; after the last round, waits for the disk instead."""
+        """Saves if that is due, and after the last round, from which a later run may go on."""
         every = self._run.config.checkpoint.every
-        is_due = every is not None and record.round % every == 0
         is_last = record.round == self._run.config.rounds
-        if not is_last and (is_due or self.stop.agreed_signal):
+        is_due = every is not None and (is_last or record.round % every == 0)
+        if is_due or (self.stop.agreed_signal and not is_last):
             self.save(record.round)
         if is_last or self.stop.agreed_signal:
             self.wait()

@@ -1,7 +1,8 @@
-"""Continues an interrupted run: chooses the checkpoint, and loads it on every rank."""
+"""Continues a run, its own or another: chooses the checkpoint, and loads it on every rank."""
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,19 @@ from torch import Tensor
 from ..config.errors import ConfigError, RunError, format_option_error
 from ..config.path_options import expanded
 from ..config.schema import Config
-from ..distributed import collectives, process_group
+from ..config.validation.resume import may_change, misfit
+from ..data.batching import Dataset
+from ..distributed import collectives, process_group, structure
+from ..distributed.model_average import named_tensors
 from ..evaluation.records import RoundRecord
 from ..runtime import atomic_files, launcher_env
 from ..training.cohort import Cohort
 from . import checkpoint_format, run_dir
 from .checkpoint_format import CorruptCheckpointError
+from .setup import DTYPES, network
+
+_MODELS = ("model.pt", "best.pt", "clients.pt")
+"""Files of a run that are no checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +47,23 @@ class Resumption:
         return float(self.content["seconds"]) if self.history else 0.0
 
 
-def load_checkpoint(folder: Path, config: Config) -> Resumption:
+def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None) -> Resumption:
     """Prepares ``folder``, which this process has claimed, and reads what the run continues from.
 
-    ``rounds.jsonl`` then ends with the round of the checkpoint.  Raises ``ConfigError`` for a
-    checkpoint of another configuration, and for one that ``resume`` names and that is not usable.
+    ``rounds.jsonl`` then ends with the round of the checkpoint.  ``dataset`` is the user's, if it
+    is not a built-in one.  Raises ``ConfigError`` for a checkpoint of another configuration that
+    ``resume_change`` does not allow or that does not fit, for one that ``resume`` names and that is
+    not usable, and for a finished run without a checkpoint to go on from.
     """
     with run_dir.config_error_if_unwritable(folder):
         checkpoint_format.remove_temporaries(folder)
     chosen = _choose(folder, config)
+    if chosen is not None:
+        _check_change(chosen[1], config, dataset)
+    elif (folder / "summary.json").exists():
+        allowed = "a folder with a checkpoint to go on from"
+        remedy = "this finished run has none: choose another run_dir, perhaps with model.weights"
+        raise ConfigError(format_option_error("run_dir", folder, allowed, remedy))
     with run_dir.config_error_if_unwritable(folder):
         if chosen is None:
             run_dir.begin(folder, config)
@@ -113,6 +129,14 @@ def _choose(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
 def _choose_named(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:
     """Reads the checkpoint at ``path``, or the newest whole one of the run in that folder."""
     why = "none is there"
+    if path.name == checkpoint_format.FOLDER and path.is_dir():
+        path = path.resolve().parent
+    if path.name in _MODELS and path.is_file():
+        allowed = "auto, never, a checkpoint, or the folder of a run"
+        remedy = f"name the folder {path.parent} to go on"
+        if path.name != "clients.pt":
+            remedy += f", or start anew from its weights with model.weights={path}"
+        raise ConfigError(format_option_error("resume", path, allowed, remedy))
     try:
         chosen = _newest_whole(path) if path.is_dir() else (path, _read(path))
     except CorruptCheckpointError as error:
@@ -154,11 +178,43 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_same(content: dict[str, Any], config: Config, which: str) -> None:
-    if differing := run_dir.differences(content["config"], config):
+    """Checks that options differ from those of the checkpoint only as ``resume_change`` allows."""
+    differing = run_dir.differences(content["config"], config)
+    if refused := [each for each in differing if not may_change(each, config.resume_change)]:
         allowed = "a checkpoint of the same configuration"
         remedy = f"{which} of a run with another {', '.join(differing)}: give these options the "
-        remedy += "values of that run, or resume=never, or another run_dir"
+        remedy += f"values of that run, or {run_dir.how_to_change(refused, config)}, or "
+        remedy += "resume=never, or another run_dir"
         raise ConfigError(format_option_error("resume", config.resume, allowed, remedy))
+
+
+def _check_change(content: dict[str, Any], config: Config, dataset: Dataset | None) -> None:
+    """Checks that the state of a run with other options fits ``config``, and is not its end."""
+    if not run_dir.differences(content["config"], config):
+        return
+    if config.rounds <= content["round"]:
+        allowed = f"more than {content['round']}, the rounds that the resumed run has trained"
+        remedy = f"try rounds={2 * content['round']} resume_change=[rounds]"
+        raise ConfigError(format_option_error("rounds", config.rounds, allowed, remedy))
+    saved = run_dir.completed(content["config"])
+    why = misfit(saved, config, content["owners"], bool(content["momentum"]))
+    if why := why or _model_misfit(content["model"], config, dataset):
+        allowed = "names of options whose new values fit the state of the resumed run"
+        text = f"[{','.join(config.resume_change)}]"
+        remedy = f"give it the value of that run ({why})"
+        raise ConfigError(format_option_error("resume_change", text, allowed, remedy))
+
+
+def _model_misfit(saved: Mapping[str, Tensor], config: Config, dataset: Dataset | None) -> str:
+    """Returns the first tensor by which the network of ``config`` differs from the saved one."""
+    info = dataset or config.data.info()
+    model = network(config, info.shape, info.classes).to(DTYPES[config.precision])
+    old, new = structure.described(saved), structure.described(named_tensors(model))
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name, "absent"), new.get(name, "absent")
+        if before != now:
+            return f"{name} of the network is {now}, and {before} in the checkpoint"
+    return ""
 
 
 def _history(path: Path, number: int) -> list[RoundRecord]:

@@ -139,7 +139,10 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
                 print(f"this run is finished; its files stay as they are in {run.run_dir}")
                 show_result(summary)
             return summary
-        observers, resumption = _agreed(run.is_first, partial(_begin, run)) or ([], Resumption())
+        observers, resumption = _agreed(run.is_first, partial(_begin, run, opened)) or (
+            [],
+            Resumption(),
+        )
         if shows:
             print("\n".join([_opening_line(run, resumption), *notes]), flush=True)
         observers = [*([Display()] if callbacks is None else callbacks), *observers]
@@ -160,10 +163,10 @@ def _opened(run: RunContext) -> tuple[RunContext, OpenedData, list[str]]:
     return replace(run, config=config), opened, notes
 
 
-def _begin(run: RunContext) -> tuple[list[RoundCallback], Resumption]:
+def _begin(run: RunContext, opened: OpenedData) -> tuple[list[RoundCallback], Resumption]:
     """Makes the callbacks of the option, and prepares the folder; rank 0 calls it."""
     observers = [run_callbacks.make(target) for target in run.config.callbacks]
-    return observers, resume.load_checkpoint(run.run_dir, run.config)
+    return observers, resume.load_checkpoint(run.run_dir, run.config, opened.dataset)
 
 
 def _train(

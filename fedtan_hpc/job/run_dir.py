@@ -10,6 +10,7 @@ events.*       TensorBoard
 rounds.csv     the rounds as a table, and wandb/: only if tracking.to has csv or wandb
 trackers.json  names of the run at Weights & Biases and MLflow, by which it continues there
 checkpoints/   state to continue from after an interruption (``checkpoint_format``)
+summary-roundN.json  the result after round N of a run that went on with more rounds
 failure.json   why the run ended early; removed when it continues
 .lock          locked while a run writes here
 interrupted-N/ files of an unfinished run that was here before this one began anew
@@ -37,10 +38,11 @@ from ..config import path_options
 from ..config.enums import DataName, ModelSource, PartitionName
 from ..config.errors import ConfigError, FolderInUseError, format_option_error
 from ..config.schema import Config, DataConfig, to_dict
+from ..config.validation.resume import may_change
 from ..evaluation.records import Summary
 from ..runtime import atomic_files
 
-NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "callbacks", "tracking")
+NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "resume_change", "callbacks", "tracking")
 """Options and groups that do not change what a run computes."""
 _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
@@ -81,8 +83,9 @@ def _data_name(config: DataConfig) -> str:
 def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
     """Locks the folder for a run, or gives the summary if the run is finished there.
 
-    Raises ``ConfigError`` if another process has locked the folder, if it has a finished run of
-    another configuration, or if it cannot be written.
+    A finished run that ``resume_change`` lets go on counts as unfinished.  Raises ``ConfigError``
+    if another process has locked the folder, if it has a finished run of another configuration, or
+    if it cannot be written.
     """
     if (finished := _finished(folder, config)) is not None:
         yield finished
@@ -99,11 +102,13 @@ def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
 def begin(folder: Path, config: Config, anew: bool = True) -> None:
     """Writes the options of a run that begins or continues in a folder that is locked.
 
-    ``anew`` moves the files of an earlier, unfinished run aside.
+    ``anew`` moves the files of an earlier, unfinished run aside.  A run that was finished is so no
+    more: its summary gets another name first.
     """
     with config_error_if_unwritable(folder):
         if anew:
             _set_aside(folder)
+        _rename_summary(folder)
         (folder / "failure.json").unlink(missing_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
         atomic_files.replace_text(folder / "config.yaml", text)
@@ -173,11 +178,24 @@ def _finished(folder: Path, config: Config) -> Summary | None:
         allowed = "a new folder, or one with a whole run"
         why = " ".join(f"its finished run cannot be read ({error}): choose another run_dir".split())
         raise ConfigError(format_option_error("run_dir", folder, allowed, why)) from error
-    if differing := differences(saved, config):
+    if not (differing := differences(saved, config)):
+        return summary
+    named = path_options.expanded(config.resume).resolve()
+    goes_on = config.resume == "auto" or folder.resolve() in (named, *named.parents)
+    refused = [each for each in differing if not may_change(each, config.resume_change)]
+    if refused or not goes_on:
         allowed = "a new folder, or that of the same configuration"
         remedy = f"it holds a finished run with another {', '.join(differing)}: choose another"
-        raise ConfigError(format_option_error("run_dir", folder, allowed, f"{remedy} run_dir"))
-    return summary
+        more = f", or {how_to_change(refused, config)} to go on from its end" if goes_on else ""
+        raise ConfigError(
+            format_option_error("run_dir", folder, allowed, f"{remedy} run_dir{more}")
+        )
+    return None
+
+
+def how_to_change(refused: list[str], config: Config) -> str:
+    """Returns the word that lets a run go on with other values of the ``refused`` options."""
+    return f"add resume_change=[{','.join([*config.resume_change, *refused])}]"
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:
@@ -206,6 +224,13 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
         elif left != right:
             differing.add(prefix + key)
     return differing
+
+
+def _rename_summary(folder: Path) -> None:
+    path = folder / "summary.json"
+    if path.exists():
+        rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
+        path.rename(folder / f"summary-round{rounds}.json")
 
 
 def _set_aside(folder: Path) -> None:

@@ -56,6 +56,10 @@ class PrivateStates:
         if self.exist:
             unpack(self._initial, self._select(module).values())
 
+    def begin_with(self, module: nn.Module) -> None:
+        """Lets clients that were never drawn begin with the private values of ``module``."""
+        self._initial = pack(self._select(module).values())
+
     def drawn(self) -> list[int]:
         """Returns clients that took part in a round, ascending; equal on all ranks."""
         return sorted(self.owners)

@@ -66,10 +66,14 @@ class Cohort:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` returned in a run with the same configuration."""
+        """Loads what ``state_dict`` returned in a run whose model has the same tensors.
+
+        Clients that were never drawn begin with the private values of that model.
+        """
         device = next(self.model.parameters()).device
         for name, value in named_tensors(self.model).items():
             value.copy_(state["model"][name])
+        self.states.begin_with(self.model)
         self._server.load_state_dict([value.to(device) for value in state["server"]])
         pooled = (
             state["optimizer"] if "optimizer" in state else self._of_momentum(state["momentum"])

@@ -34,7 +34,7 @@ def accuracy(model: nn.Module, config: Config) -> float:
     dataset = datasets.load(config.data, config.seed)
     samples = dataset.take(dataset.test)
     inputs: Tensor = samples.inputs.to(next(model.parameters()).dtype)
-    return (model(inputs).argmax(1) == samples.labels).double().mean().item()
+    return float((model(inputs).argmax(1) == samples.labels).double().mean())
 
 
 @pytest.mark.parametrize("algorithm", ["fedtan", "fbn", "hbn", "fedavg_gn"])

@@ -23,11 +23,14 @@ from tests.helpers.ranks import on_ranks
 
 def test_a_finished_run_is_returned_and_left_alone(tmp_path: Path) -> None:
     first = run_here(small(1), str(tmp_path))
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    before = content_of(tmp_path)
     assert run_here(small(1), str(tmp_path)) == first
-    assert {
-        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()
-    } == before
+    assert content_of(tmp_path) == before
+
+
+def content_of(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def test_a_finished_run_of_other_options_is_a_mistake(tmp_path: Path) -> None:
