@@ -53,6 +53,8 @@ class FedTANBatchNorm(_BatchNorm):
 
     former_class: ClassVar[type[_BatchNorm] | None] = None
     """The class before conversion; None for a layer that was not converted."""
+    is_frozen = False
+    """Whether the layer stays in evaluation mode while the rest of its network trains."""
     _then: Callable[[Tensor], Tensor] | None = None
     """What the former class does to the normalised values, such as an activation."""
     _model_number = 0

@@ -56,7 +56,7 @@ class CheckpointConfig:
     """Sets how often checkpoints are written."""
 
     every: int | None = 20
-    """Rounds between checkpoints; one comes after the last. null: only when a signal stops the run."""
+    """Rounds between checkpoints, and one at the end; null: only when a signal stops the run."""
     keep: int = 2
     """Number of newest checkpoints to keep; more of them protect against damaged files."""
 

@@ -79,6 +79,10 @@ class ModelConfig:
     """Adapts the stem to small images: no stride, no pooling. Only for model=torchvision."""
     output: str | None = None
     """Name or number of the output that is the class scores; null: logits, out, or the first."""
+    weights: str | None = None
+    """File of initial values: a state_dict (.pt) or .safetensors; what does not fit stays fresh."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of parameters and layers that do not train, such as [stem.*,*.bn1]."""
     norm: enums.NormName | None = None
     """Replacement for BN; null: the algorithm's. Only for fedavg, centralised and singleset."""
     gamma: enums.GammaName = enums.GammaName.ones

@@ -5,7 +5,7 @@ process group or the data set.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def client_states(run: SavedRun, client: int | None = None) -> dict[int, dict[st
 
 def model_of(run: SavedRun, state: dict[str, Tensor]) -> nn.Module:
     """Returns the network of ``run`` with the values of ``state``, as ``load_model`` does."""
-    config = run.config
+    config = replace(run.config, model=replace(run.config.model, freeze=[]))
     shape, classes = _sizes(run)
     model = network(config, shape, classes).to(DTYPES[config.precision])
     try:

@@ -18,14 +18,15 @@ from ..config.schema import Config
 from ..data.batching import Dataset, Samples
 from ..data.own.items import DataError
 from ..data.own.shared import unreadable
-from ..models import factory
+from ..models import factory, weights
 from ..models.copies import copy_error
+from ..models.freezing import freeze
 from ..models.norms import with_norm_of
 from ..models.outputs import applied
 from ..runtime import global_random
 from ..tasks.objective import Objective
 from ..training.client_runners import needs_copies
-from ..training.local_step import Loss
+from ..training.local_step import Loss, set_training_mode
 from ..training.vmap_trial import vmap_error
 
 _SAMPLES = 2
@@ -68,8 +69,8 @@ def dry_run(config: Config, ranks: int = 1, dataset: Dataset | None = None) -> l
     Returns lines that say how the job uses the network, where that is not plain.
 
     Raises ``ConfigError`` if the network cannot be made, does not take the samples, returns no
-    scores, lacks the BN layers that the algorithm needs, or cannot be stacked or copied where
-    that is needed.
+    scores, lacks the BN layers that the algorithm needs, cannot be stacked or copied where
+    that is needed, or does not fit ``model.weights`` or ``model.freeze``.
     """
     with global_random.preserved():
         example = Example.of(config, dataset)
@@ -84,10 +85,12 @@ def dry_run(config: Config, ranks: int = 1, dataset: Dataset | None = None) -> l
         except ValueError as error:
             allowed = "a network whose BN layers can be converted"
             raise _network_error(config, allowed, one_line(error)) from error
+        told = [weights.load(module, config.model.weights)] if config.model.weights else []
+        module = freeze(module, config.model.freeze)
         description = _check_run(config, module, example)
         _check_stack(config, module, example)
         _check_copies(config, module, ranks)
-    return [description] if description else []
+    return [*([description] if description else []), *told]
 
 
 def _make(config: Config, example: Example) -> nn.Module:
@@ -164,7 +167,8 @@ def _check_run(config: Config, module: nn.Module, example: Example) -> str:
     single: list[str] = []
     for name, layer in batchnorm_layers(module).items():
         layer.register_forward_pre_hook(partial(_note_single_values, single, name))
-    output = _output(config, module.train(), example)
+    set_training_mode(module)
+    output = _output(config, module, example)
     if single and config.batch_size == 1:
         _check_single_samples(config, single[0])
     _check_scores(config, output, example)

@@ -125,8 +125,8 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
     check(config)
     run = RunContext.of(config, started)
     torch.set_num_threads(run.placement.threads)
-    is_own = config.data.is_own
-    notes = [] if is_own else dry_run.dry_run(config, run.rank_info.world_size)
+    tried_by_ranks = config.data.is_own or config.model.weights is not None
+    notes = [] if tried_by_ranks else dry_run.dry_run(config, run.rank_info.world_size)
     shows = run.is_first and callbacks is None
     gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
     with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):
@@ -151,15 +151,15 @@ def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRe
 
 
 def _opened(run: RunContext) -> tuple[RunContext, OpenedData, list[str]]:
-    """Opens the data on all ranks, and tries the network on them if they are the user's.
+    """Opens the data on all ranks, which try the network if data or weights are the user's.
 
     Returns the run with the options that the data decide, and lines that say what was found.
     """
     config, opened = open_data(run.config, run.placement)
     notes = [opened.note] if opened.note else []
-    if (dataset := opened.dataset) is not None:
+    if opened.dataset is not None or config.model.weights is not None:
         ranks = run.rank_info.world_size
-        notes += _agreed(True, partial(dry_run.dry_run, config, ranks, dataset)) or []
+        notes += _agreed(True, partial(dry_run.dry_run, config, ranks, opened.dataset)) or []
     return replace(run, config=config), opened, notes
 
 

@@ -28,7 +28,8 @@ from ..data.own import datasets as own_datasets
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import model_tensors, named_tensors
 from ..evaluation.evaluator import Evaluator
-from ..models import factory
+from ..models import factory, weights
+from ..models.freezing import freeze
 from ..models.norms import with_norm_of
 from ..models.parameter_groups import TensorFilter
 from ..runtime.device import DevicePlacement
@@ -124,6 +125,8 @@ def prepare(
     reader = Reader(dataset, device, dtype, workers)
     store = ClientStore(dataset, indices, reader, config, opened.is_streamed)
     model = network(config, dataset.shape, dataset.classes).to(device, dtype)
+    if config.model.weights is not None:
+        weights.load(model, config.model.weights)
     described = structure.described(named_tensors(model))
     structure.agree("models", "the start of training", described, None, device)
     collectives.broadcast_tensors(model_tensors(model))
@@ -195,6 +198,7 @@ def network(config: Config, shape: Any, classes: int) -> nn.Module:
     model = convert_batchnorm(with_norm_of(config, model))
     if algorithm.normaliser is Normaliser.running:
         model = normalise_by_running(model, algorithm.mixes)
+    model = freeze(model, config.model.freeze)
     if config.channels_last and config.precision is not PrecisionName.float64:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

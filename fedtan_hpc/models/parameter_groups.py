@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..batchnorm.layer import FedTANBatchNorm
 from ..config.algorithms import ParameterGroup
 from ..distributed.model_average import named_tensors
 
@@ -16,11 +17,15 @@ from ..distributed.model_average import named_tensors
 class TensorFilter:
     """Selects the tensors of some ``groups`` from ``module`` and from copies of it.
 
-    Parameters that are not trained are left out: they stay equal on all ranks.
+    Parameters that are not trained and the statistics of frozen BN layers are left out: they stay
+    equal on all ranks.
     """
 
     def __init__(self, module: nn.Module, groups: Collection[ParameterGroup]) -> None:
         frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+        for path, layer in module.named_modules():
+            if isinstance(layer, FedTANBatchNorm) and layer.is_frozen:
+                frozen |= {name for name, _ in layer.named_buffers(path)}
         named = groups_of(module).items()
         self.names = [name for name, group in named if group in groups and name not in frozen]
 

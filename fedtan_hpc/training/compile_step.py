@@ -116,7 +116,7 @@ class Trial:
                         loss(model, batch).backward()
                     model.zero_grad()  # CUDA graphs write gradients to where the last ones are
                 if self.synchronised:
-                    model.train()
+                    set_training_mode(model)
                     with normalised_by(model, DryRunStatistics()):
                         loss(model, batch).backward()
         finally:

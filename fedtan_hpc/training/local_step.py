@@ -176,11 +176,14 @@ class ProximalTerm:
                 value.grad.add_(value - first, alpha=self.mu)
 
 
-def set_training_mode(model: nn.Module, plan: RoundPlan) -> None:
-    """Sets training mode, but evaluation mode for BN layers with frozen statistics."""
+def set_training_mode(model: nn.Module, plan: RoundPlan | None = None) -> None:
+    """Sets training mode, but evaluation mode for BN layers with frozen statistics.
+
+    Without a ``plan`` these are the layers that ``model.freeze`` has frozen.
+    """
     model.train()
-    if plan.normaliser is Normaliser.frozen:
-        for layer in batchnorm_layers(model).values():
+    for layer in batchnorm_layers(model).values():
+        if layer.is_frozen or (plan is not None and plan.normaliser is Normaliser.frozen):
             layer.eval()
 
 

@@ -20,7 +20,7 @@ from fedtan_hpc.config.schema import (
     ServerConfig,
 )
 from fedtan_hpc.config.validate import check
-from fedtan_hpc.job import run_dir
+from fedtan_hpc.runtime import atomic_files
 from tests.helpers.jobs import config_of, rounds_of, run, same_bits
 from tests.helpers.ranks import on_ranks
 
@@ -71,7 +71,7 @@ def test_an_end_before_the_options_are_written_leaves_a_run_that_goes_on(
         raise OSError(28, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_dir.atomic_files, "replace_text", full)
+        patch.setattr(atomic_files, "replace_text", full)
         with pytest.raises(ConfigError, match="no space"):
             run(more("fedtan", folder))
     assert not (folder / "summary.json").exists()
