@@ -10,8 +10,7 @@ from fedtan_hpc.config.submit_options import SubmitConfig
 
 _INTRODUCTION = """# Options
 
-This page is for everyone who starts a job: it lists each option with its default, its allowed
-values and its meaning. `python -m fedtan_hpc --help=GROUP` shows the same in a terminal.
+This page lists all options of a job. `python -m fedtan_hpc --help=GROUP` shows the same.
 
 - An option is written `name=value`, as in `rounds=20` or (of a group) `optimizer.lr=0.05`.
 - `algorithm=`, `data=`, `task=`, `model=`, `partition=`, `optimizer=`, `lr_schedule=` and `launch=`

@@ -5,7 +5,8 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -46,11 +47,18 @@ def model_tensors(module: nn.Module) -> list[Tensor]:
     return list(named_tensors(module).values())
 
 
+Exclude = Collection[str | type[nn.Module]]
+"""Classes of layers, and names of layers or tensors with ``*`` for any letters."""
 Select = Callable[[nn.Module], Mapping[str, Tensor]]
 """Returns tensors of a module by name; the same names for every copy of the module."""
 
 
-def average_model(module: nn.Module, weight: float, group: process_group.Group = None) -> None:
+def average_model(
+    module: nn.Module,
+    weight: float,
+    group: process_group.Group = None,
+    exclude: Exclude = (),
+) -> None:
     """Sets parameters and floating-point buffers to sum_k p_k value_k over the ranks of ``group``.
 
     Each rank is one client k, and ``weight`` is its p_k; the weights of all ranks sum to 1.  A rank
@@ -59,15 +67,22 @@ def average_model(module: nn.Module, weight: float, group: process_group.Group =
 
     A DTensor, as FSDP2 makes them, is averaged shard by shard.
 
+    What ``exclude`` names stays as it is, the same on all ranks: classes of layers, and names of
+    layers or tensors, with ``*`` for any letters.  ``[FedTANBatchNorm]`` keeps BN layers (FedBN).
+
     Raises ``ValueError`` on every rank if a weight is negative or not finite, the weights do not
-    sum to 1, or the ranks' tensors differ in names, shapes or dtypes (compared at the first use of
-    such a model), and ``RuntimeError`` if a rank is at another call; the model is then unchanged.
+    sum to 1, a part of ``exclude`` matches nothing or all of it everything, or the ranks' tensors
+    differ in names, shapes or dtypes (compared at the first use of such a model), and
+    ``RuntimeError`` if a rank is at another call; the model is then unchanged.
     """
-    average_models([module], [weight], group)
+    average_models([module], [weight], group, exclude)
 
 
 def average_models(
-    modules: Sequence[nn.Module], weights: Sequence[float], group: process_group.Group = None
+    modules: Sequence[nn.Module],
+    weights: Sequence[float],
+    group: process_group.Group = None,
+    exclude: Exclude = (),
 ) -> None:
     """Sets every module of ``modules`` to the weighted mean over all clients of all ranks.
 
@@ -77,12 +92,19 @@ def average_models(
     """
     if not len(modules) == len(weights) >= 1:
         raise ValueError("modules and weights must be equally many, and at least one")
-    tensors = _averaged_tensors(modules[0])
+    kept = _excluded(modules[0], exclude)
+
+    def select(module: nn.Module) -> dict[str, Tensor]:
+        return {name: each for name, each in named_tensors(module).items() if name not in kept}
+
+    tensors = _averaged_tensors(select(modules[0]))
+    if kept and not tensors:
+        raise ValueError(f"exclude={[*exclude]} leaves nothing to average")
     _check_shards(tensors, group)
     if tensors:
         device = next(iter(tensors.values())).device
         structure.agree("models", _CALL, structure.described(tensors), group, device)
-    total = ModelSum(modules[0])
+    total = ModelSum(modules[0], select=select)
     for module, weight in zip(modules, weights, strict=True):
         total.add(module, weight)
     total.all_reduce(group)
@@ -169,11 +191,34 @@ class ModelSum:
         return groups
 
 
-def _averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors that an average changes, by name."""
+def _excluded(module: nn.Module, exclude: Exclude) -> set[str]:
+    """Returns the names of tensors that stay as they are."""
+    excluded: set[str] = set()
+    for each in exclude:
+        if isinstance(each, str):
+            found = {name for name in named_tensors(module) if _is_below(name, each)}
+        else:
+            layers = [layer for layer in module.modules() if isinstance(layer, each)]
+            inside = {id(tensor) for layer in layers for tensor in model_tensors(layer)}
+            named = named_tensors(module).items()
+            found = {name for name, tensor in named if id(tensor) in inside}
+        if not found:
+            raise ValueError(f"exclude: {each} matches no tensor of the model")
+        excluded |= found
+    return excluded
+
+
+def _is_below(name: str, pattern: str) -> bool:
+    """Returns whether the name of a tensor, or that of a layer around it, matches."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _averaged_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns those of ``tensors`` that an average changes."""
     return {
         name: tensor
-        for name, tensor in named_tensors(module).items()
+        for name, tensor in tensors.items()
         if tensor.is_floating_point() or tensor.is_complex()
     }
 
