@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedtan_hpc"
 
-ENTRIES = ("compare", "overview", "runs", "show_partition", "submit", "summarise_runs")
+ENTRIES = ("compare", "evaluate", "overview", "runs", "show_partition", "submit", "summarise_runs")
 """Commands that an installed package offers beside the job: ``python -m fedtan_hpc.ENTRY``."""
 LAYERS = [
     ENTRIES,

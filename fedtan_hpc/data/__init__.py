@@ -1,4 +1,5 @@
 """Data sets, their partition among the clients, and the batches of each client.
 
-Uses ``config`` and ``runtime``; used by ``training``, ``evaluation``, ``job`` and ``reporting``.
+Uses ``config`` and ``runtime``; used by ``training``, ``evaluation``, ``job``,
+``inference`` and ``reporting``.
 """
