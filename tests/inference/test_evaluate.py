@@ -26,7 +26,8 @@ def test_without_other_data_the_figures_are_the_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shifted = PartitionConfig(name=PartitionName.feature_shift)
-    for name, options in {"plain": {}, "shifted": {"partition": shifted}}.items():
+    cases: dict[str, dict[str, Any]] = {"plain": {}, "shifted": {"partition": shifted}}
+    for name, options in cases.items():
         folder, out = tmp_path / name, tmp_path / f"{name}.json"
         finished(folder, **options)
         command.main([f"run_dir={folder}", f"out={out}"])
