@@ -40,7 +40,8 @@ def test_many_states_are_in_files_by_rank(before: int, after: int, tmp_path: Pat
     on_ranks(before, run_until_with_shards, config_of("fedbn", tmp_path / "parted"), 3)
     shards = list((tmp_path / "parted" / "checkpoints").glob("round-000003.states-*.pt"))
     assert len(shards) == 4  # clients drawn until then, a file each
-    on_ranks(after, run, config_of("fedbn", tmp_path / "parted"))
+    every = CheckpointConfig(every=2, keep=9)
+    on_ranks(after, run, config_of("fedbn", tmp_path / "parted", checkpoint=every))
     kept = torch.load(tmp_path / "parted" / "clients.pt")
     for client, values in torch.load(tmp_path / "whole" / "clients.pt").items():
         for name, value in values.items():
