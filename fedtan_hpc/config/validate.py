@@ -13,9 +13,9 @@ from .errors import ConfigError, format_option_error
 from .schema import Config
 from .validation.data import data_mistakes
 from .validation.optimizing import optimizing_mistakes
+from .validation.resume import resume_mistakes
 from .validation.task import task_mistakes
 from .validation.tracking import tracking_mistakes
-from .validation.resume import resume_mistakes
 from .validation.training import is_import_path, training_mistakes
 
 

@@ -11,7 +11,7 @@ from ..config.errors import ConfigError, format_option_error
 from ..config.schema import EarlyStoppingConfig
 from .records import RoundRecord
 
-_SMALLER_IS_BETTER = ("loss", "error", "mae", "mse")
+SMALLER_IS_BETTER = ("loss", "error", "mae", "mse")
 """Words in the names of such metrics."""
 
 
@@ -41,11 +41,13 @@ class BestEvaluation:
             return False
         if not self._name:
             self._name = "test_loss" if record.test_accuracy is None else "test_accuracy"
+        self._evaluations_since += 1
         value = record.metrics.get(self._name, getattr(record, self._name, None))
+        if value is None and self._name in record.metrics:  # it is not finite this time
+            return False
         if not isinstance(value, int | float):
             raise _no_metric(self._name, record)
         is_best = self.value is None or self._is_better(value, self.value)
-        self._evaluations_since += 1
         if is_best:
             self.round, self.value, self._evaluations_since = record.round, float(value), 0
         return is_best
@@ -65,7 +67,7 @@ class BestEvaluation:
     def _is_better(self, value: float, than: float) -> bool:
         smaller = self._options.mode is StoppingMode.min
         if self._options.mode is StoppingMode.auto:
-            smaller = any(word in self._name for word in _SMALLER_IS_BETTER)
+            smaller = any(word in self._name for word in SMALLER_IS_BETTER)
         return value < than if smaller else value > than
 
 

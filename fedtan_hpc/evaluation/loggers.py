@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from .callbacks import RoundCallback, RunInfo
-from .records import RoundRecord, Summary, headline
+from .records import RoundRecord, Summary, headline, over_clients
 
 
 class RoundsFile(RoundCallback):
@@ -94,12 +94,15 @@ def show_result(summary: Summary) -> None:
 
 
 def _rows_over_clients(summary: Summary) -> list[tuple[str, str]]:
-    """Returns what the test accuracy is the mean of, and the accuracy on the clients' own data."""
-    mean, spread = summary.clients_own_mix_accuracy_mean, summary.clients_own_mix_accuracy_spread
-    if mean is None:
+    """Returns what the test metric is the mean of, and the metric on the clients' own data."""
+    figures = over_clients(summary)
+    if "own_mix_mean" not in figures:
         return []
-    number, test_spread = summary.clients_judged, summary.clients_test_accuracy_spread
-    own = ("on each client's own data", f"{100 * mean:.2f} ± {100 * (spread or 0.0):.2f} %")
-    if test_spread is None:  # one global model
-        return [own]
-    return [("which is the", f"{summary.judged} ({number}), ± {100 * test_spread:.2f} %"), own]
+    scale, unit = (100, " %") if summary.test_accuracy is not None else (1, "")
+    shown = {name: f"{scale * value:.{2 if unit else 4}f}" for name, value in figures.items()}
+    own = f"{shown['own_mix_mean']} ± {shown.get('own_mix_spread', '0')}{unit}"
+    rows = [("on each client's own data", own)]
+    if "test_spread" in shown:  # the clients have models of their own
+        which = f"{summary.judged} ({summary.clients_judged}), ± {shown['test_spread']}{unit}"
+        rows.insert(0, ("which is the", which))
+    return rows

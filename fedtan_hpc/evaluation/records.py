@@ -143,7 +143,31 @@ def headline(result: RoundRecord | Summary, digits: int = 2) -> tuple[str, str]:
     """Returns name and value of the first test metric: accuracy in %, or another by its name."""
     if result.test_accuracy is not None:
         return "test accuracy", f"{100 * result.test_accuracy:.{digits}f} %"
-    for name, value in result.metrics.items():
-        if isinstance(value, float):
-            return name.replace("_", " "), f"{value:.{digits + 2}f}"
-    return "test loss", f"{result.test_loss:.{digits + 2}f}"
+    name = first_metric(result)
+    value = result.test_loss if name == "test_loss" else result.metrics[name]
+    return name.replace("_", " "), f"{value:.{digits + 2}f}"
+
+
+def first_metric(result: RoundRecord | Summary) -> str:
+    """Returns the name of the first test metric that is a number; test_loss if there is none."""
+    if result.test_accuracy is not None:
+        return "test_accuracy"
+    numbers = [name for name, value in result.metrics.items() if isinstance(value, float)]
+    return next((name for name in numbers if name.startswith("test_")), "test_loss")
+
+
+def over_clients(summary: Summary) -> dict[str, float]:
+    """Returns the figures over clients of the first metric: ``own_mix_mean``, ``test_spread``...
+
+    Leaves out those that the run does not have.
+    """
+    metric = first_metric(summary).removeprefix("test_")
+    names = ("test_mean", "test_spread", "own_mix_mean", "own_mix_spread")
+    found = {}
+    for name in names:
+        what, _, kind = name.rpartition("_")
+        full = f"clients_{what}_{metric}_{kind}"
+        value = summary.metrics.get(full, getattr(summary, full, None))
+        if value is not None:
+            found[name] = float(value)
+    return found

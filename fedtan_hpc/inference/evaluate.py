@@ -19,8 +19,8 @@ from ..data.client_store import ClientStore
 from ..data.loading import EvaluationSamples, Reader
 from ..evaluation import metrics
 from ..job.setup import DTYPES
-from ..models.outputs import OutputReader
 from ..runtime import device, launcher_env
+from ..tasks.objective import Objective
 from . import saved_run
 from .saved_run import SavedRun
 
@@ -50,30 +50,38 @@ def evaluate(run: SavedRun, config: Config, models: Sequence[Model]) -> dict[str
     placement = device.choose(config, launcher_env.detect())
     torch.set_num_threads(placement.threads)
     download.fetch(config.data)
-    dataset = datasets.load(config.data, config.seed)
+    dataset = datasets.load(config.data, config.seed, config.task)
     if dataset.begin_reading is not None:
         dataset.begin_reading()
     _check_classes(run, config, dataset)
     samples = _test_samples(run, config, dataset, placement.device)
     with device.tensor_float(config.tf32):
         rows = [_figures(model.to(placement.device), samples, config) for _, model in models]
-    figures = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    figures = {name: _mean([row[name] for row in rows]) for name in rows[0]}
     which = "global model" if models[0][0] is None else f"client {models[0][0]}"
     if len(models) > 1:
         which = f"mean over the models of {len(models)} clients"
     return {"model": which, "samples": len(dataset.test), **figures}
 
 
-def _figures(model: nn.Module, samples: Any, config: Config) -> dict[str, float]:
+def _mean(values: Sequence[Any]) -> Any:
+    """Returns the mean of numbers or, element by element, of lists; None where none is known."""
+    if isinstance(values[0], list):
+        return [_mean(each) for each in zip(*values, strict=True)]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _figures(model: nn.Module, samples: Any, config: Config) -> dict[str, Any]:
     """Returns the figures of ``model`` by the names of rounds.jsonl."""
     try:
-        result = metrics.evaluate(model, samples, OutputReader(config.model.output))
+        result = metrics.evaluate(model, samples, Objective.of(config))
     except Exception as error:  # a network may raise anything for samples of another shape
         allowed = "data whose samples the network of the run takes"
         name = config.data.name
         message = format_option_error("data.name", name, allowed, one_line(error))
         raise ConfigError(message) from error
-    return {"test_loss": result.loss, "test_accuracy": result.accuracy}
+    return {"test_loss": result.loss, **result.recorded("test_")}
 
 
 def _test_samples(

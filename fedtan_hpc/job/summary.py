@@ -50,7 +50,7 @@ def summarise(
 ) -> Summary:
     """Returns the summary of all ``records``; every rank calls it."""
     last, device = records[-1], run.placement.device
-    has_global_model = last.clients_test_accuracy_mean is None
+    has_global_model = not trainer.cohort.states.are_models
     best = BestEvaluation(run.config.early_stopping, records)
     shared = [field.name for field in fields(Summary) if hasattr(last, field.name)]
     figures: dict[str, Any] = {name: getattr(last, name) for name in shared}

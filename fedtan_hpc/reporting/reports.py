@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import yaml
 from omegaconf import OmegaConf
 
+from ..evaluation.early_stopping import SMALLER_IS_BETTER
 from ..job.run_dir import NOT_IDENTIFYING, completed
 
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
@@ -20,7 +21,6 @@ READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YA
 IGNORED = ("seed",)
 """Options in which runs of one line may differ, beside those that change no result."""
 _SHARES = ("accuracy", "recall", "f1", "f1_micro", "iou", "dice", "pixel_accuracy")
-_SMALLER_IS_BETTER = ("loss", "mae", "error")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Measure:
     @property
     def falls(self) -> bool:
         """Whether smaller values are better."""
-        return any(word in self.metric for word in _SMALLER_IS_BETTER)
+        return any(word in self.metric for word in SMALLER_IS_BETTER)
 
     def shown(self, value: float) -> float:
         """Returns a value in the unit of ``text``."""

@@ -11,6 +11,7 @@ from ..algorithms import ALGORITHMS
 from ..enums import LrScheduleName, OptimizerName, StoppingMode
 from ..errors import format_option_error
 from ..schema import Config
+from .task import METRICS
 
 _DEFAULT = Config()
 _STEPS = _DEFAULT.local_steps
@@ -112,9 +113,12 @@ def _stopping(config: Config) -> Iterator[str]:
                 remedy = "set early_stopping.metric=test_accuracy or leave it out"
                 yield format_option_error(f"early_stopping.{option}", value, allowed, remedy)
         return
-    if metric != "pooled_train_loss" and not metric.startswith("test_"):
-        allowed = "pooled_train_loss, or a test metric of the task, such as test_accuracy"
-        remedy = "rounds.jsonl has the names of all metrics"
+    known = [f"test_{name}" for name in METRICS.get(config.task.name, ())]
+    is_known = metric in known if known else metric.startswith("test_")
+    if not is_known and metric not in ("pooled_train_loss", "test_loss"):
+        names = ", ".join(known or ["the metrics of your task as test_NAME"])
+        allowed = f"{names}, test_loss or pooled_train_loss with task={config.task.name}"
+        remedy = f"try early_stopping.metric={known[0] if known else 'test_loss'}"
         yield format_option_error("early_stopping.metric", metric, allowed, remedy)
     if metric == "pooled_train_loss" and config.eval_train_samples == 0:
         allowed, remedy = "a test metric with eval_train_samples=0", "set eval_train_samples=10000"
