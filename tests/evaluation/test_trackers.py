@@ -216,17 +216,14 @@ def test_wandb_goes_on_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     parts = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(parts) == 2
     records = [record for part in parts for record in wandb_records(part)]
+    runs = [record.run for record in records if record.HasField("run")]
     identifier = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
-    for each in (record.run for record in records if record.HasField("run")):
-        assert (each.run_id, each.project, each.display_name) == (
-            identifier,
-            "study",
-            tmp_path.name,
-        )
-        assert list(each.tags) == ["night", "pilot"]
-        options = {item.key: json.loads(item.value_json) for item in each.config.update}
-        assert options["optimizer.lr"] == 0.1
-        assert options["tracking.to"] == ["wandb"]
+    assert {each.run_id for each in runs} == {identifier}
+    assert (runs[0].project, runs[0].display_name) == ("study", tmp_path.name)
+    assert list(runs[0].tags) == ["night", "pilot"]
+    options = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert options["optimizer.lr"] == 0.1
+    assert options["tracking.to"] == ["wandb"]
     losses = {}
     for each in (record.history for record in records if record.HasField("history")):
         values = {item.key or item.nested_key[0]: item.value_json for item in each.item}
