@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,10 @@ def test_wandb_goes_on_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run(tracked(tmp_path, "wandb"))
     parts = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(parts) == 2
+    deadline = time.monotonic() + 20
+    while not all(any(r.HasField("exit") for r in wandb_records(part)) for part in parts):
+        assert time.monotonic() < deadline  # a process of W&B writes the file
+        time.sleep(0.05)
     records = [record for part in parts for record in wandb_records(part)]
     runs = [record.run for record in records if record.HasField("run")]
     identifier = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
