@@ -1,5 +1,5 @@
 """Finished runs: their network, and its evaluation on other data.
 
 ``saved_run`` loads options and network of a run, ``evaluate`` tests it.  Uses ``job``,
-``evaluation``, ``models``, ``batchnorm``, ``data`` and ``runtime``.
+``evaluation``, ``tasks``, ``batchnorm``, ``data`` and ``runtime``.
 """

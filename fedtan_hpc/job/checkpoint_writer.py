@@ -16,7 +16,7 @@ from ..config.errors import RunError
 from ..config.schema import to_dict
 from ..distributed import collectives, process_group
 from ..evaluation.callbacks import RoundCallback, RunInfo
-from ..evaluation.records import RoundRecord
+from ..evaluation.records import RoundRecord, Summary
 from ..runtime import atomic_files
 from ..runtime.signals import StopRequest
 from ..training.cohort import Cohort
@@ -38,6 +38,8 @@ class CheckpointWriter(RoundCallback):
     shard_bytes: int = _SHARD_BYTES
     """Largest size of the states in one file."""
     _run: RunInfo = field(init=False)
+    _saved: int = field(default=0, init=False)
+    """The round after which the state was saved last."""
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
     _writing: Future[None] | None = field(default=None, init=False)
 
@@ -62,7 +64,12 @@ class CheckpointWriter(RoundCallback):
         finally:
             self._thread.shutdown()
 
-    run_ended = run_failed
+    def run_ended(self, summary: Summary) -> None:
+        """Saves the state of a run that ended early, from which a later run may go on."""
+        keeps = self._run.config.checkpoint.every is not None
+        if summary.stopped_early and keeps and self._saved != summary.rounds:
+            self.save(summary.rounds)
+        self.run_failed(summary)
 
     def save(self, number: int) -> None:
         """Saves the state after round ``number``; every rank calls it.
@@ -71,6 +78,7 @@ class CheckpointWriter(RoundCallback):
         earlier call copied, cannot be written, and on rank 0 if it does not see all states.
         """
         self.wait()
+        self._saved = number
         states = self.cohort.states
         shards = self._write_shards(number) if states.exist else []
         if process_group.rank() == 0:  # all that is not in shards is equal on every rank

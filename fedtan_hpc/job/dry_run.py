@@ -227,7 +227,7 @@ def _check_scores(config: Config, output: Any, example: Example) -> None:
     objective, option = Objective.of(config), config.model.output
     device = next((v.device for v in tree_leaves(output) if isinstance(v, Tensor)), None)
     targets = example.samples.to(device or torch.device("cpu"), torch.float32).labels
-    expected, found = "a tensor", ""
+    expected = "a tensor"
     try:
         scores = objective.read(output)
         expected = objective.task.mistake(scores, targets, example.classes)
@@ -246,24 +246,16 @@ def _check_scores(config: Config, output: Any, example: Example) -> None:
 
 def _check_own_task(config: Config, objective: Objective, output: Any, targets: Tensor) -> None:
     """Checks that the user's task computes losses and metrics of two samples."""
-    allowed = f"a task with losses ({_SAMPLES},) and sums ({_SAMPLES}, S) for {_SAMPLES} samples"
-    try:
-        losses = objective.losses(output, targets)
-        sums = objective.task.sums(objective.read(output), targets)
-        objective.task.metrics(sums.double().sum(0), _SAMPLES)
-        wrong = f"these are {tuple(losses.shape)} and {tuple(sums.shape)}"
-        is_right = losses.shape == (_SAMPLES,) and sums.dim() == 2 and len(sums) == _SAMPLES
-    except (Exception, SystemExit) as error:  # the user's task may raise anything
-        wrong, is_right = f"it raised {one_line(error)}", False
-    if not is_right:
+    if wrong := objective.wrong_sizes(output, targets):
+        n = _SAMPLES
+        allowed = f"a task with losses ({n},) and sums ({n}, S) for {n} samples"
         raise ConfigError(format_option_error("task.target", config.task.target, allowed, wrong))
 
 
 def _check_class_weights(config: Config, example: Example) -> None:
     weights = config.task.class_weights
     if weights is not None and len(weights) != example.classes:
-        allowed = f"one number for each of the {example.classes} classes"
-        remedy = f"give {example.classes} numbers"
+        allowed, remedy = f"one number for each of the {example.classes} classes", "give so many"
         raise ConfigError(format_option_error("task.class_weights", weights, allowed, remedy))
 
 

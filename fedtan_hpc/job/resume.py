@@ -197,7 +197,8 @@ def _check_change(content: dict[str, Any], config: Config, dataset: Dataset | No
         remedy = f"try rounds={2 * content['round']} resume_change=[rounds]"
         raise ConfigError(format_option_error("rounds", config.rounds, allowed, remedy))
     saved = run_dir.completed(content["config"])
-    why = misfit(saved, config, content["owners"], bool(content["momentum"]))
+    keeps_state = bool(content.get("optimizer") or content.get("momentum"))
+    why = misfit(saved, config, content["owners"], keeps_state)
     if why := why or _model_misfit(content["model"], config, dataset):
         allowed = "names of options whose new values fit the state of the resumed run"
         text = f"[{','.join(config.resume_change)}]"

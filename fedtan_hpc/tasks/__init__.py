@@ -1,4 +1,5 @@
 """What a network is trained for: the loss of a sample, and metrics that are sums over samples.
 
-Uses ``models`` to read a network's outputs; used by ``training``, ``evaluation`` and ``job``.
+Uses ``models`` to read a network's outputs; used by ``training``, ``evaluation``,
+``job`` and ``inference``.
 """

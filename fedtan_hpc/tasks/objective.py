@@ -46,6 +46,21 @@ class Objective:
         """Returns in words which outputs are used; empty if the network returns just scores."""
         return "" if self.read(output) is output else self.outputs.describe(output)
 
+    def wrong_sizes(self, output: Any, targets: Tensor) -> str:
+        """Returns in words what is wrong with losses and sums of N samples; empty if all is right.
+
+        The user's task may raise anything.
+        """
+        samples = len(targets)
+        try:
+            losses = self.losses(output, targets)
+            sums = self.task.sums(self.read(output), targets)
+            self.task.metrics(sums.double().sum(0), samples)
+            is_right = losses.shape == (samples,) and sums.dim() == 2 and len(sums) == samples
+            return "" if is_right else f"these are {tuple(losses.shape)} and {tuple(sums.shape)}"
+        except (Exception, SystemExit) as error:
+            return f"it raised {one_line(error)}"
+
     def losses(self, output: Any, targets: Tensor) -> Tensor:
         """Returns the loss of each sample, (N,), with those of auxiliary outputs."""
         read = self.read(output)

@@ -92,7 +92,11 @@ def test_a_table_has_the_rounds_of_an_interrupted_run_once(tmp_path: Path) -> No
     run_until(tracked(tmp_path, "csv"), 3)
     (tmp_path / "rounds.csv").write_text("torn")
     run(tracked(tmp_path, "csv", "csv"))
-    assert rows_of(tmp_path) == [{k: text(v) for k, v in r.items()} for r in rounds_of(tmp_path)]
+    for row, line in zip(rows_of(tmp_path), rounds_of(tmp_path), strict=True):
+        recall = line.pop("test_recall_by_class", [None] * 10)
+        cells = {**line, **{f"test_recall_by_class_{n}": each for n, each in enumerate(recall)}}
+        assert row == {name: text(cells.get(name)) for name in row}
+        assert row.keys() >= cells.keys()
     assert [row["round"] for row in rows_of(tmp_path)] == [str(n + 1) for n in range(ROUNDS)]
     assert not list(tmp_path.glob("events.*"))
 

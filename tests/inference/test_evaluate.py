@@ -81,7 +81,7 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], str]] = {
     "number": ([], {"client": "first"}, "client=first: allowed is the number"),
     "folder": ([], {"run_dir": "none"}, "none is not the folder of a run"),
     "no folder": ([], {"run_dir": ""}, "run_dir=null: allowed is the folder"),
-    "best": ([], {"best": "true"}, "keeps no best.pt"),
+    "best": ([], {"best": "yes"}, "best=yes: allowed is true or false"),
     "data": (["data.crop_padding=-1"], {}, "data.crop_padding=-1: allowed is"),
 }
 

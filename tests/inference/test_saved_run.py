@@ -59,6 +59,8 @@ def test_a_clients_network_has_its_own_parts(algorithm: str, tmp_path: Path) -> 
 
 def test_the_best_model_is_loaded_where_there_is_one(tmp_path: Path) -> None:
     finished(tmp_path)
+    assert fedtan_hpc.load_model(tmp_path, best=True).state_dict().keys()
+    (tmp_path / "best.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"keeps no best\.pt"):
         fedtan_hpc.load_model(tmp_path, best=True)
     state = torch.load(tmp_path / "model.pt")

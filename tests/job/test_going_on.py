@@ -15,6 +15,7 @@ from fedtan_hpc.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
     Config,
+    EarlyStoppingConfig,
     ModelConfig,
     OptimizerConfig,
     ServerConfig,
@@ -153,3 +154,16 @@ def test_names_that_are_no_options_are_mistakes() -> None:
     anew, name = caught.value.mistakes
     assert anew.startswith("resume_change=[optimizer.lrr,optimizer]: allowed is empty with")
     assert name.endswith("did you mean optimizer.lr?")
+
+
+def test_a_run_that_ended_early_goes_on_without_that_end(tmp_path: Path) -> None:
+    early = EarlyStoppingConfig(metric="test_accuracy", target=0.1)
+    options: dict[str, Any] = {"eval_every": 1, "checkpoint": CheckpointConfig(every=5)}
+    ended = run(config_of("fedtan", tmp_path / "old", early_stopping=early, **options))
+    assert (ended.rounds, ended.best_round) == (1, 1)
+    config = more("fedtan", tmp_path / "new", "early_stopping", **options)
+    config.resume = str(tmp_path / "old")
+    summary = run(config)
+    assert (summary.rounds, summary.resumed_after) == (6, [1])
+    run(config_of("fedtan", tmp_path / "whole", **options))
+    assert same_bits(tmp_path / "new", tmp_path / "whole")

@@ -37,7 +37,7 @@ def may_change(option: str, listed: list[str]) -> bool:
 
 
 def misfit(
-    saved: Mapping[str, Any], config: Config, owners: Collection[int], keeps_momentum: bool
+    saved: Mapping[str, Any], config: Config, owners: Collection[int], keeps_state: bool
 ) -> str:
     """Returns why the state of a run with other options cannot go on with ``config``.
 
@@ -45,7 +45,7 @@ def misfit(
         saved: the options of the run, with all defaults.
         config: those of the run that goes on.
         owners: the clients that have private parts in the state.
-        keeps_momentum: whether the state has the momentum of pooled gradients.
+        keeps_state: whether the optimizer of pooled gradients has a state.
 
     Returns an empty text if the options fit the state.
     """
@@ -53,7 +53,7 @@ def misfit(
     server, new_server = (options["server"]["optimizer"] for options in (saved, new))
     names = AlgorithmName(saved["algorithm"]["name"]), config.algorithm.name
     parts, new_parts = (ALGORITHMS[name].private for name in names)
-    has_state = owners or keeps_momentum or server != "none"
+    has_state = owners or keeps_state or server != "none"
     if owners and parts != new_parts:
         return f"algorithm={names[1]}: clients of {names[0]} have kept other parts of the model"
     if owners and max(owners) >= config.clients:
@@ -62,8 +62,8 @@ def misfit(
         return f"server.optimizer={new_server}: the state is that of {server}"
     if has_state and saved["model"].get("freeze") != new["model"].get("freeze"):
         return "model.freeze: the state of the optimizers or clients is that of other parameters"
-    if keeps_momentum and saved["optimizer"].get("name") != new["optimizer"].get("name"):
-        return "optimizer.name: the state has the momentum of another optimizer"
+    if keeps_state and saved["optimizer"].get("name") != new["optimizer"].get("name"):
+        return "optimizer.name: the state is that of another optimizer"
     return ""
 
 
