@@ -16,7 +16,7 @@ This page lists all options of a job. `python -m fedtan_hpc --help=GROUP` shows 
 - `algorithm=`, `data=`, `task=`, `model=`, `partition=`, `optimizer=`, `lr_schedule=` and `launch=`
   choose a file of `conf/`, which sets options of its group: `algorithm=fedavg` sets
   `algorithm.name`. `experiment=` sets options of all groups: `quick`, `digits_shards`,
-  `fashion_shards`, `scanners`, `imagenet_resnet50` and three `paper_...`.
+  `fashion_shards`, `scanners`, `shapes`, `tabular`, `imagenet_resnet50` and three `paper_...`.
 - A list is written `data.shape=[3,32,32]`; `null` means no value. The shell needs quotes around
   spaces and brackets: `'lr_schedule.milestones=[60,80]'`.
 - With `-m`, commas make a sweep: `-m algorithm=fedtan,fedavg seed=0,1,2` runs six jobs in turn.

@@ -15,7 +15,7 @@ from ..batchnorm.conversion import convert_batchnorm
 from ..batchnorm.running_norm import normalise_by_running
 from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, plan
 from ..config.dataset_info import DatasetInfo
-from ..config.enums import LoadingName, PartitionName, PrecisionName
+from ..config.enums import LoadingName, PartitionName, PrecisionName, TaskName
 from ..config.errors import ConfigError
 from ..config.schema import Config
 from ..config.validation.data import own_data_mistakes, partition_mistakes
@@ -78,9 +78,10 @@ def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, Opene
         dataset.begin_reading()
     if is_streamed or data.is_own or data.loading is not LoadingName.auto:
         how = LoadingName.stream if is_streamed else LoadingName.device
+        what = "values to predict" if config.task.name is TaskName.regression else "classes"
         note = (
             f"data: {info.train} training and {info.test} test samples of shape {info.shape}, "
-            f"{info.classes} classes, {config.clients} clients; data.loading={how} ({why})"
+            f"{info.classes} {what}, {config.clients} clients; data.loading={how} ({why})"
         )
         note += f", data.workers={loading.workers_of(config)}" if is_streamed else ""
     return config, OpenedData(dataset, is_streamed, note)

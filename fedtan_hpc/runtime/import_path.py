@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..config.errors import ConfigError, format_option_error, one_line
+from .torchvision_import import import_torchvision
 
 
 def resolve(
@@ -23,7 +24,7 @@ def resolve(
     Raises ``ConfigError`` if the import fails or finds no callable.
     """
     try:
-        resolved = pkgutil.resolve_name(target)
+        resolved = _found(target)
     except (Exception, SystemExit) as error:
         allowed = "package.module:callable, found on PYTHONPATH"
         raise ConfigError(format_option_error(option, target, allowed, one_line(error))) from error
@@ -31,6 +32,17 @@ def resolve(
         remedy = f"this is a {type(resolved).__name__}, not something that makes {product}"
         raise ConfigError(format_option_error(option, target, "a callable", remedy))
     return resolved  # type: ignore[no-any-return]
+
+
+def _found(target: str) -> Any:
+    """Imports ``target``; what it needs of torchvision may lack operators that fit this torch."""
+    try:
+        return pkgutil.resolve_name(target)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    import_torchvision()
+    return pkgutil.resolve_name(target)
 
 
 def accepted(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -231,13 +231,21 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_example_with_hugging_face_runs(tmp_path: Path) -> None:
-    """Its commands are bash, because they need one more package."""
-    pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[huggingface]'")
-    text = read(commands.ROOT / "docs" / "own_data.md")
-    _, text = text.split("\n## A data set of Hugging Face\n")
+@pytest.mark.parametrize(
+    ("page", "title", "package", "extra", "programs"),
+    [
+        ("own_data", "A data set of Hugging Face", "datasets", "huggingface", 2),
+        ("own_task", "Fine-tune a network of timm", "timm", "networks", 1),
+    ],
+)
+def test_an_example_that_needs_one_more_package_runs(
+    page: str, title: str, package: str, extra: str, programs: int, tmp_path: Path
+) -> None:
+    """Its commands are bash, because the tests' machine may lack the package."""
+    pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[{extra}]'")
+    _, text = read(commands.ROOT / "docs" / f"{page}.md").split(f"\n## {title}\n")
     found = blocks(text.split("\n## ")[0], "python", "bash")
-    assert [block.language for block in found] == ["python", "python", "bash"]
+    assert [block.language for block in found] == [*["python"] * programs, "bash"]
     run_blocks(found, tmp_path)
 
 
