@@ -18,7 +18,7 @@ from ..enums import (
 )
 from ..errors import format_option_error
 from ..schema import Config, DataConfig, PartitionConfig
-from .training import is_import_path
+from .training import is_import_path, own_code_mistakes
 
 _LARGEST_SAMPLE = 10**8
 """Values of one sample, over channels and pixels."""
@@ -122,17 +122,8 @@ def _sizes_in_use(data: DataConfig, info: DatasetInfo) -> Iterator[str]:
 
 def _own(data: DataConfig) -> Iterator[str]:
     """Target, options and folder of the user's own data."""
-    is_import = data.name is DataName.import_
-    if is_import and not is_import_path(data.target or ""):
-        value = "null" if data.target is None else data.target
-        remedy = "for example data.target=my_data:hospitals"
-        yield format_option_error("data.target", value, "package.module:callable", remedy)
-    if not is_import and data.target is not None:
-        remedy = "leave it out or use data=import"
-        yield format_option_error("data.target", data.target, "null unless data=import", remedy)
-    if not is_import and data.options:
-        remedy = "leave it out or use data=import"
-        yield format_option_error("data.options", data.options, "{} unless data=import", remedy)
+    is_import, example = data.name is DataName.import_, "my_data:hospitals"
+    yield from own_code_mistakes("data", is_import, data.target, data.options, example)
     if data.name is DataName.folder and not (data.root or "").strip():
         allowed, remedy = "the folder of the images", "for example data.root=~/scans"
         yield format_option_error("data.root", data.root or "null", allowed, remedy)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ..enums import PartitionName, ShiftName, TaskName
 from ..errors import format_option_error
 from ..schema import Config, TaskConfig
-from .training import is_import_path
+from .training import own_code_mistakes
 
 _WITHOUT_CLASSES = (TaskName.regression, TaskName.import_)
 _WITH_IGNORED = (TaskName.segmentation, TaskName.multilabel)
@@ -23,23 +23,11 @@ METRICS = {
 
 def task_mistakes(config: Config) -> Iterator[str]:
     """Yields one line for each mistake."""
-    yield from _target(config.task)
-    yield from _classes(config.task)
+    task = config.task
+    is_import, example = task.name is TaskName.import_, "my_tasks:Ranking"
+    yield from own_code_mistakes("task", is_import, task.target, task.options, example)
+    yield from _classes(task)
     yield from _data(config)
-
-
-def _target(task: TaskConfig) -> Iterator[str]:
-    is_import = task.name is TaskName.import_
-    if is_import and not is_import_path(task.target or ""):
-        value = "null" if task.target is None else task.target
-        remedy = "for example task.target=my_tasks:Ranking"
-        yield format_option_error("task.target", value, "package.module:callable", remedy)
-    if not is_import and task.target is not None:
-        remedy = "leave it out or use task=import"
-        yield format_option_error("task.target", task.target, "null unless task=import", remedy)
-    if not is_import and task.options:
-        remedy = "leave it out or use task=import"
-        yield format_option_error("task.options", task.options, "{} unless task=import", remedy)
 
 
 def _classes(task: TaskConfig) -> Iterator[str]:

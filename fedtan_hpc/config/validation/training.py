@@ -29,15 +29,27 @@ def is_import_path(text: str) -> bool:
     return all(word.isidentifier() for path in (module, name) for word in path.split("."))
 
 
-def _network(config: Config) -> Iterator[str]:
-    target, is_import = config.model.target, config.model.source is ModelSource.import_
-    if target is not None and not is_import:
-        remedy = "leave it out or use model=import"
-        yield format_option_error("model.target", target, "null unless model=import", remedy)
-    elif is_import and not is_import_path(target or ""):
+def own_code_mistakes(
+    group: str, is_import: bool, target: str | None, options: object, example: str
+) -> Iterator[str]:
+    """Yields a line if target or options of the user's code do not fit the choice of ``group``."""
+    if is_import and not is_import_path(target or ""):
         value = "null" if target is None else target
-        remedy = "for example model.target=my_networks:small_net"
-        yield format_option_error("model.target", value, "package.module:callable", remedy)
+        remedy = f"for example {group}.target={example}"
+        yield format_option_error(f"{group}.target", value, "package.module:callable", remedy)
+    remedy = f"leave it out or use {group}=import"
+    if not is_import and target is not None:
+        allowed = f"null unless {group}=import"
+        yield format_option_error(f"{group}.target", target, allowed, remedy)
+    if not is_import and options:
+        allowed = f"{{}} unless {group}=import"
+        yield format_option_error(f"{group}.options", options, allowed, remedy)
+
+
+def _network(config: Config) -> Iterator[str]:
+    model = config.model
+    is_import, example = model.source is ModelSource.import_, "my_networks:small_net"
+    yield from own_code_mistakes("model", is_import, model.target, {}, example)
     if config.model.small_input and config.model.source is not ModelSource.torchvision:
         allowed, remedy = "false unless model=torchvision", "leave it out or use model=torchvision"
         yield format_option_error("model.small_input", "true", allowed, remedy)
