@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import cli
-from ..config.errors import ConfigError, FolderInUseError, RunError
+from ..config.errors import ConfigError, FolderInUseError, RunError, Stopped
 from ..config.schema import Config
 from ..evaluation.records import headline
 from ..runtime import launcher_env
@@ -64,7 +64,7 @@ def run_all(comparison: Comparison, is_first: bool) -> int:
             try:
                 progress.end(following, _run(config, following))
             except RunError as error:
-                if not error.on_all_ranks:
+                if isinstance(error, Stopped) or not error.on_all_ranks:
                     raise
                 progress.end(following, f"failed: {error}")
                 failed += 1

@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import signal
 import statistics
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from fedtan_hpc.config.errors import Stopped
+from fedtan_hpc.config.schema import Config
 from fedtan_hpc.reporting import compare, overview, progress
 from tests.helpers.ranks import on_ranks
 
@@ -358,3 +361,18 @@ def test_runs_of_another_task_are_compared_by_its_first_metric(tmp_path: Path) -
     rows = list(csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text())))
     assert {float(row["test_iou"]) for row in rows} >= {r["test_iou"] for r in last.values()}
     assert (tmp_path / "compare.png").exists()
+
+
+def test_a_signal_ends_the_whole_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = []
+
+    def stopped(config: Config, following: object) -> str:
+        began.append(config.seed)
+        raise Stopped("stopped by SIGTERM after round 1", signal.SIGTERM)
+
+    monkeypatch.setattr(compare, "_run", stopped)
+    assert exit_code([*TWO, f"out={tmp_path}"]) == 128 + signal.SIGTERM
+    assert began == [0]
+    assert "compare: stopped by SIGTERM after round 1" in capsys.readouterr().err
