@@ -104,9 +104,8 @@ class ClientStore:
         }
 
     def dummy(self) -> Samples:
-        """Returns one zero sample, with which a rank without clients can run the network."""
-        sample = self.unshifted(self.partition[0][:1])
-        return sample.map_inputs(torch.zeros_like, torch.zeros_like(sample.labels))
+        """Returns zeros with the target of a sample, which a rank without clients can run."""
+        return self.unshifted(self.partition[0][:1]).map_inputs(torch.zeros_like)
 
     def example(self, size: int) -> Samples:
         """Returns a batch of ``size`` equal samples, with the memory layout of clients' batches."""

@@ -110,8 +110,8 @@ class Meter:
         """Returns loss and metrics of totals."""
         loss, samples, *_ = collectives.to_cpu(totals_T).tolist()
         sums = collectives.to_cpu(totals_T[2:])
-        metrics = self.objective.task.metrics(sums, samples) if len(sums) else {}
-        return Evaluation(loss / samples, {name: _plain(value) for name, value in metrics.items()})
+        metrics = self.objective.metrics(sums, samples) if len(sums) else {}
+        return Evaluation(loss / samples, metrics)
 
     def evaluate(self, model: nn.Module, samples: Iterable[Samples]) -> Evaluation:
         """Evaluates ``model`` on the union of all ranks' ``samples``; some ranks may have none."""
@@ -210,15 +210,6 @@ def _evaluation_like(like: Evaluation, figures: Sequence[float]) -> Evaluation:
         else:
             metrics[name], *rest = rest
     return Evaluation(loss, metrics)
-
-
-def _plain(value: Any) -> Any:
-    """Returns a metric as a number or a list of numbers."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, Sequence):
-        return [float(each) for each in value]
-    return float(value)
 
 
 def _widened(value: Any) -> Any:

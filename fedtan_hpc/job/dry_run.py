@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batchnorm.conversion import batchnorm_layers, convert_batchnorm
 from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup, plan
@@ -240,7 +240,10 @@ def _check_scores(config: Config, output: Any, example: Example) -> None:
     if found:
         allowed = f"a network whose scores for {_SAMPLES} samples are {expected}"
         raise _network_error(config, allowed, f"use another, because those of this one are {found}")
-    if config.task.name is TaskName.import_ and targets.device.type != "meta":
+    if config.task.name is TaskName.import_:
+        if targets.device.type == "meta":  # the output has no values
+            output = tree_map_only(Tensor, partial(torch.zeros_like, device="cpu"), output)
+            targets = example.samples.labels
         _check_own_task(config, objective, output, targets)
 
 
@@ -264,7 +267,8 @@ def _check_stack(config: Config, module: nn.Module, example: Example) -> None:
     stacked = config.cohort.mode is CohortMode.stacked
     if not stacked or config.model.source is ModelSource.builtin:
         return
-    if error := vmap_error(module, example.samples[:1], config, Loss.of(config)):
+    sample = example.samples.to(torch.device("cpu"), torch.float32)[:1]
+    if error := vmap_error(module, sample, config, Loss.of(config)):
         allowed = "auto or sequential, because clients of the network cannot be stacked"
         remedy = f"leave it out: {one_line(error)}"
         raise ConfigError(format_option_error("cohort.mode", "stacked", allowed, remedy))

@@ -110,12 +110,18 @@ class Segmentation(_Classes):
         )
 
     def metrics(self, sums: Tensor, samples: float) -> dict[str, Any]:
-        """Returns intersection over union and Dice, means over the classes that occur."""
+        """Returns intersection over union and Dice, means over the classes that occur.
+
+        A class that is ignored is left out, because no pixel can be right with it.
+        """
         right_C, predicted_C, true_C = sums.chunk(3)
         iou_C = right_C / (predicted_C + true_C - right_C)
+        dice_C = 2 * right_C / (predicted_C + true_C)
+        if self.ignore_index is not None and 0 <= self.ignore_index < len(iou_C):
+            iou_C[self.ignore_index] = dice_C[self.ignore_index] = torch.nan
         return {
             "iou": iou_C.nanmean(),
-            "dice": (2 * right_C / (predicted_C + true_C)).nanmean(),
+            "dice": dice_C.nanmean(),
             "pixel_accuracy": right_C.sum() / true_C.sum(),
             "iou_by_class": iou_C,
         }

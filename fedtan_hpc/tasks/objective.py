@@ -3,6 +3,7 @@
 Shapes: N samples.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,7 @@ class Objective:
         try:
             losses = self.losses(output, targets)
             sums = self.task.sums(self.read(output), targets)
-            self.task.metrics(sums.double().sum(0), samples)
+            self.metrics(sums.double().sum(0), samples)
             is_right = losses.shape == (samples,) and sums.dim() == 2 and len(sums) == samples
             return "" if is_right else f"these are {tuple(losses.shape)} and {tuple(sums.shape)}"
         except (Exception, SystemExit) as error:
@@ -70,9 +71,40 @@ class Objective:
                 total = total + weight * self.task.losses(values, targets)
         return total
 
+    def metrics(self, sums: Tensor, samples: float) -> dict[str, Any]:
+        """Returns the task's metrics, each a float or a list of them, with NaN for None.
+
+        Raises ``ValueError`` for other values, and for names that records use otherwise.
+        """
+        found = {name: _plain(v) for name, v in self.task.metrics(sums, samples).items()}
+        wrong = [name for name, value in found.items() if value is None]
+        if wrong:
+            raise ValueError(f"the metric {wrong[0]} is not a number or a list of numbers")
+        if "loss" in found:
+            raise ValueError("the metric loss has the name of the mean loss: give it another")
+        if isinstance(found.get("accuracy"), list):
+            raise ValueError("the metric accuracy is a list: give it another name")
+        return found
+
     def mean_loss(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """Returns the mean loss of ``model`` on inputs of N samples and their targets, 0-d."""
         return self.losses(applied(model, inputs), targets).mean()
+
+
+def _plain(value: Any) -> Any:
+    """Returns a metric as a float or a list of floats; None if it is neither."""
+    if isinstance(value, list | tuple):
+        values = [_number(each) for each in value]
+        return None if None in values else values
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return _plain(value) if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> float | None:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if value is None:
+        return math.nan
+    return float(value) if isinstance(value, int | float) else None
 
 
 def make(config: TaskConfig) -> Task:

@@ -32,8 +32,9 @@ class Task:
             sums: the values of ``sums`` added up over all samples, (S,) in float64.
             samples: the number of samples; for weighted samples the sum of their weights.
 
-        A value that is not finite, as for a class without samples, is recorded as null.  The first
-        number is the one that progress, result and comparisons show.
+        A value that is None or not finite, as for a class without samples, is recorded as null.
+        The first number is the one that progress, result and comparisons show.  No metric is named
+        loss, which records have already; accuracy is a share, 0 to 1.
         """
         return {}
 

@@ -1,7 +1,8 @@
 """Clients of a rank that train as one stack: one set of kernels for all, by ``torch.func.vmap``.
 
 Every parameter has the clients as one more dimension.  Batches of unequal sizes are padded with
-zeros; padding counts neither in the loss nor in the statistics, and no gradient comes from it.
+their first sample, for which every loss is defined; padding counts neither in the loss nor in the
+statistics, and no gradient comes from it.
 Layers that draw at random (dropout) draw for the whole stack: only there a client's steps depend on
 which clients are stacked with it.  ``client_runners`` uses it, and ``vmap_trial`` tries it.
 
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 
 from ..batchnorm.context import model_tag, normalised_by
@@ -138,7 +138,7 @@ class Stack:
         batches = [run.next_batch() for run in self._runs]
         sizes = [len(batch) for batch in batches]
         inputs = tree_map(_padded, *(batch.inputs for batch in batches))
-        labels = pad_sequence([batch.labels for batch in batches], batch_first=True)
+        labels = _padded(*(batch.labels for batch in batches))
         mask = None
         if min(sizes) < max(sizes):
             positions = torch.arange(max(sizes), device=labels.device)
@@ -191,7 +191,9 @@ class Stack:
 
 
 def _padded(*batches: Tensor) -> Tensor:
-    return pad_sequence(list(batches), batch_first=True)
+    """Returns the batches as one tensor (K, N, ...); short ones repeat their first sample."""
+    size = max(map(len, batches))
+    return torch.stack([torch.cat([b, b[:1].expand(size - len(b), *b.shape[1:])]) for b in batches])
 
 
 def _names(module: nn.Module) -> dict[str, str]:

@@ -145,3 +145,13 @@ def test_a_class_that_does_not_occur_is_left_out_of_the_means() -> None:
     found = figures(Segmentation(), F.one_hot(maps, 3).movedim(-1, 1).double(), maps)
     assert (found["iou"], found["dice"]) == (1, 1)
     assert found["iou_by_class"][2].isnan()
+
+
+def test_a_class_that_is_ignored_is_left_out_of_the_means() -> None:
+    """Also where the network finds it, which no target can confirm."""
+    maps, found = torch.tensor([[0, 0, 1, 2]]), torch.tensor([[0, 1, 0, 2]])
+    scores = F.one_hot(found, 3).movedim(-1, 1).double()
+    values = figures(Segmentation(ignore_index=0), scores, maps)
+    assert values["iou_by_class"][1:].tolist() == [0, 1]
+    assert values["iou_by_class"][0].isnan()
+    assert (values["iou"], values["dice"], values["pixel_accuracy"]) == (0.5, 0.5, 0.5)

@@ -44,11 +44,11 @@ def load(config: DataConfig, seed: int, task: TaskConfig) -> Dataset:
         classes = _classes(config, own, labels_N, reader)
     else:
         labels_N = np.zeros(own.size, dtype=np.int64)
-        classes = _class_count(own)
+        is_number = task.name is TaskName.regression
+        classes = None if is_number else _class_count(config, own)
         rule = TargetRule(task.name, classes, task.ignore_index)
-        if classes is None and task.name is TaskName.segmentation:
-            remedy = "give FederatedData the argument classes, or the data set a list classes"
-            raise error_of(config, "data that tell the number of classes of their masks", remedy)
+        if task.name is TaskName.segmentation:
+            _check_count(config, classes)
         reader = ItemReader(own.pieces, steps, seed, rule)
     train, test, clients, client_tests = _divided(config, own, labels_N, seed)
 
@@ -74,7 +74,7 @@ def load(config: DataConfig, seed: int, task: TaskConfig) -> Dataset:
         outputs if classes is None else classes,
         read,
         read_pairs=None if has_classes else read_pairs,
-        names=_names(own),
+        names=None if classes is None else _names(own),
         moments=pixels.moments,
         begin_reading=pixels.measure if kind.is_image else None,
         kept=reader if steps.are_random else None,
@@ -132,11 +132,7 @@ def _labels(config: DataConfig, own: OwnData, reader: ItemReader) -> Indices:
 
 def _classes(config: DataConfig, own: OwnData, labels_N: Indices, reader: ItemReader) -> int:
     """Returns the number of classes; raises ``ConfigError`` for a target that is not below it."""
-    lists = _name_lists(own)
-    if different := [each for each in lists if each != lists[0]]:
-        found = f"some have {lists[0]!s:.80} and some {different[0]!s:.80}"
-        raise error_of(config, "data sets with the same attribute classes", found)
-    classes = _class_count(own) or int(labels_N.max()) + 1
+    classes = _class_count(config, own) or int(labels_N.max()) + 1
     if wrong := np.flatnonzero(labels_N >= classes).tolist():
         allowed = f"data with class numbers below the number of classes, {classes}"
         found = f"the target of {reader.name(wrong[0])} is {labels_N[wrong[0]]}"
@@ -146,10 +142,26 @@ def _classes(config: DataConfig, own: OwnData, labels_N: Indices, reader: ItemRe
     return classes
 
 
-def _class_count(own: OwnData) -> int | None:
-    """Returns the number of classes that the data tell; None if they do not."""
+def _class_count(config: DataConfig, own: OwnData) -> int | None:
+    """Returns the number of classes that the data tell; None if they do not.
+
+    Raises ``ConfigError`` if their data sets name different classes.
+    """
     lists = _name_lists(own)
+    if different := [each for each in lists if each != lists[0]]:
+        found = f"some have {lists[0]!s:.80} and some {different[0]!s:.80}"
+        raise error_of(config, "data sets with the same attribute classes", found)
     return own.classes or (len(lists[0]) if lists else None)
+
+
+def _check_count(config: DataConfig, classes: int | None) -> None:
+    """Raises ``ConfigError`` unless masks have a known number of classes, two or more."""
+    if classes is None:
+        remedy = "give FederatedData the argument classes, or the data set a list classes"
+        raise error_of(config, "data that tell the number of classes of their masks", remedy)
+    if classes < 2:
+        remedy = f"they tell of {classes}; the background of a mask is a class too"
+        raise error_of(config, "data of two classes or more", remedy)
 
 
 def _name_lists(own: OwnData) -> list[list[Any]]:

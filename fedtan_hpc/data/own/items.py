@@ -78,6 +78,7 @@ class ItemReader:
         """What all inputs must be; None until the first one is known."""
         self.target_shape: tuple[int, ...] | None = None
         """The shape of all targets that are no class numbers; None until the first is known."""
+        self.target_dtype: torch.dtype | None = None
         self.target_bytes = 0
         self.outputs: int | None = None
         """Number of a network's outputs, as far as the first target tells it."""
@@ -137,6 +138,7 @@ class ItemReader:
             value, stepped_target = self._stepped(index, (item, target), None)
         if self._rule is not None:
             self.target_shape = tuple(stepped_target.shape)
+            self.target_dtype = stepped_target.dtype
             self.target_bytes = stepped_target.nbytes
             self.outputs = self._rule.classes_of(stepped_target)
         else:
@@ -184,12 +186,19 @@ class ItemReader:
         item = self._kept[index] if index in self._kept else self._read(index)
         value, target = self._stepped(index, item, draw)
         self._check(index, value)
-        if self._rule is not None and tuple(target.shape) != self.target_shape:
+        return value, target if self._rule is None else self._like_first(index, target)
+
+    def _like_first(self, index: int, target: Tensor) -> Tensor:
+        """Returns the target as fractions if the first one has such; raises for another kind."""
+        dtype = self.target_dtype
+        if dtype is not None and dtype.is_floating_point and not target.is_complex():
+            target = target.to(dtype)
+        if (tuple(target.shape), target.dtype) != (self.target_shape, dtype):
             raise DataError(
-                f"{self.name(index)}: the target has the shape {tuple(target.shape)}, and the "
-                f"first {self.target_shape}"
+                f"{self.name(index)}: the target has the shape {tuple(target.shape)} "
+                f"({target.dtype}), and the first {self.target_shape} ({dtype})"
             )
-        return value, target
+        return target
 
     def _stepped(self, index: int, item: tuple[Any, Any], draw: Draw | None) -> tuple[Any, Any]:
         """Returns the tensors of input and target after the steps of training or evaluation."""
@@ -199,7 +208,13 @@ class ItemReader:
             if draw is not None:
                 key = self._seed, draw.client, draw.round, draw.step, index
                 global_random.seed(random_streams.number(random_streams.TRANSFORMS, *key))
-                value, target = steps.transformed(value, target)
+                value, changed = steps.transformed(value, target)
+                if rule is None and class_number(changed) != class_number(target):
+                    raise DataError(
+                        f"{self.name(index)}: data.transform changed its target, {target}, to "
+                        f"{changed}: class numbers must stay as they are"
+                    )
+                target = changed
             value = without_array(value)
             if rule is not None:
                 target = self._target(index, rule, target)
