@@ -161,6 +161,7 @@ def clip(values: Sequence[Tensor], largest: float, stacked: bool) -> None:
 def _of_torch(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     options, lr = settings.options, settings.learning_rate
     decay = options.weight_decay
+    fused = all(_suits_fused(value) for group in groups for value in group["params"])
     if options.name is OptimizerName.sgd:
         return torch.optim.SGD(
             groups,
@@ -168,12 +169,21 @@ def _of_torch(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torc
             momentum=options.momentum,
             weight_decay=decay,
             nesterov=options.nesterov,
-            fused=True,
+            fused=fused,
         )
     kind = torch.optim.Adam if options.name is OptimizerName.adam else torch.optim.AdamW
     beta1, beta2 = options.betas or (0.9, 0.999)
     eps = 1e-8 if options.eps is None else options.eps
-    return kind(groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True)
+    return kind(groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=fused)
+
+
+def _suits_fused(value: Tensor) -> bool:
+    """Whether torch's fused kernels take ``value``: real, and without gaps in its memory.
+
+    They read memory linearly, and would take the gaps for values: those of a slice, for example.
+    """
+    has_no_gaps = _strides(torch.empty_like(value, device="meta")) == _strides(value)
+    return value.is_floating_point() and has_no_gaps
 
 
 def _in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:

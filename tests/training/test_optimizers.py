@@ -200,6 +200,31 @@ def test_gradients_and_state_that_lie_otherwise_are_taken_for_what_they_are(name
     assert torch.allclose(found[0], found[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["nesterov", "adam"])
+def test_slices_and_complex_parameters_are_stepped_too(name: str) -> None:
+    """The fused kernels would read what lies between the values of a slice, and refuse complex."""
+    torch.manual_seed(0)
+    options = replace(SETTINGS[name], clip_norm=None)
+    start, gradients = torch.randn(4, 6, dtype=torch.complex64), torch.randn(3, 4, 6, 2)
+    found = []
+    for values in (
+        [start.real.clone()[:, ::2], start.imag.clone()[:, :3]],
+        [start.real[:, ::2].clone(), start.imag[:, :3].clone()],
+    ):
+        named = {f"{i}": nn.Parameter(each) for i, each in enumerate(values)}
+        optimizer = ClientOptimizer(named, OptimizerSettings(options, 0.1))
+        for gradient in gradients:
+            for i, value in enumerate(named.values()):
+                value.grad = gradient[:, :3, i].clone()
+            optimizer.step()
+        found.append(torch.stack([value.detach() for value in named.values()]))
+    assert torch.allclose(found[0], found[1], rtol=1e-6)
+    value = nn.Parameter(start.clone())
+    value.grad = torch.ones_like(start)
+    ClientOptimizer({"w": value}, OptimizerSettings(options, 0.1)).step()
+    assert not torch.equal(value.detach(), start)
+
+
 @pytest.mark.parametrize("name", ["adamw", "clipped"])
 def test_channels_last_convolutions_train_alike_stacked_and_alone(name: str) -> None:
     """In float32, where they are channels last; a stack is not, and its state goes back."""
