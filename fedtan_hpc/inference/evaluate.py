@@ -38,7 +38,7 @@ def models_of(run: SavedRun, client: int | None, best: bool) -> Iterator[Model]:
         return
     shared = saved_run.saved_state(run)
     for number, kept in saved_run.client_states(run).items():
-        yield number, saved_run.model_of(run, {**shared, **kept})
+        yield number, saved_run.model_of(run, shared, kept)
 
 
 def evaluate(run: SavedRun, config: Config, models: Sequence[Model]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ process group or the data set.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..config import path_options
 from ..config.algorithms import ALGORITHMS, ParameterGroup
 from ..config.errors import one_line
 from ..config.schema import Config
+from ..distributed.model_average import named_tensors
 from ..job import run_dir as run_folder
 from ..job.setup import DTYPES, network
 
@@ -59,10 +61,8 @@ def load_model(run_dir: str | Path, client: int | None = None, *, best: bool = F
     run = open_run(run_dir)
     if client is not None and best:
         raise ValueError("best.pt is a global model: give client or best, and not both")
-    state = saved_state(run, best)
-    if client is not None:
-        state |= client_states(run, client)[client]
-    return model_of(run, state)
+    kept = {} if client is None else client_states(run, client)[client]
+    return model_of(run, saved_state(run, best), kept)
 
 
 def open_run(folder: str | Path) -> SavedRun:
@@ -107,14 +107,22 @@ def client_states(run: SavedRun, client: int | None = None) -> dict[int, dict[st
     return dict(states)
 
 
-def model_of(run: SavedRun, state: dict[str, Tensor]) -> nn.Module:
-    """Returns the network of ``run`` with the values of ``state``, as ``load_model`` does."""
+@torch.no_grad()
+def model_of(run: SavedRun, state: dict[str, Tensor], kept: Mapping[str, Tensor]) -> nn.Module:
+    """Returns the network of ``run`` with the values of ``state``, as ``load_model`` does.
+
+    ``kept`` are those of a client.  They have one name for each tensor, also for one that layers
+    share, and include buffers that a state_dict leaves out.
+    """
     config = replace(run.config, model=replace(run.config.model, freeze=[]))
     shape, classes = _sizes(run)
     model = network(config, shape, classes).to(DTYPES[config.precision])
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+        tensors = named_tensors(model)
+        for name, value in kept.items():
+            tensors[name].copy_(value)
+    except (RuntimeError, KeyError) as error:
         why = f"its values do not fit the network that config.yaml describes ({one_line(error)})"
         raise ValueError(f"the run in {run.folder} cannot be used: {why}") from error
     return revert_batchnorm(model).eval()

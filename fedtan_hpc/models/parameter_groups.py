@@ -22,12 +22,16 @@ class TensorFilter:
     """
 
     def __init__(self, module: nn.Module, groups: Collection[ParameterGroup]) -> None:
-        frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
-        for path, layer in module.named_modules():
+        fixed = {id(value) for value in module.parameters() if not value.requires_grad}
+        for layer in module.modules():
             if isinstance(layer, FedTANBatchNorm) and layer.is_frozen:
-                frozen |= {name for name, _ in layer.named_buffers(path)}
-        named = groups_of(module).items()
-        self.names = [name for name, group in named if group in groups and name not in frozen]
+                fixed |= {id(buffer) for buffer in layer.buffers()}
+        tensors = named_tensors(module)
+        self.names = [
+            name
+            for name, group in groups_of(module).items()
+            if group in groups and id(tensors[name]) not in fixed
+        ]
 
     def __call__(self, module: nn.Module) -> dict[str, Tensor]:
         """Returns the selected tensors of ``module`` by name, in the module's order."""
@@ -39,7 +43,7 @@ def groups_of(module: nn.Module) -> dict[str, ParameterGroup]:
     """Returns the group of every tensor of ``module`` by name; a shared tensor has one name."""
     names = {id(tensor): name for name, tensor in named_tensors(module).items()}
     groups = dict.fromkeys(names.values(), ParameterGroup.weights)
-    groups |= dict.fromkeys((name for name, _ in module.named_buffers()), ParameterGroup.buffers)
+    groups |= dict.fromkeys((names[id(each)] for each in module.buffers()), ParameterGroup.buffers)
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             for name, value in layer.named_parameters(recurse=False):

@@ -38,10 +38,12 @@ class Cohort:
     def begin_round(self, context: RoundContext) -> ModelSum:
         """Prepares a round; returns the empty sum that takes the clients' models."""
         averaged = TensorFilter(self.model, context.plan.averaged)
+        buffers = {id(buffer) for buffer in self.model.buffers()}
         self._unchanged = [
             (buffer, buffer.clone())
-            for name, buffer in self.model.named_buffers()
-            if self._groups[name] not in self.states.parts
+            for name, buffer in named_tensors(self.model).items()
+            if id(buffer) in buffers
+            and self._groups[name] not in self.states.parts
             and not (name in averaged.names and buffer.is_floating_point())
         ]
         self._server.begin_round(self.model)

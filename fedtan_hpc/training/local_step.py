@@ -173,7 +173,7 @@ class ProximalTerm:
         """Adds the term to the values that have a gradient."""
         for value, first in zip(self._values, self._first, strict=False):
             if value.grad is not None:
-                value.grad.add_(value - first, alpha=self.mu)
+                value.grad = value.grad.add(value - first, alpha=self.mu)  # a stack may expand it
 
 
 def set_training_mode(model: nn.Module, plan: RoundPlan | None = None) -> None:

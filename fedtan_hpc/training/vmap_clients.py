@@ -206,6 +206,6 @@ def _names(module: nn.Module) -> dict[str, str]:
     return {
         name: first[id(value)]
         for path, layer in module.named_modules()
-        for name, value in layer.named_parameters(prefix=path, recurse=False)
+        for name, value in layer.named_parameters(path, recurse=False, remove_duplicate=False)
         if id(value) in first
     }

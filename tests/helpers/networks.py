@@ -287,3 +287,30 @@ def old_spectral(shape: tuple[int, ...], classes: int) -> nn.Module:
     network = small_networks.mlp(math.prod(shape), classes)
     nn.utils.spectral_norm(network.get_submodule("4"))
     return network
+
+
+class Tangled(nn.Module):
+    """Layers with two names, the second of which sorts first; a parameter that nothing uses.
+
+    Also a parameter of one layer under two names, a slice, and a buffer outside of state_dicts.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.second, self.bn = nn.Linear(features, features, bias=False), nn.BatchNorm1d(features)
+        self.first, self.also_bn = nn.Linear(features, features, bias=False), self.bn
+        self.first.weight = self.second.weight
+        self.scale = self.other_scale = nn.Parameter(torch.rand(features, 2)[:, 0])
+        self.head = nn.Linear(features, classes, bias=False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.register_buffer("factor", torch.ones(()), persistent=False)
+        self.factor: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.second(x.flatten(1)))) * self.scale
+        x = torch.relu(self.also_bn(self.first(x))) * self.other_scale * self.factor
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def tangled(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Tangled(math.prod(shape), classes)

@@ -57,6 +57,21 @@ def test_a_clients_network_has_its_own_parts(algorithm: str, tmp_path: Path) -> 
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("algorithm", ["fedbn", "singleset"])
+def test_a_clients_tensors_with_several_names_are_its_own(algorithm: str, tmp_path: Path) -> None:
+    """Those of layers with two names, and buffers that no state_dict has."""
+    target = "tests.helpers.networks:tangled"
+    finished(tmp_path, algorithm, model=ModelConfig(source=ModelSource.import_, target=target))
+    kept = torch.load(tmp_path / "clients.pt")[1]
+    assert "also_bn.weight" in kept
+    model = fedtan_hpc.load_model(tmp_path, client=1)
+    for name, value in model.state_dict().items():
+        if name in kept:
+            assert torch.equal(value, kept[name]), name
+    assert model.get_parameter("bn.weight") is model.get_parameter("also_bn.weight")
+    assert torch.equal(model.get_parameter("second.weight"), model.get_parameter("first.weight"))
+
+
 def test_the_best_model_is_loaded_where_there_is_one(tmp_path: Path) -> None:
     finished(tmp_path)
     assert fedtan_hpc.load_model(tmp_path, best=True).state_dict().keys()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtan_hpc.config.enums import CohortMode, ModelName
-from fedtan_hpc.config.schema import CohortConfig, Config, ModelConfig
+from fedtan_hpc.config.enums import CohortMode, ModelName, ModelSource
+from fedtan_hpc.config.schema import ClientConfig, CohortConfig, Config, ModelConfig
 from fedtan_hpc.distributed import counters
 from fedtan_hpc.job.setup import network, prepare
 from tests.helpers.ranks import on_ranks
@@ -86,3 +86,30 @@ def test_parameters_of_a_layer_may_be_frozen_alone() -> None:
     assert torch.equal(before["2.bias"], after["2.bias"])
     assert not torch.equal(before["2.weight"], after["2.weight"])
     assert not torch.equal(before["2.running_mean"], after["2.running_mean"])
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "centralised", "silobn"])
+@pytest.mark.parametrize("freeze", [[], ["second"], ["bn"]])
+def test_tensors_with_several_names_count_once_in_all_ways(
+    algorithm: str, freeze: list[str]
+) -> None:
+    """Frozen by any of their names; with FedProx's term, also on a parameter that is not used."""
+    target = "tests.helpers.networks:tangled"
+    options: dict[str, object] = {
+        "model": ModelConfig(source=ModelSource.import_, target=target, freeze=freeze),
+        "client": ClientConfig(proximal_mu=0.1),
+        "clients": 2,
+        "rounds": 2,
+    }
+    found = []
+    for mode in (CohortMode.sequential, CohortMode.stacked):
+        config = iid_config(algorithm, cohort=CohortConfig(mode=mode), **options)
+        found.append(trained(config)[0])
+    assert distance(found[1], found[0]) < 1e-10
+    before, after = initial(config), found[0]
+    for name, alias in (("second", "first"), ("bn", "also_bn")):
+        is_frozen = torch.equal(before[f"{alias}.weight"], after[f"{alias}.weight"])
+        assert is_frozen == (name in freeze), alias
+    if "bn" in freeze:
+        assert torch.equal(before["bn.running_mean"], after["bn.running_mean"])
+    assert not torch.equal(before["other_scale"], after["other_scale"])
