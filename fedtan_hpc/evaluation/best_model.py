@@ -15,8 +15,8 @@ NAME = "best.pt"
 class BestModelFile(RoundCallback):
     """Writes the state_dict of ``model`` whenever an evaluation is better than all before.
 
-    ``history`` are the rounds before an interruption.  If their file is not in the folder, because
-    the run began in another one, the first evaluation counts as the best.
+    ``history`` are the rounds before an interruption.  If the model of the best of them is lost, so
+    that there is no file, the first evaluation counts as the best.
     """
 
     def __init__(self, model: nn.Module, history: Sequence[RoundRecord] = ()) -> None:

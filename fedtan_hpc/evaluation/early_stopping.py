@@ -5,6 +5,7 @@ after the same round.  Used by ``best_model`` and ``job``.  Loads without torch.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ..config.enums import StoppingMode
 from ..config.errors import ConfigError, format_option_error
@@ -19,6 +20,7 @@ class BestEvaluation:
     """The best of the evaluations that it was told of, and how many came after it.
 
     The metric is that of the option; without one the accuracy, or the loss if there is none.
+    ``records`` are those of the rounds before.
     """
 
     def __init__(self, options: EarlyStoppingConfig, records: Iterable[RoundRecord] = ()) -> None:
@@ -29,15 +31,19 @@ class BestEvaluation:
         """Round of the best evaluation; 0 before the first."""
         self.value: float | None = None
         self._evaluations_since = 0
+        self._is_evaluated = False
+        """Whether the last round was evaluated: only then a run may end."""
         for record in records:
-            self.add(record)
+            with suppress(ConfigError):  # rounds before a change of options may lack the metric
+                self.add(record)
 
     def add(self, record: RoundRecord) -> bool:
         """Takes the record of the next round; returns whether it is the best until now.
 
         Raises ``ConfigError``, on all ranks, if an evaluation lacks the metric of the option.
         """
-        if record.test_loss is None:
+        self._is_evaluated = record.test_loss is not None
+        if not self._is_evaluated:
             return False
         if not self._name:
             self._name = "test_loss" if record.test_accuracy is None else "test_accuracy"
@@ -55,7 +61,7 @@ class BestEvaluation:
     def reason_to_stop(self) -> str:
         """Returns in words why the run ends here; empty if it goes on."""
         name, target, patience = self._name, self._options.target, self._options.patience
-        if self.value is None:
+        if self.value is None or not self._is_evaluated:
             return ""
         if target is not None and not self._is_better(target, self.value):
             return f"{name} {self.value:.6g} in round {self.round} reached {target:g}"

@@ -1,22 +1,28 @@
 """Continues a run, its own or another: chooses the checkpoint, and loads it on every rank."""
 
 import json
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config.algorithms import ALGORITHMS, ParameterGroup
+from ..config.enums import StoppingMode
 from ..config.errors import ConfigError, RunError, format_option_error
 from ..config.path_options import expanded
-from ..config.schema import Config
+from ..config.schema import Config, EarlyStoppingConfig
 from ..config.validation.resume import may_change, misfit
 from ..data.batching import Dataset
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import named_tensors
+from ..evaluation import best_model
+from ..evaluation.early_stopping import BestEvaluation
 from ..evaluation.records import RoundRecord
 from ..runtime import atomic_files, launcher_env
 from ..training.cohort import Cohort
@@ -69,11 +75,17 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
             run_dir.begin(folder, config)
             return Resumption()
         path, content = chosen
-        history = _history(path, content["round"])
-        is_from_elsewhere = path.resolve().parent != (folder / checkpoint_format.FOLDER).resolve()
+        source = path.resolve().parent.parent
+        records = _records(source)
+        history = _history(path, records, content["round"])
+        keeps_best = _is_still_best(content["config"], config, list(records.values()), history)
+        is_from_elsewhere = source != folder.resolve()
         if not is_from_elsewhere:
-            _rename_later(folder, content["round"])  # before their lines in rounds.jsonl go
+            _rename_later(folder, content["round"], keeps_best)  # before their lines go
         run_dir.begin(folder, config, anew=is_from_elsewhere)
+        if is_from_elsewhere and keeps_best and (source / best_model.NAME).exists():
+            copy = partial(shutil.copyfile, source / best_model.NAME)
+            atomic_files.replace(folder / best_model.NAME, copy)
         lines = "".join(json.dumps(record.line()) + "\n" for record in history)
         atomic_files.replace_text(folder / "rounds.jsonl", lines)
     return Resumption(path, content, history)
@@ -218,8 +230,9 @@ def _model_misfit(saved: Mapping[str, Tensor], config: Config, dataset: Dataset 
     return ""
 
 
-def _history(path: Path, number: int) -> list[RoundRecord]:
-    source = path.resolve().parent.parent / "rounds.jsonl"
+def _records(folder: Path) -> dict[int, RoundRecord]:
+    """Returns the lines of the folder's ``rounds.jsonl`` by round, ascending."""
+    source = folder / "rounds.jsonl"
     records: dict[int, RoundRecord] = {}
     for line in source.read_text(encoding="utf-8").splitlines() if source.exists() else []:
         try:
@@ -227,16 +240,43 @@ def _history(path: Path, number: int) -> list[RoundRecord]:
         except (ValueError, TypeError, AttributeError):
             continue  # a line that was being written when the run ended
         records[record.round] = record
+    return dict(sorted(records.items()))
+
+
+def _history(path: Path, records: Mapping[int, RoundRecord], number: int) -> list[RoundRecord]:
+    """Returns the records of the rounds until ``number``, that of the checkpoint ``path``."""
     missing = [each for each in range(1, number + 1) if each not in records]
     if missing:
+        source = path.resolve().parent.parent / "rounds.jsonl"
         allowed = "a checkpoint in the folder of its run, beside rounds.jsonl"
         remedy = f"{source} has no round {missing[0]}: begin anew with resume=never"
         raise ConfigError(format_option_error("resume", path, allowed, remedy))
     return [records[each] for each in range(1, number + 1)]
 
 
-def _rename_later(folder: Path, number: int) -> None:
-    """Renames checkpoints after ``number``: their rounds are trained again."""
+def _is_still_best(
+    saved: dict[str, Any],
+    config: Config,
+    records: Sequence[RoundRecord],
+    history: Sequence[RoundRecord],
+) -> bool:
+    """Returns whether best.pt is the model of the best round of ``history`` by ``config``.
+
+    It is that of all ``records``, by the ``saved`` options: also by rounds that are trained again,
+    perhaps with other options.  Nothing is best where clients have models of their own.
+    """
+    options = dict(run_dir.completed(saved)["early_stopping"])
+    before = EarlyStoppingConfig(**options | {"mode": StoppingMode(options["mode"])})
+    best = BestEvaluation(config.early_stopping, history)
+    has_global_model = ALGORITHMS[config.algorithm.name].private <= {ParameterGroup.mixing}
+    return has_global_model and BestEvaluation(before, records).round == best.round
+
+
+def _rename_later(folder: Path, number: int, keeps_best: bool) -> None:
+    """Renames checkpoints after ``number``: their rounds are trained again.  So may be best.pt."""
     for path in checkpoint_format.existing(folder):
         if checkpoint_format.round_of(path) > number:
             path.rename(path.with_suffix(".abandoned"))
+    best = folder / best_model.NAME
+    if best.exists() and not keeps_best:
+        best.rename(best.with_suffix(".abandoned"))

@@ -236,7 +236,7 @@ def _rename_summary(folder: Path) -> None:
 def _set_aside(folder: Path) -> None:
     # Checkpoints first: they are useless in a folder without rounds.jsonl.
     names = ["checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "best.pt", "clients.pt"]
-    names += ["rounds.csv", "trackers.json", "wandb"]
+    names += ["best.abandoned", "rounds.csv", "trackers.json", "wandb"]
     paths = [folder / name for name in names] + list(folder.glob("events.*"))
     paths = [path for path in paths if path.exists()]
     if not paths or paths == [folder / "config.yaml"]:  # no run had begun

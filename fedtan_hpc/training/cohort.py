@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.algorithms import ALGORITHMS
 from ..distributed.model_average import ModelSum, named_tensors
 from ..models.parameter_groups import TensorFilter, groups_of
 from .client_runners import ClientModels, ClientRunners
@@ -31,6 +32,7 @@ class Cohort:
         """
         self.loss, self.states, self.runner = models.loss, models.states, runner
         self._pooled, self._server = models.pooled, server
+        self._pools = ALGORITHMS[models.config.algorithm.name].pooled_gradients
         self._groups = groups_of(self.model)
         self._unchanged: list[tuple[Tensor, Tensor]] = []
         """Buffers that the client in ``model`` may change but the round must not, and copies."""
@@ -80,7 +82,8 @@ class Cohort:
         pooled = (
             state["optimizer"] if "optimizer" in state else self._of_momentum(state["momentum"])
         )
-        self._pooled.load_state_dict(_each(lambda value: value.to(device), pooled))
+        if self._pools:  # else the state would grow old
+            self._pooled.load_state_dict(_each(lambda value: value.to(device), pooled))
 
     def _of_momentum(self, buffers: list[Tensor]) -> State:
         """Returns the state in a checkpoint of an earlier version: the momentum of SGD."""

@@ -53,8 +53,9 @@ class ServerOptimizer:
         return [self._mean, self._squared]
 
     def load_state_dict(self, state: list[Tensor]) -> None:
-        """Loads what ``state_dict`` returned in an optimizer of the same kind."""
-        self._mean, self._squared = state
+        """Loads what ``state_dict`` returned in an optimizer of the same kind; none keeps none."""
+        if self._kind is not ServerOptimizerName.none:
+            self._mean, self._squared = state
 
     def _direction(self, delta: Tensor) -> Tensor:
         beta = self._beta

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedtan_hpc.config.enums import AlgorithmName, ServerOptimizerName
+from fedtan_hpc.config.enums import (
+    AlgorithmName,
+    OptimizerName,
+    ServerOptimizerName,
+    StoppingMode,
+)
 from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
     Config,
+    DataConfig,
     EarlyStoppingConfig,
     ModelConfig,
     OptimizerConfig,
     ServerConfig,
+    TrackingConfig,
 )
 from fedtan_hpc.config.validate import check
+from fedtan_hpc.job.checkpoint_format import path_of
 from fedtan_hpc.runtime import atomic_files
-from tests.helpers.jobs import config_of, rounds_of, run, same_bits
+from tests.helpers.jobs import config_of, rounds_of, run, run_until, same_bits
 from tests.helpers.ranks import on_ranks
 
 
@@ -116,6 +125,14 @@ MISFITS = [
         "clients of fedbn have kept other parts",
     ),
     ("fedavg", "server", {"server": SERVER}, "server.optimizer=yogi: the state is that of adam"),
+    (
+        *("fedavg", "algorithm"),
+        {
+            "algorithm": AlgorithmConfig(name=AlgorithmName.fedbn),
+            "server": ServerConfig(optimizer=ServerOptimizerName.adam),
+        },
+        "the server of fedavg has stepped other parts",
+    ),
 ]
 
 
@@ -167,3 +184,76 @@ def test_a_run_that_ended_early_goes_on_without_that_end(tmp_path: Path) -> None
     assert (summary.rounds, summary.resumed_after) == (6, [1])
     run(config_of("fedtan", tmp_path / "whole", **options))
     assert same_bits(tmp_path / "new", tmp_path / "whole")
+
+
+def small(method: str, folder: Path, *names: str, **options: Any) -> Config:
+    """A faster job; with ``names``, one that goes on with other values of these options."""
+    data = DataConfig(train_samples=80, test_samples=20)
+    fast = {"data": data, "tracking": TrackingConfig(to=[]), "rounds": 3, "eval_every": 1}
+    return config_of(method, folder, resume_change=list(names), **{**fast, **options})
+
+
+def test_a_state_that_is_not_used_is_dropped(tmp_path: Path) -> None:
+    """It does not have to fit, and later it is not taken for that of the rounds since then."""
+    run(small("centralised", tmp_path / "pooled", rounds=2))
+    names = "rounds", "algorithm", "optimizer", "clients_per_round"
+    adam = OptimizerConfig(name=OptimizerName.adam, lr=0.01)
+    config = small("fedtan", tmp_path / "fedtan", *names, optimizer=adam)
+    run(replace(config, resume=str(tmp_path / "pooled")))
+    assert torch.load(path_of(tmp_path / "fedtan", 3))["optimizer"] == {}
+    folder = tmp_path / "server"
+    run(small("fedavg", folder, rounds=1))
+    assert torch.load(path_of(folder, 1))["server"][0].numel()
+    run(small("fedavg", folder, "rounds", "server", server=ServerConfig()))
+    assert not torch.load(path_of(folder, 3))["server"][0].numel()
+
+
+def test_a_run_that_goes_on_ends_early_at_an_evaluation(tmp_path: Path) -> None:
+    """Also if the new target was reached before the round after which the run was interrupted."""
+    options = {"eval_every": 2, "rounds": 6}
+    run_until(small("fedtan", tmp_path, **options), 3)
+    reached = EarlyStoppingConfig(metric="test_accuracy", target=0.0)
+    summary = run(small("fedtan", tmp_path, "early_stopping", early_stopping=reached, **options))
+    assert summary.rounds == 4
+    assert summary.test_loss > 0
+
+
+def test_rounds_before_a_change_may_lack_the_metric(tmp_path: Path) -> None:
+    run_until(small("fedtan", tmp_path, eval_train_samples=0), 2)
+    by_loss = EarlyStoppingConfig(metric="pooled_train_loss", patience=5)
+    names = "early_stopping", "eval_train_samples"
+    assert run(small("fedtan", tmp_path, *names, early_stopping=by_loss)).best_round == 3
+
+
+def by_loss(mode: StoppingMode) -> EarlyStoppingConfig:
+    return EarlyStoppingConfig(metric="test_loss", mode=mode)
+
+
+def test_the_best_model_comes_along_if_its_round_is_still_the_best(tmp_path: Path) -> None:
+    """The largest loss counts, that of the first evaluation."""
+    old, worst = tmp_path / "old", by_loss(StoppingMode.max)
+    run(small("fedtan", old, rounds=2, early_stopping=worst))
+    best = (old / "best.pt").read_bytes()
+    options = {"resume": str(old), "early_stopping": worst}
+    assert run(small("fedtan", tmp_path / "new", "rounds", **options)).best_round == 1
+    assert (tmp_path / "new" / "best.pt").read_bytes() == best
+    run(small("fedbn", tmp_path / "own", "rounds", "algorithm", **options))
+    assert not (tmp_path / "own" / "best.pt").exists()
+    options["early_stopping"] = by_loss(StoppingMode.min)
+    run(small("fedtan", tmp_path / "min", "rounds", "early_stopping", **options))
+    assert (tmp_path / "min" / "best.pt").read_bytes() != best
+
+
+def test_the_best_model_of_a_round_that_is_trained_again_is_renamed(tmp_path: Path) -> None:
+    """The run was killed after round 3, the best one, of which it kept no checkpoint."""
+    least = by_loss(StoppingMode.min)
+    run(small("fedtan", tmp_path, early_stopping=least))
+    (tmp_path / "summary.json").unlink()
+    path_of(tmp_path, 3).unlink()
+    best = (tmp_path / "best.pt").read_bytes()
+    slow = OptimizerConfig(lr=1e-9)
+    summary = run(small("fedtan", tmp_path, "optimizer", optimizer=slow, early_stopping=least))
+    assert summary.resumed_after == [2]
+    assert (tmp_path / "best.abandoned").read_bytes() == best
+    found, last = torch.load(tmp_path / "best.pt"), torch.load(tmp_path / "model.pt")
+    assert torch.equal(found["1.weight"], last["1.weight"])

@@ -8,7 +8,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from ..algorithms import ALGORITHMS
+from ..algorithms import ALGORITHMS, ParameterGroup
 from ..enums import AlgorithmName
 from ..errors import format_option_error
 from ..schema import Config, to_dict
@@ -53,13 +53,17 @@ def misfit(
     server, new_server = (options["server"]["optimizer"] for options in (saved, new))
     names = AlgorithmName(saved["algorithm"]["name"]), config.algorithm.name
     parts, new_parts = (ALGORITHMS[name].private for name in names)
-    has_state = owners or keeps_state or server != "none"
+    keeps_state = keeps_state and ALGORITHMS[names[1]].pooled_gradients
+    steps_on = "none" not in (server, new_server)
     if owners and parts != new_parts:
         return f"algorithm={names[1]}: clients of {names[0]} have kept other parts of the model"
     if owners and max(owners) >= config.clients:
         return f"clients={config.clients}: client {max(owners)} has kept a part of the model"
-    if server != new_server and "none" not in (server, new_server):
+    if steps_on and server != new_server:
         return f"server.optimizer={new_server}: the state is that of {server}"
+    if steps_on and (parts ^ new_parts) - {ParameterGroup.statistics, ParameterGroup.buffers}:
+        return f"algorithm={names[1]}: the server of {names[0]} has stepped other parts"
+    has_state = owners or keeps_state or steps_on
     if has_state and saved["model"].get("freeze") != new["model"].get("freeze"):
         return "model.freeze: the state of the optimizers or clients is that of other parameters"
     if keeps_state and saved["optimizer"].get("name") != new["optimizer"].get("name"):
