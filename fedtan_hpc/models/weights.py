@@ -35,9 +35,9 @@ def load(module: nn.Module, weights: str) -> str:
     path = path_options.expanded(weights)
     own = {n: v for n, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     state = {n if n in own else n.removeprefix(_PREFIX): v for n, v in _read(path).items()}
-    fitting = {n: value for n, value in state.items() if n in own and value.shape == own[n].shape}
+    fitting = {n: value for n, value in state.items() if n in own and _fits(value, own[n])}
     other = [
-        f"{n} {tuple(value.shape)}, here {tuple(own[n].shape)}"
+        f"{n} {_described(value)}, here {_described(own[n])}"
         for n, value in state.items()
         if n in own and n not in fitting
     ]
@@ -50,9 +50,28 @@ def load(module: nn.Module, weights: str) -> str:
     for name, value in fitting.items():
         if not own[name].is_meta:
             own[name].copy_(value)
-    parts = ("of another shape", other), ("not in the file", missing), ("not here", unexpected)
+    parts = (
+        ("of another shape or kind", other),
+        ("not in the file", missing),
+        ("not here", unexpected),
+    )
     told = "".join(f"; {what}: {_shortened(names)}" for what, names in parts if names)
     return f"model.weights={path}: {len(fitting)} of {len(own)} tensors loaded{told}"
+
+
+def _fits(value: Tensor, own: Tensor) -> bool:
+    """Whether ``own`` can take the values: not those of sparse, quantized or meta tensors."""
+    has_values = value.layout is torch.strided and not (value.is_quantized or value.is_meta)
+    return has_values and value.shape == own.shape and value.is_complex() == own.is_complex()
+
+
+def _described(value: Tensor) -> str:
+    kinds = {
+        str(value.layout).removeprefix("torch."): value.layout is not torch.strided,
+        "quantized": value.is_quantized,
+        "complex": value.is_complex(),
+    }
+    return " ".join([f"{tuple(value.shape)}", *(kind for kind, is_it in kinds.items() if is_it)])
 
 
 def _shortened(names: Sequence[str]) -> str:

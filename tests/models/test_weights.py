@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,26 @@ def test_what_does_not_fit_stays_fresh_and_is_told(tmp_path: Path) -> None:
     fresh = module.state_dict()["2.weight"].clone()
     line = weights.load(module, str(path))
     assert line.endswith(
-        "5 of 9 tensors loaded; of another shape: 2.weight (3, 5), here (7, 5), "
+        "5 of 9 tensors loaded; of another shape or kind: 2.weight (3, 5), here (7, 5), "
         "2.bias (3,), here (7,); not in the file: 0.bias; not here: extra"
     )
     assert torch.equal(module.state_dict()["2.weight"], fresh)
+
+
+def test_tensors_without_plain_values_stay_fresh_and_are_told(tmp_path: Path) -> None:
+    """Sparse, quantized and complex ones, and those of the meta device."""
+    path, module, saved = tmp_path / "w.pt", net(), state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved["0.bias"] = torch.quantize_per_tensor(saved["0.bias"], 0.1, 0, torch.qint8)
+        saved["0.weight"] = saved["0.weight"].to_sparse()
+        saved["2.weight"] = saved["2.weight"].to(torch.complex64)
+        saved["2.bias"] = saved["2.bias"].to("meta")
+        torch.save(saved, path)
+        line = weights.load(module, str(path))
+    assert "5 of 9 tensors loaded; of another shape or kind: 0.weight (5, 4) sparse_coo, " in line
+    assert "0.bias (5,) quantized, here (5,), 2.weight (3, 5) complex, here (3, 5) and 1" in line
+    assert torch.equal(module.state_dict()["1.bias"], saved["1.bias"])
 
 
 class Whole(nn.Module):
