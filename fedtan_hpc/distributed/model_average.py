@@ -31,15 +31,18 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     seen = set()
-    everything = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    for name, tensor in sorted(everything.items()):
+    for name, tensor in sorted(_by_all_names(module).items()):
         if id(tensor) not in seen:
             tensors[name] = tensor
             seen.add(id(tensor))
     return tensors
+
+
+def _by_all_names(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def model_tensors(module: nn.Module) -> list[Tensor]:
@@ -193,19 +196,18 @@ class ModelSum:
 
 def _excluded(module: nn.Module, exclude: Exclude) -> set[str]:
     """Returns the names of tensors that stay as they are."""
-    excluded: set[str] = set()
-    for each in exclude:
+    excluded: set[int] = set()
+    everything = _by_all_names(module)
+    for each in [exclude] if isinstance(exclude, str) else exclude:
         if isinstance(each, str):
-            found = {name for name in named_tensors(module) if _is_below(name, each)}
+            found = {id(tensor) for name, tensor in everything.items() if _is_below(name, each)}
         else:
             layers = [layer for layer in module.modules() if isinstance(layer, each)]
-            inside = {id(tensor) for layer in layers for tensor in model_tensors(layer)}
-            named = named_tensors(module).items()
-            found = {name for name, tensor in named if id(tensor) in inside}
+            found = {id(tensor) for layer in layers for tensor in model_tensors(layer)}
         if not found:
             raise ValueError(f"exclude: {each} matches no tensor of the model")
         excluded |= found
-    return excluded
+    return {name for name, tensor in named_tensors(module).items() if id(tensor) in excluded}
 
 
 def _is_below(name: str, pattern: str) -> bool:

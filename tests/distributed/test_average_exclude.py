@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedtan_hpc import FedTANBatchNorm, average_model, average_models, convert_batchnorm
+from tests.helpers import networks
 from tests.helpers.ranks import on_ranks
 
 Values = dict[str, Tensor]
@@ -97,3 +98,13 @@ def test_ranks_must_exclude_the_same(model_was_averaged: bool) -> None:
 def test_parts_that_cannot_be_meant_are_mistakes(exclude: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         average_model(new_model(), 1.0, exclude=exclude)
+
+
+@pytest.mark.parametrize("exclude", [["second"], "second", ["first"]])
+def test_each_name_of_a_shared_tensor_counts(exclude: Any) -> None:
+    models = [networks.tangled((1, 2, 2), 3) for _ in range(2)]
+    before = [{n: v.clone() for n, v in model.state_dict().items()} for model in models]
+    average_models(models, P, exclude=exclude)
+    for model, old in zip(models, before, strict=True):
+        assert torch.equal(model.state_dict()["first.weight"], old["first.weight"])
+        assert not torch.equal(model.state_dict()["head.weight"], old["head.weight"])
