@@ -37,6 +37,7 @@ MISTAKES: list[tuple[list[str], str, str]] = [
     (["lr_schedule=polynomial", "lr_schedule.power=0"], "lr_schedule.power", "0.0"),
     (["rounds=3", "lr_schedule.warmup_rounds=3"], "lr_schedule.warmup_rounds", "3"),
     (["lr_schedule.warmup_rounds=-1"], "lr_schedule.warmup_rounds", "-1"),
+    (["model.weights="], "model.weights", ""),
     (["local_epochs=0"], "local_epochs", "0"),
     (["local_epochs=1", "local_steps=3"], "local_epochs", "1"),
     (["early_stopping.patience=3"], "early_stopping.patience", "3"),

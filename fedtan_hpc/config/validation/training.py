@@ -53,6 +53,10 @@ def _network(config: Config) -> Iterator[str]:
     if config.model.small_input and config.model.source is not ModelSource.torchvision:
         allowed, remedy = "false unless model=torchvision", "leave it out or use model=torchvision"
         yield format_option_error("model.small_input", "true", allowed, remedy)
+    weights = config.model.weights
+    if weights is not None and not weights.strip():
+        allowed, remedy = "the name of a file, or null", "name a file or leave it out"
+        yield format_option_error("model.weights", weights, allowed, remedy)
     if config.model.source is ModelSource.builtin:
         yield from _builtin(config)
 
