@@ -103,9 +103,8 @@ def _options(saved: Config, given: Config, job: Sequence[str]) -> Config:
         changed["data"] = replace(saved.data, **values)
     config = replace(saved, **changed)
     plain = PartitionConfig(name=PartitionName.iid)
-    check(
-        Config(data=config.data, task=config.task, model=config.model, partition=plain, clients=1)
-    )
+    model = replace(config.model, norm=None)  # not every algorithm allows another
+    check(Config(data=config.data, task=config.task, model=model, partition=plain, clients=1))
     return config
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fedtan_hpc import evaluate as command
-from fedtan_hpc.config.enums import PartitionName
+from fedtan_hpc.config.enums import NormName, PartitionName
 from fedtan_hpc.config.errors import ConfigError
-from fedtan_hpc.config.schema import PartitionConfig
+from fedtan_hpc.config.schema import ModelConfig, PartitionConfig
 from fedtan_hpc.data.batching import Moments, Samples
 from fedtan_hpc.inference.evaluate import _Renormalised
 from tests.inference.test_saved_run import finished, summary_of
@@ -37,6 +37,13 @@ def test_without_other_data_the_figures_are_the_runs(
         assert f"model global model  samples 360  test_loss {figures['test_loss']:.6g}" in (
             capsys.readouterr().out
         )
+
+
+@pytest.mark.parametrize("norm", [NormName.none, NormName.ln])
+def test_a_network_with_other_norm_layers_is_evaluated(norm: NormName, tmp_path: Path) -> None:
+    finished(tmp_path, "fedavg", model=ModelConfig(norm=norm))
+    figures = figures_of(tmp_path)
+    assert figures["test_accuracy"] == summary_of(tmp_path)["test_accuracy"]
 
 
 def test_clients_models_are_evaluated_alone_or_all(tmp_path: Path) -> None:
