@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config.enums import AlgorithmName
-from . import pictures
+from . import pictures, reports
 from .reports import Lines, Measure, Run
 
 _LOG_BYTES_RATIO, _LOG_LOSS_RATIO = 3.0, 8.0
@@ -52,23 +52,15 @@ def _curves(lines: Lines, measure: Measure) -> list[Curve]:
 
 
 def _curve(label: str, runs: Sequence[Run], style: pictures.Style, measure: Measure) -> Curve:
-    """Takes the rounds that are evaluated in all runs; a run may have ended early."""
     sent = [list(itertools.accumulate(run.payloads)) for run in runs]
-    together = enumerate(zip(*(run.records for run in runs), strict=False))
-    indices = [n for n, each in together if all(r["test_loss"] is not None for r in each)]
+    indices = reports.evaluated_together(runs)
     values = {
-        "metric": [
-            [_shown(measure, run.records[n].get(measure.test)) for n in indices] for run in runs
-        ],
+        "metric": measure.curves(runs, indices),
         "loss": [[run.records[n]["test_loss"] for n in indices] for run in runs],
     }
     megabytes = [statistics.mean(bytes_[n] for bytes_ in sent) / 1e6 for n in indices]
     rounds = [runs[0].records[n]["round"] for n in indices]
     return Curve(label, rounds, megabytes, values, style)
-
-
-def _shown(measure: Measure, value: float | None) -> float:
-    return float("nan") if value is None else measure.shown(value)
 
 
 def _draw(panels: Sequence[Any], curve: Curve, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,9 +66,15 @@ class Measure:
         """Whether smaller values are better."""
         return any(word in self.metric for word in SMALLER_IS_BETTER)
 
-    def shown(self, value: float) -> float:
-        """Returns a value in the unit of ``text``."""
+    def shown(self, value: float | None) -> float:
+        """Returns a value in the unit of ``text``; NaN for None."""
+        if value is None:
+            return math.nan
         return 100 * value if self._is_share else value
+
+    def curves(self, runs: Sequence[Run], rounds: Sequence[int]) -> list[list[float]]:
+        """Returns the figure on the test set of each run, at these indices of its records."""
+        return [[self.shown(run.records[n].get(self.test)) for n in rounds] for run in runs]
 
     def summary(self, runs: Sequence[Run], figure: str) -> str:
         """Returns mean and deviation of the last values of ``figure``; empty if no run has it."""
@@ -149,6 +156,12 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from flat(value, f"{prefix}{name}.")
         elif name not in NOT_IDENTIFYING:
             yield prefix + name, str(value)
+
+
+def evaluated_together(runs: Sequence[Run]) -> list[int]:
+    """Returns the indices of the records that all runs have evaluated; some may end early."""
+    together = enumerate(zip(*(run.records for run in runs), strict=False))
+    return [n for n, each in together if all(r["test_loss"] is not None for r in each)]
 
 
 def best_first(lines: Lines) -> Lines:

@@ -100,9 +100,9 @@ def draw(lines: Lines, path: Path) -> None:
     with pictures.picture(path, figsize=(7, 4)) as (figure, axes):
         looks = zip(lines.items(), pictures.styles(list(lines)), strict=True)
         for (label, runs), style in looks:
-            rounds = [record["round"] for record in runs[0].evaluated]
-            curves = [[measure.shown(e[measure.test]) for e in run.evaluated] for run in runs]
-            pictures.band(axes, rounds, curves, label=label, **style)
+            indices = reports.evaluated_together(runs)
+            rounds = [runs[0].records[n]["round"] for n in indices]
+            pictures.band(axes, rounds, measure.curves(runs, indices), label=label, **style)
         axes.set(xlabel="round", ylabel=f"test {measure.text}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         several = any(len(runs) > 1 for runs in lines.values())

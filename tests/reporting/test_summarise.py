@@ -140,3 +140,14 @@ def test_folders_that_hold_no_finished_run_are_named(tmp_path: Path) -> None:
     first, last = done.stderr.splitlines()
     assert first == f"left out, because it is no finished run: {tmp_path}"
     assert last == "summarise_runs: none of the folders holds a finished run"
+
+
+def test_a_picture_takes_runs_of_other_tasks_and_runs_that_ended_early(tmp_path: Path) -> None:
+    early, whole, other = run_of(0, task="a"), run_of(1, task="a"), run_of(0, task="b")
+    early = Run(early.options, early.records[:1], early.summary)
+    records = [{**record, "test_accuracy": None, "test_mae": 0.1} for record in other.records]
+    other = Run(other.options, records, other.summary)
+    lines = summarise.grouped([early, whole, other])
+    assert [len(line) for line in lines.values()] == [2, 1]
+    summarise.draw(lines, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 0
