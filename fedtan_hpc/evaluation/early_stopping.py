@@ -49,7 +49,8 @@ class BestEvaluation:
             self._name = "test_loss" if record.test_accuracy is None else "test_accuracy"
         self._evaluations_since += 1
         value = record.metrics.get(self._name, getattr(record, self._name, None))
-        if value is None and self._name in record.metrics:  # it is not finite this time
+        is_known = self._name in record.metrics or self.value is not None
+        if value is None and is_known:  # it is not finite this time
             return False
         if not isinstance(value, int | float):
             raise _no_metric(self._name, record)

@@ -179,8 +179,8 @@ def over_clients(
 
 
 def _mean(figures_KF: Tensor) -> list[float]:
-    """Returns means over the clients that have a figure; those of losses over all clients."""
-    means = figures_KF.nanmean(0)
+    """Returns means over the clients with a finite figure; those of losses over all clients."""
+    means = figures_KF.where(figures_KF.isfinite(), torch.nan).nanmean(0)
     means[0] = figures_KF[:, 0].mean()
     return [float(value) for value in means]
 

@@ -177,3 +177,12 @@ def test_pooled_adam_goes_on_after_an_interruption_as_without_one(tmp_path: Path
     on_ranks(2, run_until, parted, 3)
     on_ranks(2, run, parted)
     assert same_bits(*folders)
+
+
+def test_an_accuracy_that_is_not_finite_once_is_not_the_best() -> None:
+    """A task of the user's may have none in some rounds."""
+    best = BestEvaluation(EarlyStoppingConfig(metric="test_accuracy", patience=2))
+    for number, accuracy in enumerate((0.5, None, None), 1):
+        record = replace(PLAIN, round=number, test_loss=0.5, test_accuracy=accuracy)
+        assert best.add(record) == (number == 1)
+    assert best.reason_to_stop()

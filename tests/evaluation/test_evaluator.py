@@ -13,7 +13,7 @@ from fedtan_hpc.config.enums import AlgorithmName, PartitionName, PrecisionName,
 from fedtan_hpc.config.schema import AlgorithmConfig, Config, PartitionConfig
 from fedtan_hpc.data import datasets
 from fedtan_hpc.data.feature_shift import clients_of_test, shift_of
-from fedtan_hpc.evaluation.metrics import in_mix
+from fedtan_hpc.evaluation.metrics import Evaluation, in_mix, over_clients
 from fedtan_hpc.evaluation.records import RoundRecord
 from fedtan_hpc.job.setup import prepare
 from tests.helpers.ranks import on_ranks
@@ -149,3 +149,13 @@ def test_mixing_alone_makes_no_models_of_their_own() -> None:
     assert own
     assert record.clients_judged is None
     assert record.clients_own_mix_accuracy_mean is None
+
+
+def test_a_figure_that_a_client_does_not_have_is_left_out_of_mean_and_spread() -> None:
+    """It is not finite, for example R^2 of a single sample."""
+    figures = {0: 0.5, 1: float("-inf"), 2: float("nan"), 3: 0.7}
+    rows = {k: (Evaluation(1.0, {"r2": v}), Evaluation(2.0, {"r2": v})) for k, v in figures.items()}
+    found = over_clients(rows, [0, 1, 2, 3], CPU.device)
+    for mean, spread in ((found.test, found.test_spread), (found.own, found.own_spread)):
+        assert mean.metrics["r2"] == pytest.approx(0.6)
+        assert spread.metrics["r2"] == pytest.approx(np.std([0.5, 0.7], ddof=1))
