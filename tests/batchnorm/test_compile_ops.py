@@ -134,7 +134,7 @@ def error_by_inductor() -> float:
 @by_inductor
 def test_ranks_with_other_batches_exchange_in_the_same_order() -> None:
     """By torch's own compiler, which would order branches by the memory that they take."""
-    assert max(on_ranks(2, error_by_inductor)) < 1e-12
+    assert max(on_ranks(2, error_by_inductor, seconds=200)) < 1e-12  # the C++ compiler may be busy
 
 
 @by_inductor
