@@ -16,7 +16,7 @@ from ..config.errors import RunError
 from ..config.schema import to_dict
 from ..distributed import collectives, process_group
 from ..evaluation.callbacks import RoundCallback, RunInfo
-from ..evaluation.records import RoundRecord, Summary
+from ..evaluation.records import RoundRecord
 from ..runtime import atomic_files
 from ..runtime.signals import StopRequest
 from ..training.cohort import Cohort
@@ -48,14 +48,20 @@ class CheckpointWriter(RoundCallback):
         self._run = run
 
     def round_ended(self, record: RoundRecord) -> None:
-        """Saves if that is due, and after the last round, from which a later run may go on."""
+        """Saves if that is due, and before a signal stops the run."""
         every = self._run.config.checkpoint.every
-        is_last = record.round == self._run.config.rounds
-        is_due = every is not None and (is_last or record.round % every == 0)
-        if is_due or (self.stop.agreed_signal and not is_last):
+        is_due = every is not None and record.round % every == 0
+        is_stopped = self.stop.agreed_signal and record.round < self._run.config.rounds
+        if is_due or is_stopped:
             self.save(record.round)
-        if is_last or self.stop.agreed_signal:
+        if is_stopped:
             self.wait()
+
+    def save_last(self, number: int) -> None:
+        """Saves the state after the run's last round, from which a later run may go on."""
+        if self._run.config.checkpoint.every is not None and self._saved != number:
+            self.save(number)
+        self.wait()
 
     def run_failed(self, error: object) -> None:
         """Waits for the checkpoint that is being written, and ends the thread."""
@@ -64,12 +70,7 @@ class CheckpointWriter(RoundCallback):
         finally:
             self._thread.shutdown()
 
-    def run_ended(self, summary: Summary) -> None:
-        """Saves the state of a run that ended early, from which a later run may go on."""
-        keeps = self._run.config.checkpoint.every is not None
-        if summary.stopped_early and keeps and self._saved != summary.rounds:
-            self.save(summary.rounds)
-        self.run_failed(summary)
+    run_ended = run_failed
 
     def save(self, number: int) -> None:
         """Saves the state after round ``number``; every rank calls it.

@@ -187,14 +187,15 @@ def _train(
     writer = CheckpointWriter(trainer.cohort, stop, began, resumption.resumed_after)
     callbacks: list[RoundCallback] = [writer]
     if run.is_first:
-        best = [BestModelFile(trainer.model, resumption.history)]
-        if trainer.cohort.states.are_models:
-            best = []
+        has_global_model = not trainer.cohort.states.are_models
+        best = [BestModelFile(trainer.model, resumption.history)] if has_global_model else []
         tracking = trackers.make(run.config.tracking)
         callbacks = [RoundsFile(), *tracking, *best, writer, *observers]
     try:
         tell(callbacks, "run_began", RunInfo(run.config, run.run_dir, rounds_done), stop)
         records = trainer.train(callbacks, resumption.history)
+        with as_run_error():
+            writer.save_last(len(records))
         summary = summarise(run, trainer, records, resumption, startup_seconds)
         save_models(trainer, run.run_dir)
         if run.is_first:
