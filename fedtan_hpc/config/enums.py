@@ -59,7 +59,7 @@ class ServerOptimizerName(Choice):
 
 
 class TaskName(Choice):
-    """What a network is trained for."""
+    """Tasks: what a network is trained for."""
 
     classification = "classification"
     multilabel = "multilabel"

@@ -4,6 +4,7 @@
 The docstring of a class completes "the group ...".
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "ServerConfig",
     "TaskConfig",
     "TrackingConfig",
+    "flat",
     "to_dict",
 ]
 
@@ -149,6 +151,15 @@ class Config:
     """Folder of the results; null: runs/ and a name that is made from the other options."""
     callbacks: list[str] = field(default_factory=list)
     """package.module:callable each; rank 0 makes these callbacks and tells them of every round."""
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted name and value of each option of a nested mapping."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _excluded(module: nn.Module, exclude: Exclude) -> set[str]:
     everything = _by_all_names(module)
     for each in [exclude] if isinstance(exclude, str) else exclude:
         if isinstance(each, str):
-            found = {id(tensor) for name, tensor in everything.items() if _is_below(name, each)}
+            found = {id(tensor) for name, tensor in everything.items() if matches(name, each)}
         else:
             layers = [layer for layer in module.modules() if isinstance(layer, each)]
             found = {id(tensor) for layer in layers for tensor in model_tensors(layer)}
@@ -210,8 +210,8 @@ def _excluded(module: nn.Module, exclude: Exclude) -> set[str]:
     return {name for name, tensor in named_tensors(module).items() if id(tensor) in excluded}
 
 
-def _is_below(name: str, pattern: str) -> bool:
-    """Returns whether the name of a tensor, or that of a layer around it, matches."""
+def matches(name: str, pattern: str) -> bool:
+    """Returns whether the name of a tensor or layer, or that of a layer around it, matches."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 

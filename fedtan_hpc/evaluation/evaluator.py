@@ -23,9 +23,16 @@ from ..distributed.model_average import model_tensors
 from ..models.copies import copied
 from ..runtime import random_streams
 from ..runtime.transfer import copy_all
-from ..tasks.objective import Objective
-from ..training.client_state import PrivateStates
-from .metrics import Evaluation, Meter, OverClients, first_number, in_mix, over_clients
+from ..training.cohort import Cohort
+from .metrics import (
+    Evaluation,
+    Meter,
+    OverClients,
+    first_number,
+    gathered,
+    in_mix,
+    over_clients,
+)
 from .records import RoundRecord
 
 
@@ -85,18 +92,14 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """Evaluates the global ``model``, or the clients' models if ``states`` has such."""
+    """Evaluates the global model of ``cohort``, or the clients' models if it has such."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        dataset: Dataset,
-        store: ClientStore,
-        states: PrivateStates,
-        config: Config,
+        self, cohort: Cohort, dataset: Dataset, store: ClientStore, config: Config
     ) -> None:
+        model, states = cohort.model, cohort.states
         self._model, self._store, self._states, self._config = model, store, states, config
-        self._classes, self._meter = dataset.classes, Meter(Objective.of(config))
+        self._classes, self._meter = dataset.classes, Meter(cohort.loss.objective)
         self._has_classes = dataset.has_class_numbers
         indices, clients = _train_samples(store.partition, config.eval_train_samples, config.seed)
         self._train_indices, self._train_clients = indices, clients
@@ -137,9 +140,7 @@ class Evaluator:
         test = meter.evaluation(totals_GT.sum(0))
         clients = self._clients_with_tests
         rows = {k: (test, meter.evaluation(totals_GT[i])) for i, k in enumerate(clients)}
-        hosted = clients[process_group.rank() :: process_group.world_size()]
-        own = over_clients({k: rows[k] for k in hosted}, clients, self._device)
-        return EvaluationResult(test, None, loss, own)
+        return EvaluationResult(test, None, loss, over_clients(rows))
 
     def _totals_by_client(self, model: nn.Module, samples: Iterable[Samples]) -> Tensor:
         """Returns totals for each client with own tests, and those of the other samples, (G, T)."""
@@ -173,7 +174,7 @@ class Evaluator:
                 batches = ((batch, 0) for batch in samples)
                 totals = self._meter.totals(self._client_model, batches, with_metrics=False)
                 train_totals += totals[0]
-        figures = over_clients(rows, clients, self._device)
+        figures = over_clients(gathered(rows))
         loss, count = collectives.sum_as_list(train_totals)
         return EvaluationResult(figures.test, figures, loss / count if count else None)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ def _finite(value: Any) -> Any:
     return value if math.isfinite(value) else None
 
 
+Rows = Mapping[int, tuple[Evaluation, Evaluation]]
+"""Evaluations of clients by number: on the test set, and on the client's own data."""
+
+
 @dataclass(frozen=True)
 class OverClients:
     """Means and sample standard deviations over the clients' models of their figures."""
@@ -62,11 +66,13 @@ class OverClients:
     own_spread: Evaluation
 
 
-@dataclass(frozen=True)
+@dataclass
 class Meter:
     """Computes totals of models for an objective, and figures from totals."""
 
     objective: Objective
+    _width: int = field(default=0, init=False)
+    """The number of totals T, on which the ranks agree once."""
 
     @torch.no_grad()
     def totals(
@@ -103,8 +109,9 @@ class Meter:
 
     def summed(self, totals_GT: Tensor) -> Tensor:
         """Returns the sum over all ranks, some of which may have had no batches."""
-        width = max(collectives.all_gather_object(totals_GT.shape[1]))
-        return collectives.sum_over_ranks(_padded(totals_GT, width))
+        if not self._width:
+            self._width = max(collectives.all_gather_object(totals_GT.shape[1]))
+        return collectives.sum_over_ranks(_padded(totals_GT, self._width))
 
     def evaluation(self, totals_T: Tensor) -> Evaluation:
         """Returns loss and metrics of totals."""
@@ -147,24 +154,17 @@ def first_number(metrics: Mapping[str, Any]) -> str | None:
     return next((name for name, value in metrics.items() if isinstance(value, float)), None)
 
 
-def over_clients(
-    rows: Mapping[int, tuple[Evaluation, Evaluation]],
-    clients: Sequence[int],
-    device: torch.device,
-) -> OverClients:
-    """Gathers the figures of ``clients``, each evaluated by one rank; all ranks return the same.
+def gathered(rows: Rows) -> Rows:
+    """Returns the rows of all ranks, each of which has those of other clients; collective."""
+    all_rows = collectives.all_gather_object(rows)
+    return {client: row for part in all_rows for client, row in part.items()}
 
-    ``rows`` are this rank's, by client: on the test set, and on the client's own data.  The
-    collective is on ``device``.
-    """
-    examples = collectives.all_gather_object(next(iter(rows.values()), None))
-    like = next(example for example in examples if example is not None)
-    figures_KF = torch.zeros(len(clients), 2 * len(_figures(like[0])), dtype=torch.float64)
-    for index, client in enumerate(clients):
-        if client in rows:
-            test, own = rows[client]
-            figures_KF[index] = torch.tensor([*_figures(test), *_figures(own)], dtype=torch.float64)
-    figures_KF = collectives.to_cpu(collectives.sum_over_ranks(figures_KF.to(device)))
+
+def over_clients(rows: Rows) -> OverClients:
+    """Returns means and deviations over the clients of ``rows``."""
+    clients, like = sorted(rows), next(iter(rows.values()))
+    figures = [[*_figures(test), *_figures(own)] for test, own in (rows[k] for k in clients)]
+    figures_KF = torch.tensor(figures, dtype=torch.float64)
     test_KF, own_KF = figures_KF.chunk(2, dim=1)
     losses_K2 = torch.stack([test_KF[:, 0], own_KF[:, 0]], dim=1)
     is_finite = losses_K2.isfinite().all(1).tolist()

@@ -143,17 +143,18 @@ def headline(result: RoundRecord | Summary, digits: int = 2) -> tuple[str, str]:
     """Returns name and value of the first test metric: accuracy in %, or another by its name."""
     if result.test_accuracy is not None:
         return "test accuracy", f"{100 * result.test_accuracy:.{digits}f} %"
-    name = first_metric(result)
+    name = first_metric(result.metrics)
     value = result.test_loss if name == "test_loss" else result.metrics[name]
     return name.replace("_", " "), f"{value:.{digits + 2}f}"
 
 
-def first_metric(result: RoundRecord | Summary) -> str:
+def first_metric(figures: Mapping[str, Any]) -> str:
     """Returns the name of the first test metric that is a number; test_loss if there is none."""
-    if result.test_accuracy is not None:
+    if figures.get("test_accuracy") is not None:
         return "test_accuracy"
-    numbers = [name for name, value in result.metrics.items() if isinstance(value, float)]
-    return next((name for name in numbers if name.startswith("test_")), "test_loss")
+    numbers = [name for name, value in figures.items() if isinstance(value, float)]
+    metrics = [name for name in numbers if name.startswith("test_") and name != "test_loss"]
+    return next(iter(metrics), "test_loss")
 
 
 def over_clients(summary: Summary) -> dict[str, float]:
@@ -161,7 +162,8 @@ def over_clients(summary: Summary) -> dict[str, float]:
 
     Leaves out those that the run does not have.
     """
-    metric = first_metric(summary).removeprefix("test_")
+    figures = {"test_accuracy": summary.test_accuracy, **summary.metrics}
+    metric = first_metric(figures).removeprefix("test_")
     names = ("test_mean", "test_spread", "own_mix_mean", "own_mix_spread")
     found = {}
     for name in names:

@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config.enums import TrackerName
 from ..config.errors import Stopped
-from ..config.schema import TrackingConfig, to_dict
+from ..config.schema import TrackingConfig, flat, to_dict
 from ..runtime import atomic_files
 from .callbacks import RoundCallback, RunInfo
 from .records import RoundRecord, Summary
@@ -45,15 +45,6 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
         elif len(value) <= _MOST_CLASSES:
             named |= {f"{name}_{number}": each for number, each in enumerate(value)}
     return {k: v for k, v in named.items() if isinstance(v, int | float) and k != "round"}
-
-
-def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted name and value of each option of a nested mapping."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 class Tracker(RoundCallback, ABC):

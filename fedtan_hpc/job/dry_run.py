@@ -171,13 +171,14 @@ def _check_run(config: Config, module: nn.Module, example: Example) -> str:
     output = _output(config, module, example)
     if single and config.batch_size == 1:
         _check_single_samples(config, single[0])
-    _check_scores(config, output, example)
-    _check_scores(config, _output(config, module.eval(), example), example)
+    objective = Objective.of(config)
+    _check_scores(config, objective, output, example)
+    _check_scores(config, objective, _output(config, module.eval(), example), example)
     if isinstance(output, Tensor) and config.model.output is not None:
         allowed = "null, because the network returns a tensor"
         message = format_option_error("model.output", config.model.output, allowed, "leave it out")
         raise ConfigError(message)
-    return Objective.of(config).describe(output)
+    return objective.describe(output)
 
 
 def _note_single_values(
@@ -222,9 +223,9 @@ def _output(config: Config, module: nn.Module, example: Example) -> Any:
         raise _network_error(config, allowed, remedy) from error
 
 
-def _check_scores(config: Config, output: Any, example: Example) -> None:
+def _check_scores(config: Config, objective: Objective, output: Any, example: Example) -> None:
     """Checks what the task gets of ``output``, and that it can compute loss and metrics of it."""
-    objective, option = Objective.of(config), config.model.output
+    option = config.model.output
     device = next((v.device for v in tree_leaves(output) if isinstance(v, Tensor)), None)
     targets = example.samples.to(device or torch.device("cpu"), torch.float32).labels
     expected = "a tensor"

@@ -133,7 +133,7 @@ def prepare(
     collectives.broadcast_tensors(model_tensors(model))
     one_each, batch = _one_client_per_rank(config, store), store.example(config.batch_size)
     cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)
-    evaluator = Evaluator(model, dataset, store, cohort.states, config)
+    evaluator = Evaluator(cohort, dataset, store, config)
     return Trainer(config=config, store=store, cohort=cohort, evaluator=evaluator)
 
 
@@ -183,7 +183,7 @@ def host(
         local = [each for each in plans if each.synchronised_steps < config.local_steps]
         loss = compile_step.compiled(loss, model, example, local, synchronised)
     private = ALGORITHMS[config.algorithm.name].private
-    budget = MemoryBudget(model, dummy, config, ranks_per_device)
+    budget = MemoryBudget(model, dummy, config, ranks_per_device, loss.objective)
     states = PrivateStates(model, private, budget.leaves_room_for)
     models = ClientModels(model, config, loss, states)
     untrained = {ParameterGroup.statistics, ParameterGroup.buffers}

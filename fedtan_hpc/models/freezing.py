@@ -4,14 +4,14 @@ A BN layer whose parameters are all frozen, or whose name matches, also keeps it
 and normalises by them in training (``training.local_step.set_training_mode``).  Used by ``job``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from ..batchnorm.layer import FedTANBatchNorm
 from ..config.errors import ConfigError, format_option_error
+from ..distributed.model_average import matches
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> nn.Module:
@@ -52,11 +52,4 @@ def _is_frozen(name: str, layer: FedTANBatchNorm, patterns: Sequence[str]) -> bo
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Returns whether ``name``, or that of a layer around it, matches one of ``patterns``."""
-    return any(fnmatchcase(each, pattern) for each in _around(name) for pattern in patterns)
-
-
-def _around(name: str) -> Iterator[str]:
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+    return any(matches(name, pattern) for pattern in patterns)

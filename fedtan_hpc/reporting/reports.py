@@ -14,7 +14,9 @@ from typing import Any, TypeAlias
 import yaml
 from omegaconf import OmegaConf
 
+from ..config import schema
 from ..evaluation.early_stopping import SMALLER_IS_BETTER
+from ..evaluation.records import first_metric
 from ..job.run_dir import NOT_IDENTIFYING, completed
 
 READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
@@ -40,11 +42,7 @@ class Measure:
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Measure:
         """Returns that of an evaluated round."""
-        if record.get("test_accuracy") is not None:
-            return cls()
-        names = [name for name, value in record.items() if isinstance(value, float)]
-        metrics = [name for name in names if name.startswith("test_") and name != "test_loss"]
-        return cls([*metrics, "test_loss"][0].removeprefix("test_"))
+        return cls(first_metric(record).removeprefix("test_"))
 
     @property
     def test(self) -> str:
@@ -146,16 +144,14 @@ def read_options(path: Path) -> dict[str, str]:
     return dict(flat(completed(OmegaConf.to_container(OmegaConf.load(path)))))
 
 
-def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the dotted name and the text of each option of a nested mapping; null is "None".
 
     Leaves out the options that change no result.
     """
-    for name, value in options.items():
-        if isinstance(value, dict) and name not in NOT_IDENTIFYING:
-            yield from flat(value, f"{prefix}{name}.")
-        elif name not in NOT_IDENTIFYING:
-            yield prefix + name, str(value)
+    for name, value in schema.flat(options):
+        if name.partition(".")[0] not in NOT_IDENTIFYING:
+            yield name, str(value)
 
 
 def evaluated_together(runs: Sequence[Run]) -> list[int]:

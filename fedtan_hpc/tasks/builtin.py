@@ -23,7 +23,7 @@ from .task import Task
 
 @dataclass(frozen=True)
 class _Classes(Task):
-    """What tasks with classes have in common."""
+    """Base class of the tasks with classes."""
 
     class_weights: Sequence[float] | None = None
     """A factor on the loss of each class."""

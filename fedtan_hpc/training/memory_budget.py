@@ -26,7 +26,12 @@ class MemoryBudget:
     """Memory of the clients that a rank runs together; ``dummy`` is a single sample."""
 
     def __init__(
-        self, model: nn.Module, dummy: Samples, config: Config, ranks_per_device: int
+        self,
+        model: nn.Module,
+        dummy: Samples,
+        config: Config,
+        ranks_per_device: int,
+        objective: Objective,
     ) -> None:
         self._device = dummy.device
         self._ranks_per_device = ranks_per_device
@@ -35,7 +40,7 @@ class MemoryBudget:
         values = sum(value.nbytes for value in model_tensors(model))
         self.model_bytes = values * (2 + state_tensors(config.optimizer))
         """Parameters, gradients and optimizer state of one client."""
-        saved = config.batch_size * saved_bytes_per_sample(model, dummy, Objective.of(config))
+        saved = config.batch_size * saved_bytes_per_sample(model, dummy, objective)
         self.pass_bytes = int(_PEAK_FACTOR * saved)
         """Activations of one client in a forward and backward pass of a whole batch."""
 
@@ -79,9 +84,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, known) or "can't allocate memory" in str(error)
 
 
-def saved_bytes_per_sample(
-    model: nn.Module, sample: Samples, objective: Objective | None = None
-) -> int:
+def saved_bytes_per_sample(model: nn.Module, sample: Samples, objective: Objective) -> int:
     """Returns the bytes per sample that a forward pass saves for backward, without parameters."""
     parameters = {value.untyped_storage().data_ptr() for value in model.parameters()}
     sizes: dict[int, int] = {}
@@ -99,6 +102,6 @@ def saved_bytes_per_sample(
     labels = torch.cat([sample.labels, sample.labels])
     two = sample.map_inputs(lambda value: torch.cat([value, value]), labels)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda value: value):
-        (objective or Objective()).mean_loss(model, two.inputs, two.labels)
+        objective.mean_loss(model, two.inputs, two.labels)
     model.train(was_training)
     return sum(sizes.values()) // len(two)

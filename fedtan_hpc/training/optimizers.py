@@ -33,7 +33,7 @@ def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What makes the optimizers of all clients of a round alike."""
+    """Settings that the optimizers of all clients of a round share."""
 
     options: OptimizerConfig
     learning_rate: float

@@ -155,7 +155,7 @@ def test_a_figure_that_a_client_does_not_have_is_left_out_of_mean_and_spread() -
     """It is not finite, for example R^2 of a single sample."""
     figures = {0: 0.5, 1: float("-inf"), 2: float("nan"), 3: 0.7}
     rows = {k: (Evaluation(1.0, {"r2": v}), Evaluation(2.0, {"r2": v})) for k, v in figures.items()}
-    found = over_clients(rows, [0, 1, 2, 3], CPU.device)
+    found = over_clients(rows)
     for mean, spread in ((found.test, found.test_spread), (found.own, found.own_spread)):
         assert mean.metrics["r2"] == pytest.approx(0.6)
         assert spread.metrics["r2"] == pytest.approx(np.std([0.5, 0.7], ddof=1))

@@ -13,6 +13,7 @@ from fedtan_hpc.config.schema import Config, OptimizerConfig
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.models import resnet
 from fedtan_hpc.runtime import free_memory
+from fedtan_hpc.tasks.objective import Objective
 from fedtan_hpc.training import memory_budget
 from fedtan_hpc.training.memory_budget import MemoryBudget
 from tests.helpers import networks
@@ -26,19 +27,19 @@ def test_saved_bytes_are_those_of_the_layers_inputs() -> None:
     x, y = networks.batches("1d", 1)[0]
     module = networks.network("1d")
     widths = 6 + 5 + 5 + 4 + 4 + 3  # inputs of linear and BN layers, outputs of tanh layers
-    measured = memory_budget.saved_bytes_per_sample(module, Samples(x[:1], y[:1]))
+    measured = memory_budget.saved_bytes_per_sample(module, Samples(x[:1], y[:1]), Objective())
     assert 8 * widths <= measured <= 3 * 8 * widths
 
 
 def budget(optimizer: OptimizerConfig | None = None) -> MemoryBudget:
     config = Config(batch_size=32, optimizer=optimizer or OptimizerConfig())
-    return MemoryBudget(resnet.resnet20(3, 10), sample(), config, 1)
+    return MemoryBudget(resnet.resnet20(3, 10), sample(), config, 1, Objective())
 
 
 def test_the_model_is_left_as_it_was() -> None:
     module = resnet.resnet20(3, 10)
     before = {name: value.clone() for name, value in module.named_buffers()}
-    memory_budget.saved_bytes_per_sample(module, sample())
+    memory_budget.saved_bytes_per_sample(module, sample(), Objective())
     assert module.training
     assert all(torch.equal(before[name], value) for name, value in module.named_buffers())
 

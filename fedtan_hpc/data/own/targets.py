@@ -17,7 +17,7 @@ from ...config.enums import TaskName
 
 @dataclass(frozen=True)
 class TargetRule:
-    """What the targets of a task are."""
+    """Says what the targets of a task are, and makes tensors of them."""
 
     task: TaskName
     classes: int | None
