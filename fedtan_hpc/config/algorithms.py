@@ -58,6 +58,11 @@ class Algorithm:
     private: frozenset[ParameterGroup] = frozenset()
     """Groups that each client keeps for itself; a round ends with the average of the others."""
 
+    @property
+    def has_client_models(self) -> bool:
+        """Whether each client has a model of its own, not only in training."""
+        return bool(self.private - {ParameterGroup.mixing})
+
 
 ALGORITHMS = {
     # FedTAN (arXiv 2301.02982): the first local step is global, forward and backward.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..config.algorithms import ALGORITHMS, ParameterGroup
+from ..config.algorithms import ALGORITHMS
 from ..config.dataset_info import DatasetInfo
 from ..config.enums import LoadingName, PartitionName
 from ..config.errors import ConfigError, format_option_error, one_line
@@ -230,7 +230,7 @@ class Need:
             hosted = min(2 * hosted, config.clients)
         sizes = self.sizes or [-(-self.info.train // config.clients)] * hosted
         samples = sum(sorted(sizes)[-hosted:])
-        if ALGORITHMS[config.algorithm.name].private - {ParameterGroup.mixing}:
+        if ALGORITHMS[config.algorithm.name].has_client_models:
             has_shift = config.partition.name is PartitionName.feature_shift
             samples += self.info.test * (2 if has_shift else 1)  # for the clients' models
         else:

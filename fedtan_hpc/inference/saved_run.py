@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..batchnorm.conversion import revert_batchnorm
 from ..config import path_options
-from ..config.algorithms import ALGORITHMS, ParameterGroup
+from ..config.algorithms import ALGORITHMS
 from ..config.errors import one_line
 from ..config.schema import Config
 from ..distributed.model_average import named_tensors
@@ -38,8 +38,7 @@ class SavedRun:
     @property
     def has_client_models(self) -> bool:
         """Whether each client has a model of its own, not only in training."""
-        private = ALGORITHMS[self.config.algorithm.name].private
-        return bool(private - {ParameterGroup.mixing})
+        return ALGORITHMS[self.config.algorithm.name].has_client_models
 
 
 def load_model(run_dir: str | Path, client: int | None = None, *, best: bool = False) -> nn.Module:

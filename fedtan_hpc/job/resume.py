@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.algorithms import ALGORITHMS, ParameterGroup
+from ..config.algorithms import ALGORITHMS
 from ..config.enums import StoppingMode
 from ..config.errors import ConfigError, RunError, format_option_error
 from ..config.path_options import expanded
@@ -268,8 +268,8 @@ def _is_still_best(
     options = dict(run_dir.completed(saved)["early_stopping"])
     before = EarlyStoppingConfig(**options | {"mode": StoppingMode(options["mode"])})
     best = BestEvaluation(config.early_stopping, history)
-    has_global_model = ALGORITHMS[config.algorithm.name].private <= {ParameterGroup.mixing}
-    return has_global_model and BestEvaluation(before, records).round == best.round
+    has_client_models = ALGORITHMS[config.algorithm.name].has_client_models
+    return not has_client_models and BestEvaluation(before, records).round == best.round
 
 
 def _rename_later(folder: Path, number: int, keeps_best: bool) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..batchnorm.context import federated_backward
-from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, RoundPlan
+from ..config.algorithms import ALGORITHMS, Normaliser, RoundPlan
 from ..config.enums import CohortMode, ModelSource
 from ..config.errors import one_line
 from ..config.schema import Config
@@ -256,8 +256,7 @@ def make_runners(
 def needs_copies(config: Config, ranks: int) -> bool:
     """Whether a rank of so many ever has more models than the global one."""
     are_many = (config.clients_per_round or config.clients) > ranks
-    private = ALGORITHMS[config.algorithm.name].private - {ParameterGroup.mixing}
-    return are_many or bool(private)
+    return are_many or ALGORITHMS[config.algorithm.name].has_client_models
 
 
 def _can_stack(models: ClientModels, dummy: Samples) -> bool:

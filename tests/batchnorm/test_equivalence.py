@@ -24,12 +24,7 @@ def client_gradients(case: str, federated: bool) -> dict[str, Tensor]:
             cross_entropy(module(x), y).backward()
     else:
         cross_entropy(module(x), y).backward()
-    sums = {}
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None
-        sums[name] = p * parameter.grad
-        dist.all_reduce(sums[name])
-    return sums
+    return pooled.summed_over_ranks(module, p)
 
 
 def pooled_gradient(case: str, clients: int) -> dict[str, Tensor]:

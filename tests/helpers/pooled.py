@@ -1,11 +1,13 @@
 """The pooled problem in one process: F = sum_k p_k F_k with BN statistics over all clients.
 
-Written with plain tensor operations and autograd alone; it uses nothing of the package.
+Written with plain tensor operations and autograd alone; it uses nothing of the package.  The sum of
+the clients' gradients is here too, to be compared with it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -55,6 +57,16 @@ def pooled_gradient(
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(loss, parameters)
     return {names[id(w)]: g for w, g in zip(parameters, gradients, strict=True)}
+
+
+def summed_over_ranks(module: nn.Module, p: float) -> dict[str, Tensor]:
+    """sum_k p_k g_k by parameter name; this rank is a client of weight p with gradients g_k."""
+    sums = {}
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None
+        sums[name] = p * parameter.grad
+        dist.all_reduce(sums[name])
+    return sums
 
 
 def worst_relative_error(measured: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -88,12 +88,7 @@ def client_gradients() -> dict[str, Tensor]:
     x, mask = batch(rank)
     with fedtan_hpc.federated_statistics(module, weight=p):
         cross_entropy(module(x), mask).backward()
-    sums = {}
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None
-        sums[name] = p * parameter.grad
-        dist.all_reduce(sums[name])
-    return sums
+    return pooled.summed_over_ranks(module, p)
 
 
 def test_mean_of_client_gradients_is_the_pooled_gradient() -> None:
