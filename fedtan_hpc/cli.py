@@ -6,30 +6,19 @@ torchrun itself exits with 1 whatever its workers return.  Other commands use ``
 ``exit_codes``.
 """
 
-import io
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import fields, is_dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from . import __version__
-from .config import help, path_options
+from .command_line.compose import compose as compose
+from .command_line.compose import compose_as as compose_as
 from .config.errors import ConfigError, OutputClosedError, RunError, Stopped, format_option_error
-from .config.hydra_errors import explain, unknown, unreadable
 from .config.schema import Config
 from .config.validate import check
 from .runtime import failure_file, launcher_env
@@ -112,80 +101,6 @@ def import_from_current_folder() -> None:
         sys.path.insert(1, os.getcwd())
 
 
-Schema = TypeVar("Schema", bound=Config)
-
-
-def compose(words: Sequence[str] | None = None) -> list[Config]:
-    """Returns the configurations of ``words``, by default the command line's; several with -m.
-
-    Raises ``ConfigError`` for options that do not exist or have the wrong type.
-    """
-    return compose_as(Config, "config", words)
-
-
-def compose_as(
-    schema: type[Schema], entry: str, words: Sequence[str] | None = None
-) -> list[Schema]:
-    """Does what ``compose`` does, for another ``schema`` and its file ``entry`` of conf/."""
-    words = sys.argv[1:] if words is None else list(words)
-    _refuse_deletions(words)
-    if topics := [word.partition("=")[2] for word in words if word.startswith("--help=")]:
-        text = help.topic(topics[0], schema)
-        if launcher_env.rank_hint() == 0:
-            print(text)
-        return []
-    # By default hydra prints several lines and exits with 1; with this it raises instead.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    ConfigStore.instance().store(name="schema", node=schema)
-    for part in (help.choices, help.overview):  # of the template of --help in conf/config.yaml
-        OmegaConf.register_new_resolver(part.__name__, partial(part, schema), replace=True)
-    composed: list[DictConfig] = []
-    launch = hydra.main(version_base="1.3", config_path=str(_conf()), config_name=entry)
-    usage = io.StringIO()
-    output = sys.stdout if launcher_env.rank_hint() == 0 else io.StringIO()  # for --help
-    try:
-        with (
-            _command_line(path_options.quoted(words)),
-            redirect_stderr(usage),
-            redirect_stdout(output),
-        ):
-            launch(composed.append)()
-        return [_to_config(config, schema) for config in composed]
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # hydra raises all three
-        raise ConfigError(explain(error, words, schema)) from error
-    except YAMLError as error:
-        raise ConfigError(unreadable(error)) from error
-    except SystemExit as error:
-        if not error.code:
-            raise
-        reason = usage.getvalue().strip().rpartition("error: ")[2]  # argparse prints a page before
-        remedy = "options are written name=value, and --help lists them"
-        raise ConfigError(f"{reason}; {remedy}") from error
-
-
-@contextmanager
-def _command_line(words: Sequence[str]) -> Iterator[None]:
-    """Puts ``words`` into ``sys.argv``, where hydra looks."""
-    before = sys.argv
-    # argparse reports options on both sides of a flag as a mistake.
-    flags = [word for word in words if word in ("-m", "--multirun")]
-    sys.argv = [before[0], *flags, *(word for word in words if word not in flags)]
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-def _refuse_deletions(words: Sequence[str]) -> None:
-    """Refuses ``~name``, after which the option would silently have its default."""
-    how = "options cannot be removed; leave it out for its default, or give it a value"
-    deletions = [word for word in words if word.startswith("~") and not word.startswith("~hydra")]
-    if deletions:
-        raise ConfigError(*(f"{word}: {how}" for word in deletions))
-
-
 def check_folders(configs: Sequence[Config]) -> None:
     """Raises ``ConfigError`` if points of a sweep have one folder."""
     shared = {config.run_dir for config in configs}
@@ -195,33 +110,6 @@ def check_folders(configs: Sequence[Config]) -> None:
         raise ConfigError(
             format_option_error("run_dir", folder, "a folder for each point of a sweep", remedy)
         )
-
-
-def _conf() -> Path:
-    """Returns the folder conf/: beside the package in a checkout, in the package in a wheel."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
-def _to_config(composed: DictConfig, schema: type[Schema]) -> Schema:
-    if added := list(_added(composed, schema())):
-        raise ConfigError(*(unknown(option, value, schema) for option, value in added))
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, schema)
-    return config
-
-
-def _added(composed: DictConfig, schema: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Returns the options that ``+name=value`` added to those of the schema."""
-    names = {field.name for field in fields(schema)}
-    added: list[tuple[str, Any]] = []
-    for key in composed:
-        if key not in names:
-            added.append((prefix + str(key), composed[key]))
-        elif is_dataclass(group := getattr(schema, str(key))):
-            added += _added(composed[key], group, f"{prefix}{key}.")
-    return added
 
 
 def _fail(cause: BaseException | None, line: str) -> NoReturn:

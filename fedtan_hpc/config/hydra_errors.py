@@ -4,14 +4,21 @@ Used by the command line and, for options that are given from Python, by ``job.r
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 from yaml import YAMLError
 
 from .errors import ConfigError, format_option_error
@@ -19,6 +26,11 @@ from .help import UNGROUPED, allowed, entries, groups
 from .schema import Config
 
 _CHOOSE = "choose one of these"
+_UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType)
+_INTERPOLATION = (
+    "the value of another option is written ${seed}, and the number of a point ${hydra:job.num} "
+    "in a sweep (-m)"
+)
 _PACKAGE = "to set options of all groups, begin the file with the line # @package _global_"
 
 
@@ -27,6 +39,10 @@ def explain(error: Exception, overrides: Sequence[str], schema: type[Config] = C
     cause: BaseException = error
     if not isinstance(error, OmegaConfBaseException):
         cause = error.__cause__ or error.__context__ or error
+    if isinstance(error, MissingConfigException) and error.options is None:
+        remedy = "write its name without .yaml"
+        allowed_names = "a file in the folder that --config-dir names"
+        return format_option_error("--config-name", error.missing_cfg_file, allowed_names, remedy)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return format_option_error(group, choice, " | ".join(sorted(error.options)), _CHOOSE)
@@ -35,15 +51,17 @@ def explain(error: Exception, overrides: Sequence[str], schema: type[Config] = C
     if isinstance(error, OverrideParseException):
         text = f"{error.override}: not understood; write option=value, for example rounds=20, "
         return text + "and quote values with spaces or brackets for the shell"
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        key = str(cause.full_key)
-        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+    key = str(getattr(cause, "full_key", None) or "")
+    if key and not key.startswith("hydra."):
+        if isinstance(cause, _UNRESOLVED):
+            word = "=".join(_as_written(key, overrides))
+            return f"{word}: not understood: {_first_line(cause)}; {_INTERPOLATION}"
+        exists = key.partition(".")[0] in [field.name for field in fields(schema)]
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) or not exists:
             return unknown(*_as_written(key, overrides), schema)
         option = key.partition("[")[0]
         return _wrong_type(option, _as_written(option, overrides)[1], schema)
-    line = str(error).partition("\n")[0]
-    hint = "; for a sweep over several values, put -m first" if "," in line else ""
-    return _null_group(overrides) or line + hint
+    return _null_group(overrides) or _first_line(error)
 
 
 def unreadable(error: YAMLError) -> str:
@@ -53,17 +71,40 @@ def unreadable(error: YAMLError) -> str:
     return f"{where}: not valid YAML: {problem or ' '.join(str(error).split())}"
 
 
-def typed(config: Config) -> Config:
+def typed(config: Config | Mapping[str, Any]) -> Config:
     """Returns ``config`` with every value converted to its option's type, such as text to a choice.
 
-    Raises ``ConfigError`` for a value that cannot be converted.
+    ``config`` may be a dict or OmegaConf's DictConfig with some of the options.  Raises
+    ``ConfigError`` for an option that does not exist, and for a value that cannot be converted.
     """
+    if isinstance(config, Mapping):
+        return _of_mapping(config)
     for field in fields(config):
         if is_dataclass(group := getattr(config, field.name)):
             _structured(group, f"{field.name}.")
     converted = OmegaConf.to_object(_structured(config, ""))
     assert isinstance(converted, Config)
     return converted
+
+
+def _of_mapping(options: Mapping[str, Any]) -> Config:
+    key: Any = ""
+    given = OmegaConf.create()
+    try:
+        given = OmegaConf.create(dict(options)) if isinstance(options, dict) else options  # type: ignore[assignment]
+        config: Any = OmegaConf.structured(Config())
+        for key in given:
+            config = OmegaConf.merge(config, OmegaConf.masked_copy(given, [key]))
+        config = OmegaConf.to_object(config)
+    except Exception as error:  # OmegaConf raises errors of many kinds
+        key = str(getattr(error, "full_key", None) or key)
+        with suppress(OmegaConfBaseException):
+            key = f"{key}={OmegaConf.select(given, key)}"
+        line = explain(error, [key])
+        named = line if key.partition("=")[0] in line else f"{key}: not understood: {line}"
+        raise ConfigError(named) from error
+    assert isinstance(config, Config)
+    return config
 
 
 def unknown(option: str, value: object = None, schema: type[Config] = Config) -> str:
@@ -89,6 +130,10 @@ def _mistake_in_file(error: Exception, cause: BaseException, schema: type[Config
         value = re.search(r"Value '(.*)' of type", str(cause))
         return _wrong_type(option, value[1] if value else "(its value)", schema)
     return str(error).partition(": ")[2].partition("\n")[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _null_group(overrides: Sequence[str]) -> str:

@@ -46,7 +46,7 @@ def _quoted_word(word: str, may_sweep: bool) -> str:
     try:
         if OverridesParser.create().parse_override(word).is_sweep_override():
             return word
-    except HydraException:
+    except (HydraException, ValueError):  # Python refuses numbers of thousands of digits
         if may_sweep:
             return f"{name}={','.join(_in_quotes(path.strip()) for path in value.split(','))}"
     return f"{name}={_in_quotes(value)}"

@@ -1,12 +1,12 @@
 """A whole job: from the options to a trained model and its summary."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -96,7 +96,9 @@ def run_all(configs: Sequence[Config]) -> None:
         raise RunError(points, on_all_ranks=True)
 
 
-def run(config: Config, callbacks: Sequence[RoundCallback] | None = None) -> Summary:
+def run(
+    config: Config | Mapping[str, Any], callbacks: Sequence[RoundCallback] | None = None
+) -> Summary:
     """Trains as ``config`` says; rank 0 writes ``run_dir``, and every rank returns the summary.
 
     The ranks are those of an initialised process group, else those that the launcher started.
@@ -105,7 +107,7 @@ def run(config: Config, callbacks: Sequence[RoundCallback] | None = None) -> Sum
     its round, with a checkpoint.
 
     Args:
-        config: The options.
+        config: The options, or some of them by name: a dict, or hydra's DictConfig.
         callbacks: Objects that rank 0 tells of the run, beside those of the option ``callbacks``.
             With a list, an empty one too, rank 0 prints nothing; without it, rank 0 prints
             progress and result.
@@ -119,9 +121,13 @@ def run(config: Config, callbacks: Sequence[RoundCallback] | None = None) -> Sum
         return _run(config, callbacks, stop)
 
 
-def _run(config: Config, callbacks: Sequence[RoundCallback] | None, stop: StopRequest) -> Summary:
+def _run(
+    options: Config | Mapping[str, Any],
+    callbacks: Sequence[RoundCallback] | None,
+    stop: StopRequest,
+) -> Summary:
     started = time.perf_counter()
-    config = typed(config)
+    config = typed(options)
     check(config)
     run = RunContext.of(config, started)
     torch.set_num_threads(run.placement.threads)
