@@ -138,7 +138,8 @@ def allowed(option: str, schema: type[Any] = Config) -> str:
     """Returns the values that the type of ``option`` allows, in words."""
     hint: Any = schema
     for name in option.split("."):
-        hint = get_type_hints(hint)[name]
+        if is_dataclass(hint):  # and not a mapping, whose names are the user's
+            hint = get_type_hints(hint)[name]
     if is_dataclass(hint):
         return f"set through its own options, such as {option}.{fields(hint)[0].name}"
     return _in_words(hint)

@@ -21,7 +21,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from .errors import ConfigError, format_option_error
+from .errors import ConfigError, format_option_error, printable, shown
 from .help import UNGROUPED, allowed, entries, groups
 from .schema import Config
 
@@ -37,7 +37,7 @@ _PACKAGE = "to set options of all groups, begin the file with the line # @packag
 def explain(error: Exception, overrides: Sequence[str], schema: type[Config] = Config) -> str:
     """Returns one line for ``error``, which composing the options from ``overrides`` raised."""
     cause: BaseException = error
-    if not isinstance(error, OmegaConfBaseException):
+    if not isinstance(error, OmegaConfBaseException | OverflowError):
         cause = error.__cause__ or error.__context__ or error
     if isinstance(error, MissingConfigException) and error.options is None:
         remedy = "write its name without .yaml"
@@ -51,7 +51,7 @@ def explain(error: Exception, overrides: Sequence[str], schema: type[Config] = C
     if isinstance(error, OverrideParseException):
         text = f"{error.override}: not understood; write option=value, for example rounds=20, "
         return text + "and quote values with spaces or brackets for the shell"
-    key = str(getattr(cause, "full_key", None) or "")
+    key = _key_of(cause)
     if key and not key.startswith("hydra."):
         if isinstance(cause, _UNRESOLVED):
             word = "=".join(_as_written(key, overrides))
@@ -81,8 +81,8 @@ def typed(config: Config | Mapping[str, Any]) -> Config:
         return _of_mapping(config)
     for field in fields(config):
         if is_dataclass(group := getattr(config, field.name)):
-            _structured(group, f"{field.name}.")
-    converted = OmegaConf.to_object(_structured(config, ""))
+            _converted(group, f"{field.name}.")
+    converted = _converted(config, "")
     assert isinstance(converted, Config)
     return converted
 
@@ -116,7 +116,8 @@ def unknown(option: str, value: object = None, schema: type[Config] = Config) ->
     near = sorted(same, key=lambda name: not name.startswith("optimizer."))
     near = near or get_close_matches(option, names, n=1)
     remedy = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
-    given = option if value is None else f"{option}={value}"
+    option = printable(option, 200)
+    given = option if value is None else f"{option}={shown(value)}"
     return f"{given}: no such option; {remedy}"
 
 
@@ -148,12 +149,49 @@ def _null_group(overrides: Sequence[str]) -> str:
     return ""
 
 
-def _structured(options: Any, prefix: str) -> Any:
+def _converted(options: Any, prefix: str) -> Any:
     try:
-        return OmegaConf.structured(options)
-    except OmegaConfBaseException as error:
-        name = str(error.full_key or "").partition("[")[0]
-        raise ConfigError(_wrong_type(prefix + name, getattr(options, name, "?"))) from error
+        return OmegaConf.to_object(OmegaConf.structured(options))
+    except Exception as error:  # values of any kind; OmegaConf notes the option in all of them
+        name = _key_of(error).partition("[")[0] or _too_large(options)
+        line = _wrong_type(prefix + name, _value_of(options, name))
+        raise ConfigError(line) from error
+
+
+def _key_of(error: BaseException) -> str:
+    """Returns the dotted name of the option that OmegaConf noted in an exception; else nothing."""
+    in_text = re.search(r"full_key: (\S+)", str(error))
+    return str(getattr(error, "full_key", None) or (in_text[1] if in_text else ""))
+
+
+def _too_large(options: Any) -> str:
+    """Returns the name of an option that is a whole number beyond the largest float."""
+    largest = sys.float_info.max
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, int) and not -largest <= value <= largest:
+            return field.name
+    return ""
+
+
+def _value_of(options: Any, name: str) -> object:
+    """Returns the value of an option with a dotted name, or of the first part of it that exists."""
+    for part in name.split("."):
+        options = getattr(options, part, options)
+    return options
+
+
+def _too_long(error: Exception, overrides: Sequence[str], schema: type[Config]) -> str:
+    """Explains a number with more digits than Python converts, which hydra reports without name."""
+    if "integer string conversion" in str(error):
+        for override in overrides:
+            name, _, value = override.lstrip("+~").partition("=")
+            if re.search(r"\d{4000}", value.replace("_", "")):
+                try:
+                    return _wrong_type(name, value, schema)
+                except KeyError:
+                    return unknown(name, value, schema)
+    return ""
 
 
 def _wrong_type(option: str, value: object, schema: type[Config] = Config) -> str:

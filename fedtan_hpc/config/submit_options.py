@@ -6,17 +6,7 @@ from dataclasses import dataclass, field, fields
 from .enums import Choice
 from .errors import ConfigError, format_option_error
 from .schema import Config
-from .validate import below_minimum
-
-_MINIMA = {
-    "nodes": 1,
-    "tasks_per_node": 1,
-    "gpus_per_task": 0,
-    "cpus_per_task": 0,
-    "timeout_min": 1,
-    "signal_delay_s": 1,
-    "array_parallelism": 1,
-}
+from .validation.bounds import LAUNCH_BOUNDS, beyond, within
 
 
 class ClusterName(Choice):
@@ -78,15 +68,14 @@ class SubmitConfig(Config):
 
 def check_launch(launch: LaunchConfig) -> None:
     """Raises ``ConfigError`` with one line for each mistake."""
-    if mistakes := list(_mistakes(launch)):
-        raise ConfigError(*mistakes)
+    numbers = beyond(launch, LAUNCH_BOUNDS, "launch.")
+    possible = _mistakes(within(launch, LAUNCH_BOUNDS))
+    others = [line for line in possible if line.partition("=")[0] not in numbers]
+    if numbers or others:
+        raise ConfigError(*numbers.values(), *others)
 
 
 def _mistakes(launch: LaunchConfig) -> Iterator[str]:
-    yield from below_minimum(launch, _MINIMA, "launch.")
-    if launch.mem_gb is not None and launch.mem_gb <= 0:
-        remedy = "leave it out for the cluster's default"
-        yield format_option_error("launch.mem_gb", launch.mem_gb, "a number > 0", remedy)
     if launch.nodes > 1 and launch.cluster is not ClusterName.slurm:
         allowed = f"1 with launch.cluster={launch.cluster}, which is this machine"
         yield format_option_error("launch.nodes", launch.nodes, allowed, "set launch.cluster=slurm")

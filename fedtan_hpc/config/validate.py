@@ -1,75 +1,21 @@
 """Collects all mistakes in the options that are visible without torch.
 
-Tables hold the rules for single options; ``validation`` checks options that depend on each other.
+``validation`` has the bounds of numbers, and checks options that depend on each other.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import inf
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
 
 from . import enums
 from .errors import ConfigError, format_option_error
 from .schema import Config
+from .validation.bounds import BOUNDS, beyond, within
 from .validation.data import data_mistakes
 from .validation.optimizing import optimizing_mistakes
 from .validation.resume import resume_mistakes
 from .validation.task import task_mistakes
 from .validation.tracking import tracking_mistakes
 from .validation.training import is_import_path, training_mistakes
-
-
-class Range(NamedTuple):
-    """The valid values of an option, and their description."""
-
-    contains: Callable[[Any], bool]
-    description: str
-
-
-_POSITIVE = Range(lambda value: 0 < value < inf, "a finite number > 0")
-_NON_NEGATIVE = Range(lambda value: 0 <= value < inf, "a finite number >= 0")
-_DECAY = Range(lambda value: 0 <= value < 1, "a number >= 0 and below 1")
-_YEAR = Range(lambda value: 0 < value <= 365 * 86400, "seconds > 0, 31536000 (a year) at most")
-
-_MINIMA = {
-    "clients": 1,
-    "clients_per_round": 1,
-    "rounds": 1,
-    "local_steps": 1,
-    "local_epochs": 1,
-    "early_stopping.patience": 1,
-    "batch_size": 1,
-    "eval_every": 1,
-    "eval_train_samples": 0,
-    "eval_clients": 1,
-    "check_every": 1,
-    "threads": 1,
-    "algorithm.synchronise_every": 1,
-    "algorithm.groups": 1,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 1,
-    "cohort.max_stacked": 1,
-}
-
-# Valid values, and an example for the remedy.
-_RANGES = {
-    "seed": (Range(lambda value: 0 <= value < 2**32, "a whole number >= 0 and below 2^32"), 0),
-    "optimizer.lr": (_POSITIVE, 0.1),
-    "optimizer.momentum": (_DECAY, 0.9),
-    "optimizer.weight_decay": (_NON_NEGATIVE, 1e-4),
-    "optimizer.eps": (_POSITIVE, 1e-8),
-    "optimizer.clip_norm": (_POSITIVE, 1.0),
-    "lr_schedule.power": (_POSITIVE, 1.0),
-    "lr_schedule.final": (Range(lambda value: 0 <= value <= 1, "a number >= 0, 1 at most"), 0.01),
-    "lr_schedule.gamma": (Range(lambda value: 0 < value <= 10, "a number > 0, 10 at most"), 0.1),
-    "client.proximal_mu": (_NON_NEGATIVE, 0.01),
-    "server.lr": (_POSITIVE, 0.01),
-    "server.momentum": (_DECAY, 0.9),
-    "server.beta2": (_DECAY, 0.99),
-    "server.tau": (_POSITIVE, 1e-3),
-    "partition.alpha": (Range(lambda value: 0 < value <= 1e6, "a number > 0, 1e6 at most"), 0.5),
-    "comm.timeout_seconds": (_YEAR, 300),
-}
 
 _ADAPTIVE = [enums.ServerOptimizerName.adam, enums.ServerOptimizerName.yogi]
 _FEDOPT = [enums.ServerOptimizerName.momentum, *_ADAPTIVE]
@@ -106,9 +52,10 @@ _USERS: dict[str, dict[str, Sequence[enums.Choice]]] = {
 
 def check(config: Config) -> None:
     """Raises ``ConfigError`` with one line for each mistake in ``config``."""
-    mistakes = [
-        *below_minimum(config, _MINIMA),
-        *_out_of_range(config),
+    numbers = beyond(config, BOUNDS)
+    if numbers:
+        config = within(config, BOUNDS)  # the other checks compute with the numbers
+    others = [
         *_unused(config),
         *_rounds(config),
         *data_mistakes(config),
@@ -119,24 +66,9 @@ def check(config: Config) -> None:
         *_job(config),
         *tracking_mistakes(config.tracking),
     ]
-    if mistakes:
-        raise ConfigError(*mistakes)
-
-
-def below_minimum(options: object, minima: Mapping[str, int], prefix: str = "") -> Iterator[str]:
-    """Yields a line for each option below its minimum; null is allowed."""
-    for name, least in minima.items():
-        value = attrgetter(name)(options)
-        if value is not None and value < least:
-            option, allowed = prefix + name, f"a whole number >= {least}"
-            yield format_option_error(option, value, allowed, f"set {option}={least}")
-
-
-def _out_of_range(config: Config) -> Iterator[str]:
-    for option, (valid, example) in _RANGES.items():
-        value = attrgetter(option)(config)
-        if value is not None and not valid.contains(value):
-            yield format_option_error(option, value, valid.description, f"try {option}={example}")
+    others = [line for line in others if line.partition("=")[0] not in numbers]
+    if numbers or others:
+        raise ConfigError(*numbers.values(), *others)
 
 
 def _unused(config: Config) -> Iterator[str]:
