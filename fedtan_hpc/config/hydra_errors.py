@@ -24,6 +24,7 @@ from yaml import YAMLError
 from .errors import ConfigError, format_option_error, printable, shown
 from .help import UNGROUPED, allowed, entries, groups
 from .schema import Config
+from .validation.bounds import BOUNDS
 
 _CHOOSE = "choose one of these"
 _UNRESOLVED = (InterpolationResolutionError, UnsupportedInterpolationType)
@@ -153,7 +154,7 @@ def _converted(options: Any, prefix: str) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.structured(options))
     except Exception as error:  # values of any kind; OmegaConf notes the option in all of them
-        name = _key_of(error).partition("[")[0] or _too_large(options)
+        name = _key_of(error).partition("[")[0] or _culprit(options)
         line = _wrong_type(prefix + name, _value_of(options, name))
         raise ConfigError(line) from error
 
@@ -164,14 +165,16 @@ def _key_of(error: BaseException) -> str:
     return str(getattr(error, "full_key", None) or (in_text[1] if in_text else ""))
 
 
-def _too_large(options: Any) -> str:
-    """Returns the name of an option that is a whole number beyond the largest float."""
-    largest = sys.float_info.max
+def _culprit(options: Any) -> str:
+    """Returns the name of the option that alone raises an exception without a name in it."""
     for field in fields(options):
-        value = getattr(options, field.name)
-        if isinstance(value, int) and not -largest <= value <= largest:
+        alone = type(options)()
+        setattr(alone, field.name, getattr(options, field.name))
+        try:
+            OmegaConf.structured(alone)
+        except Exception:
             return field.name
-    return ""
+    return fields(options)[0].name
 
 
 def _value_of(options: Any, name: str) -> object:
@@ -195,6 +198,10 @@ def _too_long(error: Exception, overrides: Sequence[str], schema: type[Config]) 
 
 
 def _wrong_type(option: str, value: object, schema: type[Config] = Config) -> str:
+    digits = isinstance(value, int) or (isinstance(value, str) and value.lstrip("+-").isdecimal())
+    if digits and option in BOUNDS:  # more of them than can be converted
+        remedy = f"try {option}={BOUNDS[option].example}"
+        return format_option_error(option, value, str(BOUNDS[option]), remedy)
     first = option.partition(".")[0]
     group = first if first in [group.name for group in groups(schema)] else UNGROUPED
     remedy = f"--help={group} says what it means"

@@ -1,6 +1,6 @@
 """Random changes of training images, and inputs as tensors.
 
-Flips and crops of equal images are drawn for a whole round and applied to batches on the device;
+Flips and crops of equal images are drawn for many steps and applied to batches on the device;
 ``training`` uses them.  ``ImageSteps`` changes single images on the CPU, before they are a batch;
 ``items`` and ``datasets`` use it.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from ..runtime import import_path, random_streams
 from ..runtime.torchvision_import import import_torchvision
 from ..runtime.transfer import send
 
+Generators: TypeAlias = tuple[np.random.Generator, np.random.Generator]
+"""Random streams of flips and of crops."""
 _JITTER_PARTS = ("brightness", "contrast", "saturation")
 
 
@@ -35,28 +37,32 @@ class Augmentation:
     crop_padding: int
     """Zero pixels that are added on each side before an image is cropped to its old size."""
 
-    def draw(
-        self, seed: int, client: int, round_number: int, steps: int, batch_size: int
-    ) -> AugmentationParams:
-        """Draws all random parameters of a client's round on the CPU.
+    @staticmethod
+    def generators(seed: int, client: int, round_number: int) -> Generators:
+        """Returns the streams of a client's flips and crops in a round."""
+        purposes = random_streams.FLIPS, random_streams.CROPS
+        flips, crops = (random_streams.generator(p, seed, client, round_number) for p in purposes)
+        return flips, crops
 
-        They depend on the arguments alone, neither on ranks nor on the device.
+    def draw(self, generators: Generators, steps: int, batch_size: int) -> AugmentationParams:
+        """Draws the random parameters of the next ``steps`` steps of a client on the CPU.
+
+        They depend on the generators alone, neither on ranks nor on the device, nor on how many
+        steps are drawn at once.
         """
         flips_EB, offsets_EB2, shape = None, None, (steps, batch_size)
+        flips, crops = generators
         if self.flip:
-            rng = random_streams.generator(random_streams.FLIPS, seed, client, round_number)
-            flips_EB = torch.from_numpy(rng.random(shape) < 0.5)
+            flips_EB = torch.from_numpy(flips.random(shape) < 0.5)
         if self.crop_padding:
-            rng = random_streams.generator(random_streams.CROPS, seed, client, round_number)
-            offsets_EB2 = torch.from_numpy(
-                rng.integers(2 * self.crop_padding + 1, size=(*shape, 2))
-            )
+            offsets = crops.integers(2 * self.crop_padding + 1, size=(*shape, 2))
+            offsets_EB2 = torch.from_numpy(offsets)
         return AugmentationParams(self.crop_padding, flips_EB, offsets_EB2)
 
 
 @dataclass(frozen=True)
 class AugmentationParams:
-    """Random parameters of one client's images in a round; None: no such operation."""
+    """Random parameters of one client's images in E steps; None: no such operation."""
 
     padding: int
     flips_EB: Tensor | None
@@ -71,7 +77,7 @@ class AugmentationParams:
         return AugmentationParams(self.padding, flips, offsets)
 
     def apply(self, step: int, inputs_BCHW: Tensor, value: float = 0) -> Tensor:
-        """Returns the batch of local step ``step``, 0 to E - 1, flipped and cropped.
+        """Returns the batch of step ``step``, 0 to E - 1, flipped and cropped.
 
         ``value`` is that of the pixels around an image.
         """

@@ -23,6 +23,8 @@ _EVALUATION_VALUES = 2**22
 """Most input values of an evaluation batch."""
 _EVALUATION_BATCH = 1024
 """Most samples of an evaluation batch."""
+_DRAWN = 2**20
+"""Most indices of samples that are drawn at once, if a pass has no more."""
 _SCORES = 16
 """Scores that are allowed for each target value in evaluation."""
 
@@ -202,15 +204,26 @@ class BatchSampler:
             return self.steps
         return self.epochs * (samples // min(self.batch_size, samples))
 
-    def draw(self, samples: int, client: int, round_number: int) -> Tensor:
-        """Returns indices (E, B), 0 to ``samples`` - 1; they depend on seed, client and round."""
-        key, steps = (self.seed, client, round_number), self.steps_of(samples)
+    def draw(self, samples: int, client: int, round_number: int) -> Iterator[Tensor]:
+        """Yields the indices of the E batches, 0 to ``samples`` - 1, as tensors (steps, B).
+
+        They depend on seed, client and round.  Each tensor has as many steps as fit ``_DRAWN``
+        indices, or those of a pass, so that memory does not grow with E.
+        """
+        key, left = (self.seed, client, round_number), self.steps_of(samples)
         if self.sampling is SamplingName.replacement:
             rng = random_streams.generator(random_streams.REPLACEMENT, *key)
-            return torch.from_numpy(rng.integers(samples, size=(steps, self.batch_size)))
+            while left:
+                steps = min(left, max(1, _DRAWN // self.batch_size))
+                yield torch.from_numpy(rng.integers(samples, size=(steps, self.batch_size)))
+                left -= steps
         size = min(self.batch_size, samples)
         per_pass = samples // size
-        passes = -(-steps // per_pass)
+        passes = max(1, _DRAWN // (per_pass * size))
         rng = random_streams.generator(random_streams.BATCHES, *key)
-        orders = [rng.permutation(samples)[: per_pass * size] for _ in range(passes)]
-        return torch.from_numpy(np.concatenate(orders).reshape(-1, size)[:steps])
+        while left:
+            needed = min(passes, -(-left // per_pass))
+            orders = [rng.permutation(samples)[: per_pass * size] for _ in range(needed)]
+            batches = np.concatenate(orders).reshape(-1, size)[:left]
+            yield torch.from_numpy(batches)
+            left -= len(batches)

@@ -5,7 +5,7 @@ Used by ``training`` and ``evaluation``; ``job`` creates the store.
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,18 +73,16 @@ class ClientStore:
                 kept.drop(self.partition[dropped])
         return clients
 
-    def read_ahead(self, order: Callable[[int], Sequence[tuple[int, int]] | None]) -> None:
+    def read_ahead(self, order: Callable[[int], Iterable[tuple[int, int]] | None]) -> None:
         """Lets workers read the batches of (client, step) in the ``order`` of each round.
 
-        ``order`` takes a round's number and returns None after the last one.
+        ``order`` takes a round's number and returns None after the last one.  In it the steps of
+        each client ascend from 0.
         """
 
-        def upcoming(number: int) -> list[Request] | None:
+        def upcoming(number: int) -> Iterable[Request] | None:
             steps = order(number)
-            if steps is None:
-                return None
-            batches = {client: self._batches(client, number) for client, _ in steps}
-            return [Request(batches[c][s], Draw(c, number, s)) for c, s in steps]
+            return None if steps is None else self._requests(steps, number)
 
         self._reader.upcoming = upcoming
 
@@ -168,10 +166,21 @@ class ClientStore:
         shift = self.shift
         return samples.map_inputs(lambda values: shift.apply(values, client))
 
-    def _batches(self, client: int, round_number: int) -> Any:
-        """Returns the samples of a client's batches in a round, (E, B) indices."""
-        drawn = BatchSampler.of(self._config).draw(self.sizes[client], client, round_number)
-        return self.partition[client][drawn.numpy()]
+    def _requests(self, order: Iterable[tuple[int, int]], number: int) -> Iterator[Request]:
+        """Yields the requests of a round's steps."""
+        batches: dict[int, Iterator[Indices]] = {}
+        for client, step in order:
+            if step == 0:
+                batches[client] = self._batches(client, number)
+            yield Request(next(batches[client]), Draw(client, number, step))
+            if step == self.steps[client] - 1:
+                del batches[client]
+
+    def _batches(self, client: int, round_number: int) -> Iterator[Indices]:
+        """Yields the samples of each of a client's batches in a round, (B,) indices."""
+        sampler = BatchSampler.of(self._config)
+        for drawn_EB in sampler.draw(self.sizes[client], client, round_number):
+            yield from self.partition[client][drawn_EB.numpy()]
 
     def _load(self, client: int) -> ClientSamples:
         if client not in self._loaded:

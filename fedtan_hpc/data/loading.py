@@ -49,7 +49,7 @@ class Reader:
         self, dataset: Dataset, device: torch.device, dtype: torch.dtype, workers: int
     ) -> None:
         self._dataset, self.device, self._dtype, self._workers = dataset, device, dtype, workers
-        self.upcoming: Callable[[int], Sequence[Request] | None] | None = None
+        self.upcoming: Callable[[int], Iterable[Request] | None] | None = None
         self._iterator: Iterator[Any] | None = None
         self._ready: dict[Draw, Any] = {}
         self._lock = threading.Lock()  # clients in lock-step ask from threads

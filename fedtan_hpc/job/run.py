@@ -14,6 +14,7 @@ from ..config.errors import ConfigError, RunError, Stopped
 from ..config.hydra_errors import typed
 from ..config.schema import Config
 from ..config.validate import check
+from ..data import memory_need
 from ..data.download import fetch
 from ..data.federated_data import load_own
 from ..distributed import collectives, counters, process_group
@@ -32,7 +33,7 @@ from .callbacks import as_run_error, tell, tell_failure
 from .checkpoint_writer import CheckpointWriter
 from .context import RunContext
 from .resume import Resumption
-from .setup import OpenedData, open_data, prepare
+from .setup import OpenedData, check_memory, open_data, prepare
 from .summary import save_models, summarise
 
 Result = TypeVar("Result")
@@ -45,14 +46,15 @@ def check_all(configs: Sequence[Config]) -> None:
     Raises ``ConfigError``.
     """
     checked: set[str] = set()
+    info = launcher_env.detect()
     for config in configs:
         if config.data.is_own:
             continue
+        check_memory(config, device.choose(config, info), info.world_size)
         network = repr((config.model, config.data, config.algorithm))
         if network not in checked:
-            dry_run.dry_run(config, launcher_env.detect().world_size)
+            dry_run.dry_run(config, info.world_size)
             checked.add(network)
-    info = launcher_env.detect()
     if info.rank == 0:  # which makes the callbacks
         for target in dict.fromkeys(each for config in configs for each in config.callbacks):
             import_path.resolve("callbacks", target, "a callback")
@@ -130,10 +132,12 @@ def _run(
     config = typed(options)
     check(config)
     run = RunContext.of(config, started)
+    check_memory(config, run.placement, run.rank_info.world_size)
     torch.set_num_threads(run.placement.threads)
     tried_by_ranks = config.data.is_own or config.model.weights is not None
     notes = [] if tried_by_ranks else dry_run.dry_run(config, run.rank_info.world_size)
     shows = run.is_first and callbacks is None
+    notes += [] if config.data.is_own else memory_need.long_work(config)
     gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
     with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):
         run, opened, more = _opened(run)

@@ -20,7 +20,7 @@ from ..config.errors import ConfigError
 from ..config.schema import Config
 from ..config.validation.data import own_data_mistakes, partition_mistakes
 from ..config.validation.optimizing import epoch_mistakes
-from ..data import datasets, loading
+from ..data import datasets, loading, memory_need
 from ..data.batching import BatchSampler, Dataset, Samples
 from ..data.client_store import ClientStore
 from ..data.loading import Need, Reader
@@ -32,6 +32,7 @@ from ..models import factory, weights
 from ..models.freezing import freeze
 from ..models.norms import with_norm_of
 from ..models.parameter_groups import TensorFilter
+from ..runtime import free_memory, global_random
 from ..runtime.device import DevicePlacement
 from ..training import compile_step
 from ..training.client_runners import ClientModels, make_runners
@@ -87,6 +88,39 @@ def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, Opene
     return config, OpenedData(dataset, is_streamed, note)
 
 
+def check_memory(config: Config, placement: DevicePlacement, ranks: int) -> None:
+    """Raises ``ConfigError`` if data, models or clients' states cannot fit into a rank's memory.
+
+    What it needs follows from the options, so that nothing has to be made for it; the user's data
+    and networks are left out, as their sizes are not known.
+    """
+    if config.data.is_own:
+        return
+    free = free_memory.host_bytes(placement.ranks_on_node)
+    memory_need.check(memory_need.data_bytes(config), free)
+    try:
+        with global_random.preserved(), torch.device("meta"):
+            model = network(config, config.data.info().shape, config.data.info().classes)
+    except Exception:  # what is wrong with the network is found, and told, by ``dry_run``
+        return
+    if placement.device.type == "cuda" and free is not None:  # states move to the host
+        free += free_memory.free_bytes(placement.device, placement.ranks_per_device) or 0
+    memory_need.check(_model_bytes(config, model, ranks), free)
+
+
+def _model_bytes(config: Config, model: nn.Module, ranks: int) -> dict[str, int]:
+    """Returns the bytes of a model with its gradients, and of the states of a rank's clients."""
+    private = TensorFilter(model, ALGORITHMS[config.algorithm.name].private)(model).values()
+    factor = DTYPES[config.precision].itemsize / 4
+    drawn = min(config.clients, config.rounds * (config.clients_per_round or config.clients))
+    states = -(-drawn // ranks) * sum(value.nbytes for value in private)
+    values = 2 * sum(value.nbytes for value in model_tensors(model))
+    return {
+        f"model.name={config.model.name}": int(factor * values),
+        f"clients={config.clients}": int(factor * states),
+    }
+
+
 def load_own(config: Config) -> tuple[Config, Dataset]:
     """Opens the user's data; returns them, and the options with the number of natural clients.
 
@@ -131,7 +165,8 @@ def prepare(
     described = structure.described(named_tensors(model))
     structure.agree("models", "the start of training", described, None, device)
     collectives.broadcast_tensors(model_tensors(model))
-    one_each, batch = _one_client_per_rank(config, store), store.example(config.batch_size)
+    one_each = _one_client_per_rank(config, store)
+    batch = store.example(config.batch_size) if config.compile else None
     cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)
     evaluator = Evaluator(cohort, dataset, store, config)
     return Trainer(config=config, store=store, cohort=cohort, evaluator=evaluator)

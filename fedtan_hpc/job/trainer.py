@@ -1,8 +1,9 @@
 """The round loop: the numbered steps of a round, on each rank."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NoReturn
 
 from torch import nn
@@ -131,7 +132,7 @@ class Trainer:
         costs = {client: min(batch, sizes[client]) * self.store.steps[client] for client in weights}
         return assign(costs, process_group.world_size())
 
-    def _batch_order(self, number: int) -> list[tuple[int, int]] | None:
+    def _batch_order(self, number: int) -> Iterator[tuple[int, int]] | None:
         """Returns (client, step) of this rank's batches in a round in the order of their use.
 
         Returns None after the last round.
@@ -142,10 +143,10 @@ class Trainer:
         steps, this_plan = self.store.steps, plan(self.config, number)
         hosted = [steps[client] for client in clients]
         together = self.cohort.runner.steps_together(hosted, this_plan)
-        order = [(client, step) for step in range(together) for client in clients]
-        return order + [
-            (client, step) for client in clients for step in range(together, steps[client])
-        ]
+        return chain(
+            ((client, step) for step in range(together) for client in clients),
+            ((client, step) for client in clients for step in range(together, steps[client])),
+        )
 
     def _learning_rate(self, number: int) -> float:
         factor = self.config.lr_schedule.factor(number, self.config.rounds)

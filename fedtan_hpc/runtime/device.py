@@ -29,6 +29,8 @@ class DevicePlacement:
     threads: int = 1
     ranks_per_device: int = 1
     """Ranks that share the device's memory, this one included."""
+    ranks_on_node: int = 1
+    """Ranks that share the memory of the host."""
 
 
 def choose(config: Config, info: RankInfo) -> DevicePlacement:
@@ -46,10 +48,11 @@ def choose(config: Config, info: RankInfo) -> DevicePlacement:
         raise ConfigError(format_option_error("device", "cuda", allowed, remedy))
     if config.device is DeviceName.cpu or gpus == 0:
         cpu, sharing = torch.device("cpu"), info.local_world_size
-        return DevicePlacement(cpu, _cpu_backend(backend, info), threads, sharing)
+        return DevicePlacement(cpu, _cpu_backend(backend, info), threads, sharing, sharing)
     device = torch.device("cuda", info.local_rank % gpus)
     sharing = _ranks_per_gpu(backend, info, gpus)
-    return DevicePlacement(device, _gpu_backend(backend, info, gpus, sharing), threads, sharing)
+    carrier = _gpu_backend(backend, info, gpus, sharing)
+    return DevicePlacement(device, carrier, threads, sharing, info.local_world_size)
 
 
 def _cpu_backend(backend: BackendName, info: RankInfo) -> str:

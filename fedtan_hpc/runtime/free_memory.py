@@ -1,8 +1,9 @@
 """Free memory of a rank: of its GPU, or of the machine within the limits of a batch system.
 
-Used by ``training.memory_budget`` and by ``data.loading``.
+Used by ``training.memory_budget``, by ``data.loading`` and, before work begins, by ``job.setup``.
 """
 
+import resource
 from pathlib import Path
 
 import torch
@@ -14,10 +15,26 @@ def free_bytes(device: torch.device, ranks_per_device: int) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free) // ranks_per_device + cached
-    candidates = _left_in_cgroups(Path("/"))
-    if kib := _numbers(Path("/proc/meminfo")).get("MemAvailable:"):
-        candidates.append(1024 * kib)
-    return min(candidates) // ranks_per_device if candidates else None
+    return host_bytes(ranks_per_device)
+
+
+def host_bytes(ranks: int, root: Path = Path("/")) -> int | None:
+    """Returns the host memory that is left to each of ``ranks`` on this node; None if not known.
+
+    It is the least of the machine's available memory, of what control groups leave, and of what
+    the limits of this process leave (``ulimit -v`` and ``ulimit -d``).
+    """
+    shared = _left_in_cgroups(root)
+    if kib := _numbers(root / "proc/meminfo").get("MemAvailable:"):
+        shared.append(1024 * kib)
+    used = _numbers(root / "proc/self/status")
+    limits = {"VmSize:": resource.RLIMIT_AS, "VmData:": resource.RLIMIT_DATA}
+    left = [each // ranks for each in shared]
+    for name, limit in limits.items():
+        most, _ = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY:
+            left.append(max(0, most - 1024 * used.get(name, 0)))
+    return min(left, default=None)
 
 
 def _left_in_cgroups(root: Path) -> list[int]:
@@ -52,4 +69,5 @@ def _left(mount: Path, path: str, limit_name: str, used_name: str) -> list[int]:
 def _numbers(path: Path) -> dict[str, int]:
     """Returns the first number of each line by the word before it."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return {words[0]: int(words[1]) for words in map(str.split, lines)}
+    rows = (line.split() for line in lines)
+    return {words[0]: int(words[1]) for words in rows if len(words) > 1 and words[1].isdecimal()}

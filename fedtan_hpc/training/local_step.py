@@ -6,7 +6,7 @@ steps of many runs as one, ``compile_step`` compiles the loss, ``memory_budget``
 Shapes: E local steps with batches of B samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from ..batchnorm.running_norm import fixed_global_statistics
 from ..config.algorithms import Normaliser, RoundPlan
 from ..config.enums import PrecisionName, TaskName
 from ..config.schema import Config
-from ..data.augmentation import augmentation_of
+from ..data.augmentation import Augmentation, AugmentationParams, augmentation_of
 from ..data.batching import BatchSampler, Draw, Samples
 from ..data.client_store import Client
 from ..runtime import global_random, random_streams
@@ -74,6 +74,30 @@ class Loss:
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class StepDraws:
+    """What is drawn at random for several successive steps of a client, E of them here."""
+
+    batches_EB: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    """Indices of the samples, on their device if they are in memory."""
+    layer_seeds: Sequence[int] = ()
+    """Seeds of the network's random draws, one for each step."""
+    augmentation: AugmentationParams | None = None
+
+
+def _drawn(client: Client, round_number: int, config: Config) -> Iterator[StepDraws]:
+    """Yields the draws of a round's steps in parts, so that memory does not grow with them."""
+    key, device = (config.seed, client.number, round_number), client.samples.device
+    rng = random_streams.generator(random_streams.LAYERS, *key)
+    augmentation, generators = augmentation_of(config.data), Augmentation.generators(*key)
+    sampler, is_in_memory = BatchSampler.of(config), isinstance(client.samples, Samples)
+    for indices_EB in sampler.draw(len(client.samples), client.number, round_number):
+        seeds = rng.integers(2**63, size=len(indices_EB)).tolist()
+        changes = augmentation and augmentation.draw(generators, *indices_EB.shape).to(device)
+        batches = send(indices_EB, device) if is_in_memory else indices_EB
+        yield StepDraws(batches, seeds, changes)
+
+
 class LocalRun:
     """The steps of one client in one round, taken one at a time; they train ``model`` in place.
 
@@ -87,28 +111,17 @@ class LocalRun:
         self.losses: list[Tensor] = []
         """The losses of the steps taken until now, 0-d each."""
         set_training_mode(model, context.plan)
-        key = config.seed, client.number, context.number
         sampler = BatchSampler.of(config)
-        indices_EB = sampler.draw(len(client.samples), client.number, context.number)
-        device, self._round = client.samples.device, context.number
-        is_in_memory = isinstance(client.samples, Samples)
-        self._batches_EB = send(indices_EB, device) if is_in_memory else indices_EB
-        self._augmentation = None
-        if augmentation := augmentation_of(config.data):
-            self._augmentation = augmentation.draw(*key, *indices_EB.shape).to(device)
+        self.steps = sampler.steps_of(len(client.samples))
+        """The local steps of the client, E."""
+        self._round, self._draws = context.number, _drawn(client, context.number, config)
+        self._drawn_before, self._drawn = 0, StepDraws()
         is_segmentation = config.task.name is TaskName.segmentation
         self._mask_border = (config.task.ignore_index or 0) if is_segmentation else None
-        rng = random_streams.generator(random_streams.LAYERS, *key)
-        self._layer_seeds = rng.integers(2**63, size=len(indices_EB)).tolist()
         settings = OptimizerSettings.of(config.optimizer, context.learning_rate, model)
         self.optimizer = ClientOptimizer(trained_parameters(model), settings)
         self.proximal = ProximalTerm(list(model.parameters()), config.client.proximal_mu)
         self._normalisation = local_normalisation(model, context.plan)
-
-    @property
-    def steps(self) -> int:
-        """The local steps of the client, E."""
-        return len(self._batches_EB)
 
     def loss(self, eager: bool = False) -> Tensor:
         """Clears the gradients and returns the loss F_k of the next step's batch, 0-d."""
@@ -119,20 +132,28 @@ class LocalRun:
 
     def seed_layers(self) -> None:
         """Seeds the network's random draws in the next step by (seed, client, round, step)."""
-        global_random.seed(self._layer_seeds[len(self.losses)], self.client.samples.device)
+        drawn, row = self._of_next_step()
+        global_random.seed(drawn.layer_seeds[row], self.client.samples.device)
 
     def next_batch(self) -> Samples:
         """Returns the samples of the next step, augmented."""
-        step = len(self.losses)
-        draw = Draw(self.client.number, self._round, step)
-        batch = self.client.samples.batch(draw, self._batches_EB[step])
-        if self._augmentation is None:
+        drawn, row = self._of_next_step()
+        draw = Draw(self.client.number, self._round, len(self.losses))
+        batch = self.client.samples.batch(draw, drawn.batches_EB[row])
+        if drawn.augmentation is None:
             return batch
-        inputs, labels = self._augmentation.apply(step, batch.inputs), batch.labels
+        inputs, labels = drawn.augmentation.apply(row, batch.inputs), batch.labels
         if self._mask_border is not None:  # masks are cut as their images are
-            masks = self._augmentation.apply(step, labels.unsqueeze(1), self._mask_border)
+            masks = drawn.augmentation.apply(row, labels.unsqueeze(1), self._mask_border)
             labels = masks.squeeze(1)
         return Samples(inputs, labels)
+
+    def _of_next_step(self) -> tuple[StepDraws, int]:
+        """Returns the draws that have the next step, and its row in them."""
+        while len(self.losses) >= self._drawn_before + len(self._drawn.layer_seeds):
+            self._drawn_before += len(self._drawn.layer_seeds)
+            self._drawn = next(self._draws)
+        return self._drawn, len(self.losses) - self._drawn_before
 
     def step(self, loss: Tensor) -> None:
         """Takes a step along the gradients that the backward pass of ``loss`` has left.

@@ -23,7 +23,8 @@ def drawn(
     steps: int = STEPS,
     batch_size: int = BATCH,
 ) -> AugmentationParams:
-    return augmentation.draw(seed, client, round_number, steps, batch_size)
+    generators = augmentation.generators(seed, client, round_number)
+    return augmentation.draw(generators, steps, batch_size)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> Tensor:

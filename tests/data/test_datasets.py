@@ -199,7 +199,7 @@ def test_digits_of_a_subset_are_standardised_by_it() -> None:
 
 
 def batch(client: int = 0, round_number: int = 1, seed: int = 0, size: int = 4) -> torch.Tensor:
-    return BatchSampler(size, 5, seed).draw(10, client, round_number)
+    return next(BatchSampler(size, 5, seed).draw(10, client, round_number))
 
 
 def test_batches_depend_on_seed_client_and_round_alone() -> None:
@@ -223,7 +223,7 @@ def test_a_client_smaller_than_a_batch_uses_all_it_has() -> None:
 
 def with_replacement(samples: int = 10, client: int = 0, round_number: int = 1) -> torch.Tensor:
     sampler = BatchSampler(400, 5, 0, SamplingName.replacement)
-    return sampler.draw(samples, client, round_number)
+    return next(sampler.draw(samples, client, round_number))
 
 
 def test_batches_with_replacement_are_whole_and_even() -> None:

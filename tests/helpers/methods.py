@@ -95,8 +95,10 @@ def simulated(options: Config) -> tuple[State, dict[int, State], list[float]]:
         starts = [{n: v.detach().clone() for n, v in s.items()} for s in states]
         velocity: list[State] = [dict(pooled_velocity) for _ in states]
         orders = [
-            BatchSampler(options.batch_size, options.local_steps, options.seed).draw(
-                len(clients[k].labels), k, number
+            next(
+                BatchSampler(options.batch_size, options.local_steps, options.seed).draw(
+                    len(clients[k].labels), k, number
+                )
             )
             for k in drawn
         ]

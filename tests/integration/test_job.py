@@ -62,10 +62,8 @@ def simulated(config: Config) -> tuple[dict[str, Tensor], list[float]]:
     for number in range(1, config.rounds + 1):
         rate = config.optimizer.lr * (0.5 if number > 2 else 1)
         states = [simulation.copy(_floats(state)) for _ in clients]
-        orders = [
-            BatchSampler(config.batch_size, config.local_steps, config.seed).draw(len(c), k, number)
-            for k, c in enumerate(clients)
-        ]
+        sampler = BatchSampler(config.batch_size, config.local_steps, config.seed)
+        orders = [next(sampler.draw(len(c), k, number)) for k, c in enumerate(clients)]
         means = [0.0] * len(clients)
         for step in range(config.local_steps):
             chosen = [c[order[step]] for c, order in zip(clients, orders, strict=True)]

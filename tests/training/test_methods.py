@@ -125,7 +125,8 @@ def test_centralised_is_sgd_on_the_pooled_batches(momentum: float) -> None:
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
     for number in (1, 2, 3):
         orders = [
-            BatchSampler(16, 3, options.seed).draw(len(c), k, number) for k, c in enumerate(clients)
+            next(BatchSampler(16, 3, options.seed).draw(len(c), k, number))
+            for k, c in enumerate(clients)
         ]
         for step in range(3):
             batches = [c[order[step]] for c, order in zip(clients, orders, strict=True)]

@@ -118,7 +118,7 @@ def test_a_plain_loop_gives_the_same(algorithm: str, name: str) -> None:
         if not pooled:
             state, steps = {}, 0
         sampler = BatchSampler.of(options)
-        orders = [sampler.draw(len(c), k, number) for k, c in enumerate(clients)]
+        orders = [next(sampler.draw(len(c), k, number)) for k, c in enumerate(clients)]
         for step in range(3):
             batches = [c[order[step]] for c, order in zip(clients, orders, strict=True)]
             x = torch.cat([batch.inputs.double() for batch in batches])
