@@ -18,7 +18,14 @@ from typing import Any, NoReturn
 from . import __version__
 from .command_line.compose import compose as compose
 from .command_line.compose import compose_as as compose_as
-from .config.errors import ConfigError, OutputClosedError, RunError, Stopped, format_option_error
+from .config.errors import (
+    ConfigError,
+    OutputClosedError,
+    RunError,
+    Stopped,
+    format_option_error,
+    printable,
+)
 from .config.schema import Config
 from .config.validate import check
 from .runtime import failure_file, launcher_env
@@ -75,7 +82,7 @@ def exit_codes(program: str) -> Iterator[None]:
         _fail(error.__cause__, f"{program}: {error}")
     except Exception as error:
         rank = launcher_env.rank_hint()
-        _fail(error, f"{program}: rank {rank}: {type(error).__name__}: {error}")
+        _fail(error, printable(f"{program}: rank {rank}: {type(error).__name__}: {error}"))
 
 
 @contextmanager

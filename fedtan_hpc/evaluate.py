@@ -25,7 +25,7 @@ from typing import Any
 from . import cli
 from .config import path_options
 from .config.enums import PartitionName
-from .config.errors import ConfigError, format_option_error
+from .config.errors import ConfigError, format_option_error, printable
 from .config.schema import Config, PartitionConfig
 from .config.validate import check
 from .reporting import options
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if out is not None:
             options.check_writable(out)
         figures = evaluated({name: word.partition("=")[2] for name, word in own.items()}, job)
-        print("  ".join(f"{name} {_text(value)}" for name, value in figures.items()))
+        print(printable("  ".join(f"{name} {_text(value)}" for name, value in figures.items())))
         if out is not None:
             with options.written(out):
                 atomic_files.replace_text(out, json.dumps(figures, indent=2) + "\n")

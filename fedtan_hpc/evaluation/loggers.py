@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from ..config.errors import printable
 from .callbacks import RoundCallback, RunInfo
 from .records import RoundRecord, Summary, headline, over_clients
 
@@ -54,7 +55,8 @@ class Display(RoundCallback):
         elif record.test_loss is not None:
             number = f"{record.round:{len(str(self._rounds))}d}"
             seconds = f"{record.round_seconds:.3f} s/round"
-            print(f"round {number}/{self._rounds}  {text}  {seconds}", flush=True)
+            line = f"round {number}/{self._rounds}  {text}  {seconds}"
+            print(printable(line), flush=True)
 
     def run_ended(self, summary: Summary) -> None:
         """Stops the bar and shows the result."""
@@ -84,10 +86,12 @@ def show_result(summary: Summary) -> None:
         ("files", summary.run_dir),
     )
     for row in rows:
-        table.add_row(*row, style="bold" if row[0] == name else "")
-    console = Console()
+        table.add_row(*map(printable, row), style="bold" if row[0] == name else "")
+    console = Console(markup=False)
     if not console.is_terminal:
-        console.width = 100 + len(summary.run_dir)  # so that no line breaks inside the path
+        console.width = 100 + len(
+            printable(summary.run_dir)
+        )  # so that no line breaks inside the path
     with console.capture() as text:  # console.print would end the process if nobody reads it
         console.print(table)
     print(text.get(), end="", flush=True)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config.errors import ConfigError, RunError, Stopped
+from ..config.errors import ConfigError, RunError, Stopped, printable
 from ..config.hydra_errors import typed
 from ..config.schema import Config
 from ..config.validate import check
@@ -146,7 +146,8 @@ def _run(
         summary: Summary | None = collectives.broadcast_object(_agreed(run.is_first, enter))
         if summary is not None:
             if shows:
-                print(f"this run is finished; its files stay as they are in {run.run_dir}")
+                where = printable(run.run_dir)
+                print(f"this run is finished; its files stay as they are in {where}")
                 show_result(summary)
             return summary
         observers, resumption = _agreed(run.is_first, partial(_begin, run, opened)) or (
@@ -154,7 +155,8 @@ def _run(
             Resumption(),
         )
         if shows:
-            print("\n".join([_opening_line(run, resumption), *notes]), flush=True)
+            lines = [*_opening_lines(run, resumption), *notes]
+            print("\n".join(map(printable, lines)), flush=True)
         observers = [*([Display()] if callbacks is None else callbacks), *observers]
         with _noting_failures(run.run_dir):
             return _train(run, opened, observers, resumption, stop)
@@ -245,11 +247,11 @@ def _noting_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        run_dir.note_failure(folder, f"{error}" or type(error).__name__)
+        run_dir.note_failure(folder, printable(error) or type(error).__name__)
         raise
 
 
-def _opening_line(run: RunContext, resumption: Resumption) -> str:
+def _opening_lines(run: RunContext, resumption: Resumption) -> list[str]:
     info, placement = run.rank_info, run.placement
     line = (
         f"launcher {info.launcher}, nodes {info.nodes}, ranks {info.world_size}, "
@@ -257,4 +259,4 @@ def _opening_line(run: RunContext, resumption: Resumption) -> str:
         f"threads per rank {placement.threads}, run_dir {run.run_dir}"
     )
     rounds_done = len(resumption.history)
-    return f"{line}\ngoing on after round {rounds_done}" if rounds_done else line
+    return [line, *([f"going on after round {rounds_done}"] if rounds_done else [])]

@@ -15,7 +15,7 @@ from ..batchnorm.conversion import convert_batchnorm
 from ..batchnorm.running_norm import normalise_by_running
 from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, plan
 from ..config.dataset_info import DatasetInfo
-from ..config.enums import LoadingName, PartitionName, PrecisionName, TaskName
+from ..config.enums import LoadingName, ModelSource, PartitionName, PrecisionName, TaskName
 from ..config.errors import ConfigError
 from ..config.schema import Config
 from ..config.validation.data import own_data_mistakes, partition_mistakes
@@ -98,6 +98,9 @@ def check_memory(config: Config, placement: DevicePlacement, ranks: int) -> None
         return
     free = free_memory.host_bytes(placement.ranks_on_node)
     memory_need.check(memory_need.data_bytes(config), free)
+    states = _states_on_rank(config, ranks) if ALGORITHMS[config.algorithm.name].private else 0
+    if free is None or 8 * _most_values(config) * (2 + states) <= free:
+        return
     try:
         with global_random.preserved(), torch.device("meta"):
             model = network(config, config.data.info().shape, config.data.info().classes)
@@ -108,12 +111,27 @@ def check_memory(config: Config, placement: DevicePlacement, ranks: int) -> None
     memory_need.check(_model_bytes(config, model, ranks), free)
 
 
+def _most_values(config: Config) -> int:
+    """Returns more values than a network without code of the user has, torchvision's included.
+
+    To make one on the meta device takes torch seconds, the first time.
+    """
+    info, is_builtin = config.data.info(), config.model.source is ModelSource.builtin
+    largest = 20_000_000 if is_builtin else 1_000_000_000
+    return largest + 128 * math.prod(info.shape) + 4096 * (info.shape[0] + info.classes)
+
+
+def _states_on_rank(config: Config, ranks: int) -> int:
+    """Returns how many clients' states a rank has in the end."""
+    drawn = min(config.clients, config.rounds * (config.clients_per_round or config.clients))
+    return -(-drawn // ranks)
+
+
 def _model_bytes(config: Config, model: nn.Module, ranks: int) -> dict[str, int]:
     """Returns the bytes of a model with its gradients, and of the states of a rank's clients."""
     private = TensorFilter(model, ALGORITHMS[config.algorithm.name].private)(model).values()
     factor = DTYPES[config.precision].itemsize / 4
-    drawn = min(config.clients, config.rounds * (config.clients_per_round or config.clients))
-    states = -(-drawn // ranks) * sum(value.nbytes for value in private)
+    states = _states_on_rank(config, ranks) * sum(value.nbytes for value in private)
     values = 2 * sum(value.nbytes for value in model_tensors(model))
     return {
         f"model.name={config.model.name}": int(factor * values),

@@ -12,7 +12,7 @@ import sys
 from functools import partial
 
 from .. import cli
-from ..config.errors import check_together
+from ..config.errors import check_together, printable
 from ..config.submit_options import SubmitConfig, check_launch
 from ..config.validate import check
 from . import requeue
@@ -35,4 +35,4 @@ def main() -> None:
         from . import submitit_jobs  # loads submitit, after everything that can fail without it
 
         for job in submitit_jobs.submit_all(configs):
-            print(f"job {job.job_id}  run_dir {job.run_dir}")
+            print(printable(f"job {job.job_id}  run_dir {job.run_dir}"))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import rich.progress
 from rich.console import Console
 
+from ..config.errors import printable
 from ..evaluation.callbacks import RoundCallback
 from ..evaluation.records import RoundRecord, headline
 
@@ -52,7 +53,7 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def end(self, following: "Following", result: str) -> None:
         """Prints the result of a run; the bar no longer waits for its missing rounds."""

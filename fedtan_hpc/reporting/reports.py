@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ..config import schema
+from ..config.errors import printable
 from ..evaluation.early_stopping import SMALLER_IS_BETTER
 from ..evaluation.records import first_metric
 from ..job.run_dir import NOT_IDENTIFYING, completed
@@ -136,7 +137,8 @@ def read_whole(folders: Iterable[Path]) -> Iterator[Run]:
                 yield run
         except READ_ERRORS as error:
             reason = " ".join(str(error).split())
-            print(f"left out, because it cannot be read: {folder} ({reason})", file=sys.stderr)
+            line = f"left out, because it cannot be read: {folder} ({reason})"
+            print(printable(line), file=sys.stderr)
 
 
 def read_options(path: Path) -> dict[str, str]:
@@ -187,5 +189,7 @@ def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table in Markdown."""
-    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+    """Returns the lines of a table in Markdown, each printable."""
+    return [
+        f"| {' | '.join(map(printable, row))} |" for row in (heads, ["---"] * len(heads), *rows)
+    ]

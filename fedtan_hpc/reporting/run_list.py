@@ -26,9 +26,12 @@ from typing import Any, NamedTuple, TypeAlias
 from rich.console import Console
 from rich.table import Table
 
+from ..config.errors import printable
 from .reports import Measure
 
 _SQUEUE_SECONDS = 30.0
+_MOST_OF_A_CELL = 1000
+"""Characters of a cell of the table."""
 _RUN_FILES = {".lock", "rounds.jsonl", "summary.json", "failure.json"}
 """Files of which a run has at least one beside its config.yaml."""
 Queue: TypeAlias = dict[str, tuple[str, str]]
@@ -53,14 +56,13 @@ def main(words: Sequence[str] | None = None, program: str = "runs") -> int:
         print(__doc__)
         return 0 if set(words) <= {"-h", "--help"} else 2
     if missing := [word for word in words if not Path(word).is_dir()]:
-        print(
-            f"{program}: {missing[0]}: allowed is the folder of a run, or of runs", file=sys.stderr
-        )
+        line = f"{program}: {missing[0]}: allowed is the folder of a run, or of runs"
+        print(printable(line), file=sys.stderr)
         return 2
     folders = [Path(word) for word in words] or [Path("runs")]
     runs = sorted({run for folder in folders for run in run_folders(folder)})
     if not runs:
-        print(f"{program}: no runs in {', '.join(map(str, folders))}", file=sys.stderr)
+        print(printable(f"{program}: no runs in {', '.join(map(str, folders))}"), file=sys.stderr)
         return 1
     unfinished = [run for run in runs if not (run / "summary.json").exists()]
     submitted = any((run / "submitted.json").exists() for run in unfinished)
@@ -92,7 +94,7 @@ def in_queue(program: str = "runs") -> Queue | None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         message = getattr(error, "stderr", None) or error
-        print(f"{program}: squeue: {str(message).strip()}", file=sys.stderr)
+        print(printable(f"{program}: squeue: {str(message).strip()}"), file=sys.stderr)
         return None
     rows = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {number: (state.lower(), reason) for number, state, reason in rows}
@@ -197,10 +199,10 @@ def show(rows: Sequence[Row]) -> None:
     """Prints a table, as wide as the terminal; elsewhere as wide as the table needs."""
     table = Table("run", "job", "state", "round", "test", "why", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(printable(cell, _MOST_OF_A_CELL) for cell in row))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 80 + max(len(row.run) + len(row.why) for row in rows)
+        console.width = 80 + max(len(printable(row.run) + printable(row.why)) for row in rows)
     with console.capture() as text:  # console.print would hide a closed pipe
         console.print(table)
     print(text.get(), end="", flush=True)

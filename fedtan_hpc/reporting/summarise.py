@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import cli
-from ..config.errors import ConfigError
+from ..config.errors import ConfigError, printable
 from . import options, pictures, reports
 from .reports import Lines, Measure, Run
 
@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def _finished_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not reports.finished(folder):
-            print(f"left out, because it is no finished run: {folder}", file=sys.stderr)
+            print(printable(f"left out, because it is no finished run: {folder}"), file=sys.stderr)
     runs = list(reports.read_whole(filter(reports.finished, folders)))
     if not runs:
         raise ConfigError("none of the folders holds a finished run")

@@ -25,7 +25,7 @@ from ..batchnorm.context import normalised_by
 from ..batchnorm.messages import Derivatives
 from ..batchnorm.statistics_call import LayerCall
 from ..config.algorithms import RoundPlan
-from ..config.errors import one_line
+from ..config.errors import one_line, printable
 from ..data.batching import Samples
 from ..distributed import collectives, process_group
 from ..distributed.model_average import model_tensors
@@ -73,7 +73,7 @@ def _print_reason(mode: str, reasons: Sequence[str]) -> None:
         if mode == GRAPHS:
             what, instead = "use CUDA graphs", "compile without them"
         message = f"compile=true: rank {rank} cannot {what} ({why}): all ranks {instead}"
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,9 @@ def _drawn(client: Client, round_number: int, config: Config) -> Iterator[StepDr
     sampler, is_in_memory = BatchSampler.of(config), isinstance(client.samples, Samples)
     for indices_EB in sampler.draw(len(client.samples), client.number, round_number):
         seeds = rng.integers(2**63, size=len(indices_EB)).tolist()
-        changes = augmentation and augmentation.draw(generators, *indices_EB.shape).to(device)
+        changes = None
+        if augmentation is not None:
+            changes = augmentation.draw(generators, *indices_EB.shape).to(device)
         batches = send(indices_EB, device) if is_in_memory else indices_EB
         yield StepDraws(batches, seeds, changes)
 

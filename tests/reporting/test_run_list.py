@@ -208,3 +208,19 @@ def test_a_pipe_that_nobody_reads_and_a_mistake_end_the_command(
         assert command.returncode == code, errors
         assert errors.startswith(start)
         assert errors.count("\n") == (1 if start else 0)
+
+
+def test_what_a_file_says_is_shown_on_one_printable_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a\x1b[31m[bold]"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("rounds: 3\n")
+    message = {"message": "first\n\x1b]0;title\x07\u202e" + "x" * 10_000}
+    (folder / "failure.json").write_text(json.dumps(message))
+    assert run_list.main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+    assert "a\\x1b[31m[bold]" in lines[1]
+    assert "first\\n\\x1b]0;title\\x07\\u202ex" in lines[1]
