@@ -184,19 +184,6 @@ def _value_of(options: Any, name: str) -> object:
     return options
 
 
-def _too_long(error: Exception, overrides: Sequence[str], schema: type[Config]) -> str:
-    """Explains a number with more digits than Python converts, which hydra reports without name."""
-    if "integer string conversion" in str(error):
-        for override in overrides:
-            name, _, value = override.lstrip("+~").partition("=")
-            if re.search(r"\d{4000}", value.replace("_", "")):
-                try:
-                    return _wrong_type(name, value, schema)
-                except KeyError:
-                    return unknown(name, value, schema)
-    return ""
-
-
 def _wrong_type(option: str, value: object, schema: type[Config] = Config) -> str:
     digits = isinstance(value, int) or (isinstance(value, str) and value.lstrip("+-").isdecimal())
     if digits and option in BOUNDS:  # more of them than can be converted
