@@ -29,6 +29,7 @@ from .config.errors import (
 from .config.schema import Config
 from .config.validate import check
 from .runtime import failure_file, launcher_env
+from .runtime.signals import Interrupted, interrupted_by_ctrl_c
 
 _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit code of a program that SIGPIPE ends, as in ``program | head``."""
@@ -61,14 +62,14 @@ def main() -> None:
 def exit_codes(program: str) -> Iterator[None]:
     """Ends the process after a failure: lines that begin with ``program``, and an exit code."""
     try:
-        with _failure_file():
+        with interrupted_by_ctrl_c(), _failure_file():
             yield
         sys.stdout.flush()
     except ConfigError as error:
         # Before torch loads, every rank checks the options and finds the same mistakes.
         on_all_ranks = "torch" not in sys.modules or error.on_all_ranks
         _leave(2, [f"{program}: {line}" for line in error.mistakes], on_all_ranks)
-    except KeyboardInterrupt:
+    except Interrupted:
         if launcher_env.rank_hint() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
         _exit(130)
@@ -80,7 +81,7 @@ def exit_codes(program: str) -> Iterator[None]:
         if error.on_all_ranks:
             _leave(1, [f"{program}: {error}"], on_all_ranks=True)
         _fail(error.__cause__, f"{program}: {error}")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:  # not of Ctrl-C, but of the user's code
         rank = launcher_env.rank_hint()
         _fail(error, printable(f"{program}: rank {rank}: {type(error).__name__}: {error}"))
 
@@ -90,9 +91,9 @@ def _failure_file() -> Iterator[None]:
     """Marks for the batch script that another try fails too, unless another rank was lost."""
     try:
         yield
-    except Stopped:
+    except (Stopped, Interrupted):
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         group = _process_group()
         if group is None or not group.is_lost_rank_error(error):
             failure_file.write()
@@ -135,12 +136,16 @@ def _leave(code: int, lines: list[str], on_all_ranks: bool) -> NoReturn:
     silence rank 0.  A rank that still runs after the wait reports the failure too, unless it
     happened ``on_all_ranks``.
     """
+    group = _process_group()
     if launcher_env.rank_hint() != 0:
-        time.sleep(launcher_env.exit_delay_seconds(on_all_ranks))
+        wait = time.sleep if group is None else group.wait_for_report
+        wait(launcher_env.exit_delay_seconds(on_all_ranks))
         if on_all_ranks:
             _exit(code)
     print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if group is not None:
+        group.say_reported()
     _exit(code)
 
 

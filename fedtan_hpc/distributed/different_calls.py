@@ -13,9 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 from . import process_group
+from .channel import Channel
 
 _PATIENCE = timedelta(seconds=2)
 """How long a rank waits for the places of the others; those that wait elsewhere never write."""
+_MOST_CHARACTERS = 300
+"""Longest name of a call that is cited."""
 _SIGNS = ("preamble.length", "MPI_ERR_TRUNCATE")
 """Parts of gloo's and MPI's errors about messages of different lengths."""
 ON_ONE_RANK = (
@@ -50,14 +53,13 @@ def have_tag(header: Sequence[float], tag: float, ranks: int) -> bool:
 
 def different_calls(call: str, group: process_group.Group = None) -> RuntimeError:
     """Returns the error, with this rank's ``call`` and those of the group's other ranks."""
-    rank = dist.get_rank()
-    store = _c10d.distributed_c10d._get_default_store()
+    rank, channel = dist.get_rank(), _channel()
     with suppress(RuntimeError):  # the rank that serves the store may have ended
-        store.set(_key(rank), call)
+        channel.write(_key(rank), call)
     places = [f"rank {rank} at {call}"]
     for other in process_group.ranks(group):
         if other != rank:
-            places.append(f"rank {other} at {_place(store, other)}")
+            places.append(f"rank {other} at {_place(channel, other)}")
     _errors[0] += 1
     return RuntimeError(f"the ranks are at different calls: {', '.join(places)}")
 
@@ -67,20 +69,30 @@ def left_by_another(group: process_group.Group = None) -> bool:
 
     The answer is no if the store has ended with the rank that serves it: that rank is lost.
     """
-    store = _c10d.distributed_c10d._get_default_store()
+    channel = _channel()
     others = [_key(rank) for rank in process_group.ranks(group) if rank != dist.get_rank()]
     with suppress(RuntimeError):
-        return any(store.check([key]) for key in others)
+        return any(channel.read(key) is not None for key in others)
     return False
 
 
-def _place(store: Any, rank: int) -> str:
-    try:
-        store.wait([_key(rank)], _PATIENCE)
-        text: str = store.get(_key(rank)).decode()
-    except RuntimeError:
+def _channel() -> Channel:
+    """Returns a channel through the store of the process group.
+
+    In a loop without a job the ranks have no secret; what is read there only names calls.
+    """
+    job = process_group.channel
+    secret = job.secret if job is not None else ""
+    return Channel(_c10d.distributed_c10d._get_default_store(), secret or "fedtan_hpc")
+
+
+def _place(channel: Channel, rank: int) -> str:
+    text: str | None = None
+    with suppress(RuntimeError):
+        text = channel.wait(_key(rank), _PATIENCE)
+    if text is None:
         return "an unknown call"
-    return text
+    return "".join(each if each.isprintable() else "?" for each in text[:_MOST_CHARACTERS])
 
 
 def _key(rank: int) -> str:

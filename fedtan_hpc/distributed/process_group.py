@@ -6,11 +6,12 @@ Jobs start and stop it; every room that exchanges tensors asks for rank and worl
 import itertools
 import os
 import sys
+import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from ..config.errors import RunError
 from ..runtime import launcher_env
@@ -25,55 +26,57 @@ _TIMEOUT_FACTOR = 1.5
 """Time-out of a collective over that of the watchdog, which must name the missing rank first."""
 _CHANNEL_SECONDS = 30.0
 """Time-out of a call of the channel."""
+_LOOK_SECONDS = 0.05
+"""Time between two looks at what rank 0 has reported."""
 _start_numbers = itertools.count(1)
-_channel_servers: list[Any] = []
-"""Stores that rank 0 serves for channels over MPI; a server ends with its object."""
-_first_store: list[Any] = []
-"""The first store of this process, kept until the process ends.  Where rank 0 serves it, later
-stores share its server, and a rank that is already at its next start may be connected to it."""
+_stores: dict[tuple[str, int], Any] = {}
+"""The stores of this process by address and port, kept until the process ends.  Where rank 0 serves
+one, a rank that is already at its next start may be connected to it."""
+channel: Channel | None = None
+"""The channel of the job's current start, or of its last one."""
 
 
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> Channel:
     """Joins the process group at MASTER_ADDR and MASTER_PORT; returns a channel beside it.
 
     srun and mpirun do not set the two variables: under srun they follow from SLURM's variables,
-    and under mpirun rank 0 sends its address by MPI.  The backend mpi needs no address.
+    and under mpirun rank 0 sends its address by MPI.  The channel is mute until it has a secret.
 
     A process may start and stop several times, as in a sweep, and torchrun may restart it.  So each
     start uses its own keys of the store, which still holds the addresses of earlier starts.
     """
+    global channel
     progress.round = progress.collectives = 0
+    rendezvous.use_loopback()
     limit = timedelta(seconds=_TIMEOUT_FACTOR * timeout_seconds)
+    prefix = f"fedtan_hpc/restart{launcher_env.restart_count()}/start{next(_start_numbers)}"
+    store = _store(rank, backend, limit)
     if backend == "mpi":
         _mpi().init_process_group(limit)
-        return _open_channel(_rank_0_endpoint(rank), "fedtan_hpc", serves=rank == 0)
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        by_mpirun = launcher_env.detect().launcher in launcher_env.MPI_LAUNCHERS
-        endpoint = _rank_0_endpoint(rank) if by_mpirun else rendezvous.master_endpoint()
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = endpoint
-    store, _, _ = next(torch_rendezvous("env://", rank, world_size, timeout=limit))
-    if not _first_store:
-        _first_store.append(store)
-    prefix = f"fedtan_hpc/restart{launcher_env.restart_count()}/start{next(_start_numbers)}"
-    keys = _c10d.PrefixStore(prefix, store)
-    dist.init_process_group(backend, store=keys, rank=rank, world_size=world_size, timeout=limit)
-    return _open_channel((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), prefix)
-
-
-def _open_channel(endpoint: tuple[str, str], prefix: str, serves: bool = False) -> Channel:
-    """Connects to the store at ``endpoint``; the rank that ``serves`` starts it first."""
-    options = {"wait_for_workers": False, "timeout": timedelta(seconds=_CHANNEL_SECONDS)}
-    host, port = endpoint[0], int(endpoint[1])
-    if serves:
-        _channel_servers.append(_c10d.TCPStore(host, port, is_master=True, **options))
+    else:
+        store.set_timeout(limit)
+        keys = _c10d.PrefixStore(prefix, store)
+        own: dict[str, Any] = {"store": keys, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=limit, **own)
     # The channel has its own connection: the process group's may hang.
-    store = _c10d.TCPStore(host, port, is_master=False, **options)
-    return Channel(_c10d.PrefixStore(f"{prefix}/channel", store))
+    patience = timedelta(seconds=_CHANNEL_SECONDS)
+    connection = rendezvous.open_store(store.host, store.port, False, patience)
+    channel = Channel(_c10d.PrefixStore(f"{prefix}/channel", connection))
+    return channel
 
 
-def _rank_0_endpoint(rank: int) -> tuple[str, str]:
-    endpoint: tuple[str, str] = _mpi().share(rendezvous.free_endpoint() if rank == 0 else None)
-    return endpoint
+def _store(rank: int, backend: str, limit: timedelta) -> Any:
+    """Returns the store in which the ranks find each other: the launcher's, or rank 0's."""
+    has_address = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    by_mpirun = launcher_env.detect().launcher in launcher_env.MPI_LAUNCHERS
+    if backend == "mpi" or (by_mpirun and not has_address):
+        return _mpi().shared_store(rank)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = rendezvous.master_endpoint()
+    endpoint = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if endpoint not in _stores:
+        serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        _stores[endpoint] = rendezvous.open_store(*endpoint, serves, limit)
+    return _stores[endpoint]
 
 
 def _mpi() -> Any:
@@ -87,7 +90,21 @@ def stop() -> None:
     """Leaves the process group once all ranks have come here."""
     barrier()
     dist.destroy_process_group()
-    _channel_servers.clear()
+
+
+def say_reported() -> None:
+    """Lets the other ranks know that rank 0 has reported why the job ends."""
+    with suppress(RuntimeError):
+        if channel is not None:
+            channel.write("reported", "yes")
+
+
+def wait_for_report(seconds: float) -> None:
+    """Waits until rank 0 has reported why the job ends, or has ended, but at most ``seconds``."""
+    deadline = time.monotonic() + seconds
+    with suppress(RuntimeError):  # the store has ended with rank 0, which serves it
+        while time.monotonic() < deadline and not (channel and channel.read("reported")):
+            time.sleep(_LOOK_SECONDS)
 
 
 def end_job(code: int) -> None:

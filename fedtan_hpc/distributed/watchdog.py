@@ -3,15 +3,20 @@
 A collective that times out does not say which rank was missing.  So each rank notes in the channel
 how many collectives it has begun.  When one rank has waited too long, the ranks that have begun
 fewer collectives are those that hang.  A job starts the watchdog.
+
+A process that is stopped (SIGSTOP) cannot end itself, and launchers wait for it, torchrun half a
+minute.  So the ranks that end kill those of their node that hang.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from . import counters, process_group
 from .channel import Channel
@@ -24,10 +29,37 @@ _MESSAGE_SECONDS = 0.3
 """Time for the launcher to read a rank's last message; some lose it once the rank has ended."""
 
 
+class Process(NamedTuple):
+    """A process of this machine or another: no other has these values until the next reboot."""
+
+    machine: str
+    """Its last start and its numbering of processes; empty where the system does not tell."""
+    number: int
+    started: str
+    """Time of its start."""
+
+    @classmethod
+    def of(cls, number: int) -> "Process | None":
+        """Returns the process of this machine with ``number``; None if there is none."""
+        try:
+            start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            machine = f"{start} {os.readlink('/proc/self/ns/pid')}"
+            status = Path(f"/proc/{number}/stat").read_text()
+        except OSError:
+            return None
+        return cls(machine, number, status.rpartition(")")[2].split()[19])
+
+    def kill(self) -> None:
+        """Kills the process if it is one of this machine that still runs, and not this one."""
+        if self.number != os.getpid() and Process.of(self.number) == self:
+            with suppress(OSError):  # it has ended, or belongs to another user
+                os.kill(self.number, signal.SIGKILL)
+
+
 class Watchdog:
     """Two threads that watch the ranks from ``begin`` to ``end``.
 
-    When a rank hangs, ``report(message)`` is called once, on one rank; then all ranks exit with 1.
+    When a rank hangs, all ranks that do not print why, call ``report(message)`` and exit with 1.
     """
 
     def __init__(
@@ -39,6 +71,9 @@ class Watchdog:
         self._rank, self._world_size = process_group.rank(), process_group.world_size()
         self._ended = threading.Event()
         self._posted = 0
+        self._leaves = threading.Lock()
+        self.processes: Sequence[Process | None] = ()
+        """The processes of all ranks, by rank, once they are known."""
         # The clock has a separate thread: when the channel's server hangs, its calls may hang too.
         self._threads = [
             threading.Thread(target=self._repeat, args=(check,), daemon=True)
@@ -67,37 +102,42 @@ class Watchdog:
 
     def _check_clock(self) -> None:
         if self._has_waited(self._timeout):
-            where = f"round {counters.progress.round}: rank 0, or the host that serves the ranks"
-            self._exit_with(f"{where}, hangs, is gone or cannot be reached")
+            number = counters.progress.round
+            suspect = "a rank"
+            if self._channel.secret:  # else nobody knows yet how far the ranks have come
+                suspect = "rank 0, or the host that serves the ranks,"
+            self._exit_with(f"round {number}: {suspect} hangs, is gone or cannot be reached", [0])
 
     def _check_ranks(self) -> None:
         if counters.progress.collectives != self._posted:
             self._posted = counters.progress.collectives
             self._channel.write(f"collectives/{self._rank}", str(self._posted))
-        if self._channel.read("verdict"):
-            time.sleep(self._pause + _MESSAGE_SECONDS)  # the rank that reports exits first
-            _exit()
+        if verdict := self._channel.read("verdict"):
+            self._exit_with(f"rank {self._rank} ends: {verdict}", self._behind())
         # All ranks must read the verdict before the time-out, after which ``_check_clock`` acts.
         if self._has_waited(self._timeout - 4 * self._pause):
-            verdict = self._verdict()
+            behind = self._behind()
             if self._channel.is_first("verdict/given"):
+                verdict = self._verdict(behind)
                 self._channel.write("verdict", verdict)
-                self._exit_with(verdict)
+                self._exit_with(verdict, behind)
 
     def _has_waited(self, seconds: float) -> bool:
         since = counters.progress.waiting_since
         return since is not None and time.monotonic() - since > seconds
 
-    def _verdict(self) -> str:
-        """Says which ranks hang.
+    def _behind(self) -> list[int]:
+        """Returns the ranks that have begun fewer collectives than this one.
 
         Ranks that wait wrote their counts long ago; other counts may be one check old.
         """
-        begun, number = counters.progress.collectives, counters.progress.round
-        counts = [
-            self._channel.read(f"collectives/{rank}") or 0 for rank in range(self._world_size)
-        ]
-        behind = [rank for rank, count in enumerate(counts) if int(count) < begun]
+        ranks = range(self._world_size)
+        counts = [self._channel.read(f"collectives/{rank}") or 0 for rank in ranks]
+        return [rank for rank in ranks if int(counts[rank]) < counters.progress.collectives]
+
+    def _verdict(self, behind: Sequence[int]) -> str:
+        """Says which ranks hang."""
+        number = counters.progress.round
         when = f"in round {number}" if number else "before the first round"
         waited = f"rank {self._rank} has waited for about comm.timeout_seconds={self._timeout:g}"
         if not behind:
@@ -105,17 +145,19 @@ class Watchdog:
         ranks = f"rank {behind[0]} hangs" if len(behind) == 1 else f"ranks {behind[:20]} hang"
         return f"{ranks} {when}, or cannot be reached; {waited}"
 
-    def _exit_with(self, verdict: str) -> NoReturn:
+    def _exit_with(self, verdict: str, hanging: Sequence[int] = ()) -> NoReturn:
+        self._leaves.acquire()  # the first of the two threads; the other one waits for the end
         with suppress(OSError):  # standard error may be closed
             # Not through sys.stderr, which a progress bar may have replaced.
             os.write(2, f"\nfedtan_hpc: {verdict}\n".encode())
         # In a thread, since the file system may be what hangs.
         threading.Thread(target=self._report, args=(verdict,), daemon=True).start()
         time.sleep(_MESSAGE_SECONDS)
-        _exit()
-
-
-def _exit() -> NoReturn:
-    """Ends the process at once: its main thread is in a collective that does not end."""
-    sys.stdout.flush()
-    os._exit(1)
+        if hanging and self.processes:
+            time.sleep(self._pause)  # a rank whose own watchdog still runs reads the verdict
+            for process in (self.processes[rank] for rank in hanging):
+                if process is not None:
+                    process.kill()
+        # At once: the main thread is in a collective that does not end.
+        sys.stdout.flush()
+        os._exit(1)

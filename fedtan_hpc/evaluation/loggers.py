@@ -4,14 +4,20 @@ The display is a progress bar on a terminal, plain lines elsewhere, and a table 
 """
 
 import json
+import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from ..config.errors import printable
+from ..runtime import launcher_env
 from .callbacks import RoundCallback, RunInfo
 from .records import RoundRecord, Summary, headline, over_clients
+
+_SECONDS_BETWEEN_LINES = 60.0
+"""Time after which a line is printed for a round that is not evaluated."""
 
 
 class RoundsFile(RoundCallback):
@@ -31,7 +37,8 @@ class Display(RoundCallback):
     """Shows the progress and the result of a run on standard output."""
 
     def __init__(self) -> None:
-        self._console = Console()
+        self._console = console()
+        self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._rounds = 0
         self._result = ""
@@ -46,17 +53,24 @@ class Display(RoundCallback):
             self._bar.start()
 
     def round_ended(self, record: RoundRecord) -> None:
-        """Advances the bar; without a terminal, prints a line for each evaluated round."""
+        """Advances the bar; without a terminal, prints lines.
+
+        There is a line for each evaluated round, and for another one if a minute has passed.
+        """
         if record.test_loss is not None:
             self._result = "  " + " ".join(headline(record, 1))
         text = f"train loss {record.train_loss:.4f}{self._result}"
         if self._bar is not None:
             self._bar.update(self._task, completed=record.round, description=text)
-        elif record.test_loss is not None:
+        elif record.test_loss is not None or self._is_late():
+            self._last_line = time.monotonic()
             number = f"{record.round:{len(str(self._rounds))}d}"
             seconds = f"{record.round_seconds:.3f} s/round"
             line = f"round {number}/{self._rounds}  {text}  {seconds}"
             print(printable(line), flush=True)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
 
     def run_ended(self, summary: Summary) -> None:
         """Stops the bar and shows the result."""
@@ -67,6 +81,14 @@ class Display(RoundCallback):
         """Stops the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def console(**options: Any) -> Console:
+    """Returns a console of rich with ``options`` that draws and colours only where that is seen.
+
+    rich itself would do so on any terminal, also on one that a launcher reads for a file.
+    """
+    return Console(force_terminal=launcher_env.writes_to_terminal(), **options)
 
 
 def show_result(summary: Summary) -> None:
@@ -87,13 +109,11 @@ def show_result(summary: Summary) -> None:
     )
     for row in rows:
         table.add_row(*map(printable, row), style="bold" if row[0] == name else "")
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console.width = 100 + len(
-            printable(summary.run_dir)
-        )  # so that no line breaks inside the path
-    with console.capture() as text:  # console.print would end the process if nobody reads it
-        console.print(table)
+    shown = console(markup=False)
+    if not shown.is_terminal:  # so that no line breaks inside the path
+        shown.width = 100 + len(printable(summary.run_dir))
+    with shown.capture() as text:  # console.print would end the process if nobody reads it
+        shown.print(table)
     print(text.get(), end="", flush=True)
 
 

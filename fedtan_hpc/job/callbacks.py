@@ -12,7 +12,7 @@ from ..distributed import counters, process_group
 from ..evaluation.callbacks import RoundCallback
 from ..evaluation.loggers import Display
 from ..runtime import import_path
-from ..runtime.signals import StopRequest
+from ..runtime.signals import Interrupted, StopRequest
 from .checkpoint_writer import CheckpointWriter
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -74,7 +74,7 @@ def tell_failure(
 
 @contextmanager
 def as_run_error(source: str = "") -> Iterator[None]:
-    """Raises ``RunError`` for any exception inside.
+    """Raises ``RunError`` for any exception inside, also for an exit of the user's code.
 
     ``source`` names the callback that runs inside.  Without it, the code inside is the job's: then
     a ``RunError`` passes, and an error of the network means that another rank is lost.  The cause
@@ -82,7 +82,9 @@ def as_run_error(source: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except Interrupted:
+        raise
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         if isinstance(error, RunError | ConfigError) and not source:
             raise
         where = f"rank {process_group.rank()}, round {counters.progress.round}"

@@ -1,5 +1,7 @@
 """What a rank knows when its run starts: options, rank, device and folder; its process group."""
 
+import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..config.schema import Config
-from ..distributed import process_group
-from ..distributed.watchdog import Watchdog
+from ..distributed import collectives, process_group
+from ..distributed.watchdog import Process, Watchdog
 from ..runtime import device, launcher_env
 from ..runtime.device import DevicePlacement
 from ..runtime.launcher_env import RankInfo
@@ -69,6 +71,9 @@ class RunContext:
         watchdog = Watchdog(channel, seconds, partial(run_dir.note_failure, self.run_dir))
         watchdog.begin()
         try:
+            known = collectives.all_gather_object((secrets.token_hex(), Process.of(os.getpid())))
+            watchdog.processes = [process for _, process in known]
+            channel.secret = known[0][0]
             yield
             process_group.stop()
         finally:

@@ -123,6 +123,17 @@ def run(
         return _run(config, callbacks, stop)
 
 
+@contextmanager
+def _failing_exits() -> Iterator[None]:
+    """Raises ``RunError`` for an exit of the user's code, which would end one rank unnoticed."""
+    try:
+        yield
+    except SystemExit as error:
+        where = f"rank {process_group.rank()}, round {counters.progress.round}"
+        raise RunError(f"{where}: SystemExit: {error}", on_all_ranks=False) from error
+
+
+@_failing_exits()
 def _run(
     options: Config | Mapping[str, Any],
     callbacks: Sequence[RoundCallback] | None,
@@ -208,10 +219,10 @@ def _train(
         records = trainer.train(callbacks, resumption.history)
         with as_run_error():
             writer.save_last(len(records))
-        summary = summarise(run, trainer, records, resumption, startup_seconds)
-        save_models(trainer, run.run_dir)
-        if run.is_first:
-            run_dir.finish(run.run_dir, summary)
+            summary = summarise(run, trainer, records, resumption, startup_seconds)
+            save_models(trainer, run.run_dir)
+            if run.is_first:
+                run_dir.finish(run.run_dir, summary)
         tell(callbacks, "run_ended", summary, stop)
     except BaseException as error:
         tell_failure(callbacks, error, stop)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import rich.progress
-from rich.console import Console
 
 from ..config.errors import printable
 from ..evaluation.callbacks import RoundCallback
+from ..evaluation.loggers import console
 from ..evaluation.records import RoundRecord, headline
 
 _SECONDS_BETWEEN_LINES = 60.0
@@ -21,7 +21,7 @@ class Progress:
     """Shows the progress of ``runs`` runs that will train ``rounds`` rounds, if ``shown``."""
 
     def __init__(self, runs: int, rounds: int, shown: bool) -> None:
-        self._console = Console(quiet=not shown)
+        self._console = console(quiet=not shown)
         self.has_bar = shown and self._console.is_terminal
         self._runs, self._number = runs, 0
         columns = (

@@ -23,10 +23,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from rich.console import Console
 from rich.table import Table
 
 from ..config.errors import printable
+from ..evaluation.loggers import console
 from .reports import Measure
 
 _SQUEUE_SECONDS = 30.0
@@ -200,9 +200,9 @@ def show(rows: Sequence[Row]) -> None:
     table = Table("run", "job", "state", "round", "test", "why", box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(printable(cell, _MOST_OF_A_CELL) for cell in row))
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 80 + max(len(printable(row.run) + printable(row.why)) for row in rows)
-    with console.capture() as text:  # console.print would hide a closed pipe
-        console.print(table)
+    shown = console(highlight=False, markup=False)
+    if not shown.is_terminal:
+        shown.width = 80 + max(len(printable(row.run) + printable(row.why)) for row in rows)
+    with shown.capture() as text:  # console.print would hide a closed pipe
+        shown.print(table)
     print(text.get(), end="", flush=True)

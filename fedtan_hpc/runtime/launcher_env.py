@@ -5,6 +5,7 @@ variables of launchers: the addresses of rank 0 and of SLURM's nodes.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,6 +58,8 @@ class RankInfo:
     local_world_size: int
     launcher: str
     nodes: int = 1
+    is_on_one_node: bool = False
+    """Whether the launcher says that all ranks are on this node; false where it does not say."""
 
 
 def detect(variables: Mapping[str, str] = os.environ) -> RankInfo:
@@ -93,10 +96,13 @@ def _rank_info(launcher: Launcher, variables: Mapping[str, str]) -> RankInfo:
     rank, world_size = number(launcher.rank), number(launcher.world_size)
     local_rank = number(launcher.local_rank, launcher.rank)
     local_world_size = number(launcher.local_world_size, launcher.world_size)
-    nodes = -(-world_size // max(1, local_world_size))
+    nodes, says = -(-world_size // max(1, local_world_size)), launcher.local_world_size
     if launcher.name == "srun":
-        nodes = number("SLURM_STEP_NUM_NODES", launcher.world_size)
-    return RankInfo(rank, world_size, local_rank, local_world_size, launcher.name, nodes)
+        says = "SLURM_STEP_NUM_NODES"
+        nodes = number(says, launcher.world_size)
+    is_on_one_node = nodes == 1 and says in variables
+    name = launcher.name
+    return RankInfo(rank, world_size, local_rank, local_world_size, name, nodes, is_on_one_node)
 
 
 def _count_on_this_node(counts: str, node: str) -> str:
@@ -127,6 +133,17 @@ def rank_hint(variables: Mapping[str, str] = os.environ) -> int:
 def _number(name: str, variables: Mapping[str, str]) -> int | None:
     text = variables.get(name, "")
     return int(text) if text.isdecimal() else None
+
+
+def writes_to_terminal(variables: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether a person sees what this process writes, so that it may draw and colour.
+
+    Both standard streams must be terminals: Open MPI gives its ranks one for standard output even
+    if its own output goes to a file, and never one for standard error.
+    """
+    streams = sys.stdout, sys.stderr
+    is_drawn = all(stream is not None and stream.isatty() for stream in streams)
+    return is_drawn and detect(variables).launcher not in MPI_LAUNCHERS
 
 
 def exit_delay_seconds(on_all_ranks: bool, variables: Mapping[str, str] = os.environ) -> float:

@@ -9,12 +9,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from . import launcher_env
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM sends TERM when it preempts or cancels a job, and USR1 before the time limit, as the job
 script asks it to.  submitit sends USR2.  Ctrl-C sends INT."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C.  Any other ``KeyboardInterrupt`` is one that the user's code has raised."""
 
 
 class StopRequest:
@@ -31,7 +36,7 @@ class StopRequest:
     def ask(self, number: int, _: FrameType | None = None) -> None:
         """Handles signal ``number``; a second Ctrl-C does not wait for the round either."""
         if number == signal.SIGINT and (self.signal == number or not self.has_begun_rounds):
-            raise KeyboardInterrupt
+            raise Interrupted
         is_first, self.signal = not self.signal, int(number)
         if is_first and launcher_env.rank_hint() == 0:
             with suppress(OSError):  # Ctrl-C also ends a tee that reads our output
@@ -42,6 +47,25 @@ class StopRequest:
 def name(number: int) -> str:
     """Returns the name of a signal, such as SIGTERM."""
     return signal.Signals(number).name
+
+
+@contextmanager
+def interrupted_by_ctrl_c() -> Iterator[None]:
+    """Lets Ctrl-C raise ``Interrupted`` where it raises Python's ``KeyboardInterrupt``."""
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(_: int, __: FrameType | None) -> NoReturn:
+    raise Interrupted
 
 
 @contextmanager

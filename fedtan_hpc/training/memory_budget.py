@@ -3,13 +3,14 @@
 Used by ``client_runners`` around each round, and by ``client_state`` for what stays on a GPU.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ..config.errors import RunError
+from ..config.errors import RunError, one_line
 from ..config.schema import Config
 from ..data.batching import Samples
 from ..distributed import process_group
@@ -58,9 +59,10 @@ class MemoryBudget:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if passes == 1 or not _may_be_of_clients(error, needed):
                 raise
-            raise self._error(passes, needed, free or 0, round_number) from error
+            failure = self._error(passes, needed, free or 0, round_number)
+            raise RunError(f"{failure} ({one_line(error)})", on_all_ranks=False) from error
         self._largest = max(self._largest, needed)
 
     def leaves_room_for(self, more: int) -> bool:
@@ -79,9 +81,18 @@ class MemoryBudget:
         )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    known = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, known) or "can't allocate memory" in str(error)
+def _may_be_of_clients(error: BaseException, needed: int) -> bool:
+    """Returns whether torch has refused memory that ``needed`` bytes of clients may have asked for.
+
+    Clients are tensors: Python's and numpy's errors are of the user's code, as is a single tensor
+    that is larger than all clients.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError):
+        return "bad_alloc" in text
+    asked = re.search(r"you tried to allocate (\d+) bytes", text)
+    is_known = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
+    return is_known and (asked is None or int(asked[1]) <= needed)
 
 
 def saved_bytes_per_sample(model: nn.Module, sample: Samples, objective: Objective) -> int:

@@ -62,14 +62,14 @@ def test_the_rank_that_has_begun_fewer_collectives_is_named(
     verdict: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store = Store()
+    channel = Channel(Store(), "a secret")
     for rank, number in enumerate(begun):
         if number is not None:
-            store.set(f"collectives/{rank}", str(number))
+            channel.write(f"collectives/{rank}", str(number))
     monkeypatch.setattr(counters, "progress", Progress(round=round_number, collectives=9))
     monkeypatch.setattr(process_group, "world_size", lambda: len(begun))
-    watchdog = Watchdog(Channel(store), 30, print)
-    assert watchdog._verdict().startswith(verdict)
+    watchdog = Watchdog(channel, 30, print)
+    assert watchdog._verdict(watchdog._behind()).startswith(verdict)
 
 
 def test_only_a_wait_that_is_too_long_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ class SlowStore(Store):
 def test_no_check_outlasts_the_end() -> None:
     """torch aborts the process if Python shuts down while a thread is inside the store."""
     store, threads = SlowStore(), threading.active_count()
-    watchdog = Watchdog(Channel(store), 0.2, print)
+    watchdog = Watchdog(Channel(store, "a secret"), 0.2, print)
     watchdog.begin()
     while not store.is_asked:
         time.sleep(0.01)

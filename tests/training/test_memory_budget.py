@@ -66,7 +66,7 @@ def test_an_allocation_that_would_not_fit_says_how_many_clients_would(
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(),
+        MemoryError("std::bad_alloc"),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
     ],
@@ -77,9 +77,22 @@ def test_memory_that_runs_out_after_all_says_so_too(error: Exception) -> None:
         raise error
 
 
-def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^another$"), budget().spent_on(4, 4, 1):
-        raise RuntimeError("another")
+@pytest.mark.parametrize(
+    ("error", "clients"),
+    [
+        (RuntimeError("another"), 4),
+        (MemoryError("my table"), 4),
+        (MemoryError("Unable to allocate 7.45 TiB for an array"), 4),
+        (RuntimeError(f"can't allocate memory: you tried to allocate {10**13} bytes"), 4),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+    ],
+    ids=str,
+)
+def test_other_errors_stay_what_they_are(error: Exception, clients: int) -> None:
+    """Fewer clients would not help where the user's code asks for too much, or with one client."""
+    with pytest.raises(type(error)) as raised, budget().spent_on(clients, clients, 1):
+        raise error
+    assert raised.value is error
 
 
 def test_one_client_may_always_try(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ...config.enums import TaskName
 from ...config.errors import one_line
 from ...runtime import global_random, random_streams
+from ...runtime.signals import Interrupted
 from ..augmentation import ImageSteps, as_tensors, raw_bytes, without_array
 from ..batching import Draw
 from ..federated_data import Piece
 from ..partition import Indices
 from .targets import TargetRule, class_number, listed_targets
+
+_ANYTHING = (Exception, SystemExit, KeyboardInterrupt)
+"""What the user's code may raise."""
 
 
 class DataError(Exception):
@@ -220,9 +224,9 @@ class ItemReader:
                 target = self._target(index, rule, target)
             mask = target if rule is not None and rule.task is TaskName.segmentation else None
             value, mask = steps.stepped(value, mask, draw is not None)
-        except DataError:
+        except (DataError, Interrupted):
             raise
-        except Exception as error:  # the user's transform may raise anything
+        except _ANYTHING as error:  # of the user's transform
             raise DataError(f"{self.name(index)}: a transform raised {one_line(error)}") from error
         try:
             return as_tensors(value), target if mask is None else mask
@@ -244,7 +248,9 @@ class ItemReader:
             item = items[local]
             if isinstance(item, tuple | list) and item and hasattr(item[0], "getbands"):
                 item[0].load()  # a PIL image; it is not decoded before
-        except (Exception, SystemExit) as error:  # the user's data set may raise anything
+        except Interrupted:
+            raise
+        except _ANYTHING as error:  # of the user's data set
             raise DataError(f"{self.name(index)} cannot be read: {one_line(error)}") from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise DataError(f"{self.name(index)} is a {type(item).__name__}, not (input, target)")

@@ -11,6 +11,7 @@ from rich.progress import track
 from ...config.errors import ConfigError, format_option_error
 from ...config.schema import DataConfig
 from ...distributed import collectives, process_group
+from ...runtime import launcher_env
 from ..partition import Indices
 from .items import DataError
 
@@ -47,7 +48,7 @@ def _with_progress(
 ) -> list[Any]:
     chunks = np.array_split(indices, max(1, min(100, len(indices) // 16)))
     console = Console(file=sys.stderr)
-    is_quiet = not what or not console.is_terminal
+    is_quiet = not what or not launcher_env.writes_to_terminal()
     bar = track(chunks, description=what, console=console, transient=True, disable=is_quiet)
     return [value for chunk in bar for value in function(chunk)]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..rendezvous import free_endpoint
+from .. import rendezvous
 
 _c10d: Any = dist
 
@@ -61,19 +61,20 @@ _stores: list[Any] = []
 def _shared_store(rank: int) -> Any:
     """Returns a store of all ranks with keys of this start alone.
 
-    Groups of other backends find each other in it.  Rank 0 serves it.
+    Groups of other backends find each other in it.
     """
-    if not _stores:
-        _stores.append(_open_store(rank))
-    _stores.append(_c10d.PrefixStore(f"start{len(_stores)}", _stores[0]))
+    _stores.append(_c10d.PrefixStore(f"start{len(_stores)}", shared_store(rank)))
     return _stores[-1]
 
 
-def _open_store(rank: int) -> Any:
-    host = free_endpoint()[0] if rank == 0 else ""
-    server = _c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
-    host, port = share((host, server.port) if server else None)
-    return server or _c10d.TCPStore(host, port, is_master=False, wait_for_workers=False)
+def shared_store(rank: int) -> Any:
+    """Returns a store of all ranks, the same at each start; rank 0 serves it."""
+    if not _stores:
+        address = rendezvous.own_address
+        server = rendezvous.open_store(address(), 0, serves=True) if rank == 0 else None
+        host, port = share((server.host, server.port) if server else None)
+        _stores.append(server or rendezvous.open_store(host, port, serves=False))
+    return _stores[0]
 
 
 def _skip_in_graphs() -> None:
