@@ -56,6 +56,7 @@ class Job:
         cluster = submitit.JobEnvironment().cluster
         if cluster == "local":
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # submitit's is that of the network
         with cli.exit_codes("fedtan_hpc"):
             try:
                 keep_freed_memory(self.config)

@@ -54,3 +54,42 @@ def test_a_node_without_an_address_is_a_mistake(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"no-such-host-1.*MASTER_ADDR"):
         rendezvous.master_endpoint({"SLURM_JOB_NODELIST": "no-such-host-1"})
+
+
+ONE_NODE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+OF_SRUN = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+OF_SRUN |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_NODES": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_on_one_node"),
+    [
+        (ONE_NODE, True),
+        (OF_SRUN, True),
+        ({**ONE_NODE, "LOCAL_WORLD_SIZE": "1"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, False),  # of a launcher that does not say where
+        ({**OF_SRUN, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({}, False),
+    ],
+    ids=["torchrun", "srun", "two of torchrun", "unknown", "two of srun", "one process"],
+)
+def test_ranks_of_one_node_use_the_loopback_interface(
+    variables: dict[str, str], is_on_one_node: bool
+) -> None:
+    chosen = dict(variables)
+    rendezvous.use_loopback(chosen)
+    assert (chosen.get("GLOO_SOCKET_IFNAME") == "lo") is is_on_one_node
+    assert (chosen.get("NCCL_SOCKET_IFNAME") == "=lo") is is_on_one_node
+    assert (chosen.get("OMPI_MCA_btl") == "^tcp") is is_on_one_node
+
+
+def test_what_the_user_has_chosen_stays() -> None:
+    own = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib1", "OMPI_MCA_btl": "self,tcp"}
+    chosen = {**ONE_NODE, **own}
+    rendezvous.use_loopback(chosen)
+    assert chosen == {**ONE_NODE, **own}
+    assert rendezvous.master_endpoint({**OF_SRUN, "MASTER_ADDR": "n1"})[0] == "n1"
+
+
+def test_ranks_of_srun_on_one_node_meet_at_the_loopback_address() -> None:
+    assert rendezvous.master_endpoint({**OF_SRUN, "SLURM_JOB_ID": "7"}) == ("127.0.0.1", "20007")

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import torch
 from fedtan_hpc.distributed import counters, process_group
 from fedtan_hpc.distributed.channel import Channel
 from fedtan_hpc.distributed.counters import Progress
-from fedtan_hpc.distributed.watchdog import Watchdog
+from fedtan_hpc.distributed.watchdog import Process, Watchdog
 from tests.helpers import commands
 from tests.helpers.ranks import MPI_VARIABLES, MPIEXEC
 
@@ -105,6 +106,41 @@ def test_no_check_outlasts_the_end() -> None:
     assert threading.active_count() == threads
 
 
+def test_a_stopped_process_is_killed_and_no_other_that_has_its_number() -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        process = Process.of(sleeper.pid)
+        assert process is not None
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        for other in (process._replace(started="1"), process._replace(machine="another")):
+            other.kill()
+        assert sleeper.poll() is None
+        process.kill()
+        assert sleeper.wait(10) == -signal.SIGKILL
+
+
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_rank_that_ends_because_of_a_verdict_prints_and_records_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not only the rank that has given it, whose output may be lost."""
+
+    def leave(code: int) -> NoReturn:
+        raise Left(code)
+
+    reported: list[str] = []
+    channel = Channel(Store(), "a secret")
+    watchdog = Watchdog(channel, 1, reported.append)
+    channel.write("verdict", "rank 1 hangs")
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left, match="1"):
+        watchdog._check_ranks()
+    assert "fedtan_hpc: rank 0 ends: rank 1 hangs" in capfd.readouterr().err
+    assert reported == ["rank 0 ends: rank 1 hangs"]
+
+
 def start(
     launcher: tuple[str, ...], folder: Path, run: str, faults: str = "", *overrides: str
 ) -> subprocess.Popen[str]:
@@ -163,9 +199,55 @@ def test_a_rank_that_hangs_is_named_and_all_end(
     verdict = f"rank {rank} hangs in round 7"
     if (launcher, rank, kind) == (MPIRUN, 0, "stop"):  # over MPI rank 0 serves the channel
         verdict = "round 7: rank 0, or the host that serves the ranks, hangs, is gone or cannot"
-    assert errors.count(verdict) == 1, errors
+    assert verdict in errors
+    assert seconds_since(tmp_path / f"{rank}-7-{kind}") < 14, "longer than the time-out and 6 s"
     note = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert verdict in note["message"]
+
+
+def seconds_since(mark: Path) -> float:
+    return time.time() - mark.stat().st_mtime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["exit", "interrupt"])
+def test_an_exit_of_the_users_code_is_that_of_its_rank(kind: str, tmp_path: Path) -> None:
+    code, errors = finished(start(TORCHRUN, tmp_path, "run", f"1:7:{kind}"))
+    assert code != 0
+    name = {"exit": "SystemExit: 0", "interrupt": "KeyboardInterrupt: a key"}[kind]
+    assert f"fedtan_hpc: rank 1, round 7: {name}" in errors
+    note = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert note["message"] == f"rank 1, round 7: {name}"
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_ends_the_job_in_seconds(tmp_path: Path) -> None:
+    """And until then its ranks listen on the loopback interface alone."""
+    process = start(TORCHRUN, tmp_path, "run", "", "rounds=100000", "eval_every=100000")
+    lines = tmp_path / "run" / "rounds.jsonl"
+    while not lines.exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    time.sleep(1)
+    for rank in workers_of(process.pid):
+        assert listening_of(rank) <= {"0100007F"}
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, errors = finished(process)
+    assert code != 0
+    assert time.monotonic() - began < 8, "2 s where the machine is quiet; it was 16 s"
+    last = rounds_of(tmp_path / "run")[-1]
+    assert f"stopped by SIGTERM after round {last}" in errors
+    assert (tmp_path / "run" / "checkpoints" / f"round-{last:06d}.pt").exists()
+
+
+def listening_of(process: int) -> set[str]:
+    """Returns the addresses at which a process listens, as /proc writes them."""
+    links = [os.readlink(each) for each in Path(f"/proc/{process}/fd").iterdir()]
+    sockets = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    fields = [line.split() for table in tables for line in table]
+    return {each[1].split(":")[0] for each in fields if each[3] == "0A" and each[9] in sockets}
 
 
 @pytest.mark.slow

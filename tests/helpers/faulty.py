@@ -4,8 +4,8 @@
 
 A fault is RANK:ROUND:KIND.  It happens once, also if the job restarts: the folder has a file for
 each that has happened.  Kinds: kill (SIGKILL), stop (SIGSTOP, as a machine that hangs), sleep (a
-thread that never returns), error (an exception), and names of signals, which the rank sends to
-itself.
+thread that never returns), error (an exception), exit and interrupt (SystemExit and
+KeyboardInterrupt), and names of signals, which the rank sends to itself.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ def happen(kind: str) -> None:
         time.sleep(1000)
     elif kind == "error":
         raise ValueError("a bad day")
+    elif kind == "exit":
+        raise SystemExit(0)
+    elif kind == "interrupt":
+        raise KeyboardInterrupt("a key")
     else:
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}.get(kind)
         os.kill(os.getpid(), number or getattr(signal, f"SIG{kind}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
@@ -18,6 +19,9 @@ from fedtan_hpc.evaluation.callbacks import RunInfo
 from fedtan_hpc.evaluation.records import RoundRecord, Summary
 from fedtan_hpc.job import checkpoint_format, run_dir
 from fedtan_hpc.job import run as run_module
+from fedtan_hpc.job.callbacks import as_run_error
+from fedtan_hpc.runtime import signals
+from fedtan_hpc.runtime.signals import Interrupted
 from tests.helpers import commands
 from tests.helpers.jobs import ROUNDS, StopAfter, config_of, run, run_until
 from tests.helpers.ranks import on_ranks
@@ -323,3 +327,16 @@ def test_a_wrong_option_is_one_line_of_the_command(tmp_path: Path) -> None:
         assert line.startswith("fedtan_hpc: callbacks=no.such:Callback: allowed is package.module")
         assert done.returncode == (2 if "python" in done.args else 1)
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt("a key"), ValueError("bad")])
+def test_whatever_the_users_code_raises_is_that_of_its_rank_and_round(error: BaseException) -> None:
+    with pytest.raises(RunError, match=r"^rank 0, round \d+: ") as raised, as_run_error():
+        raise error
+    assert f"{type(error).__name__}: {error}" in str(raised.value)
+
+
+def test_ctrl_c_is_not_of_the_users_code() -> None:
+    with signals.interrupted_by_ctrl_c(), pytest.raises(Interrupted), as_run_error():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
