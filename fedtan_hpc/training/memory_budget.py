@@ -61,8 +61,8 @@ class MemoryBudget:
         except (MemoryError, RuntimeError) as error:
             if passes == 1 or not _may_be_of_clients(error, needed):
                 raise
-            failure = self._error(passes, needed, free or 0, round_number)
-            raise RunError(f"{failure} ({one_line(error)})", on_all_ranks=False) from error
+            reason = f" ({one_line(error)})"
+            raise self._error(passes, needed, free or 0, round_number, reason) from error
         self._largest = max(self._largest, needed)
 
     def leaves_room_for(self, more: int) -> bool:
@@ -70,13 +70,15 @@ class MemoryBudget:
         free = free_bytes(self._device, self._ranks_per_device)
         return free is None or free - self._largest >= more
 
-    def _error(self, passes: int, needed: int, free: int, round_number: int) -> RunError:
+    def _error(
+        self, passes: int, needed: int, free: int, round_number: int, reason: str = ""
+    ) -> RunError:
         fit = max(1, int(free // (self.model_bytes + self.pass_bytes)))
         fit = min(fit, max(passes - 1, 1))
         return RunError(
             f"rank {process_group.rank()}, round {round_number}: {passes} clients at once need "
             f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {fit} would fit; "
-            "use more ranks, a smaller batch_size or clients_per_round",
+            f"use more ranks, a smaller batch_size or clients_per_round{reason}",
             on_all_ranks=False,
         )
 
