@@ -95,8 +95,10 @@ def stop() -> None:
 def say_reported() -> None:
     """Lets the other ranks know that rank 0 has reported why the job ends."""
     with suppress(RuntimeError):
-        if channel is not None:
+        if channel is not None and channel.secret:
             channel.write("reported", "yes")
+            # The ranks read it before the store ends with this one: torch prints that it is lost.
+            time.sleep(6 * _LOOK_SECONDS)
 
 
 def wait_for_report(seconds: float) -> None:
