@@ -45,7 +45,17 @@ def test_options_have_the_same_meaning_in_any_form(options: Any) -> None:
         ({1: 2}, "1="),
         ({"rounds": object()}, "rounds="),
     ],
-    ids=str,
+    ids=[
+        "unknown",
+        "unknown-in-group",
+        "text",
+        "number",
+        "list",
+        "huge",
+        "unresolved",
+        "key",
+        "object",
+    ],
 )
 def test_mistakes_name_the_option(options: Any, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
