@@ -8,6 +8,7 @@ run_dir=FOLDER  the finished run
 client=K        the model of client K, which has kept parts of it (default: the global model;
                 if all clients have models of their own, the mean over them)
 best=true       the model of the best round, if the run has kept best.pt
+trust=true      also a folder of another user, or that every user can write
 out=FILE        JSON file to write the figures to, beside the printed line
 
 All other words are options of the data (data=, data.root= and so on), device and threads; all else
@@ -28,10 +29,11 @@ from .config.enums import PartitionName
 from .config.errors import ConfigError, format_option_error, printable
 from .config.schema import Config, PartitionConfig
 from .config.validate import check
+from .files import atomic_files
 from .reporting import options
-from .runtime import atomic_files, launcher_env
+from .runtime import launcher_env
 
-_OWN = ("run_dir", "client", "best", "out")
+_OWN = ("run_dir", "client", "best", "trust", "out")
 _CHANGEABLE = ("data", "device", "threads")
 """Options and groups that may differ from the run's."""
 
@@ -62,16 +64,15 @@ def evaluated(own: dict[str, str], job: Sequence[str]) -> dict[str, Any]:
     if not own.get("run_dir", "").strip():
         allowed = "the folder of a finished run"
         raise ConfigError(format_option_error("run_dir", "null", allowed, "name it"))
-    client, best = _client(own.get("client", "null")), own.get("best", "false")
-    if best not in ("true", "false"):
-        raise ConfigError(format_option_error("best", best, "true or false", "leave it out"))
+    client = _client(own.get("client", "null"))
+    best, trust = (_is_true(name, own.get(name, "false")) for name in ("best", "trust"))
     given = options.composed(job)
     from .inference import evaluate, saved_run  # load torch
 
     try:
-        run = saved_run.open_run(path_options.expanded(own["run_dir"]))
+        run = saved_run.open_run(path_options.expanded(own["run_dir"]), trust)
         config = _options(run.config, given, job)
-        models = list(evaluate.models_of(run, client, best == "true"))
+        models = list(evaluate.models_of(run, client, best, trust))
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
@@ -84,6 +85,12 @@ def _check_words(job: Sequence[str]) -> None:
         if word.partition("=")[0].partition(".")[0] not in _CHANGEABLE:
             known = ", ".join([*_OWN, *_CHANGEABLE])
             raise ConfigError(f"{word}: not understood; the options here are {known}")
+
+
+def _is_true(name: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ConfigError(format_option_error(name, text, "true or false", "leave it out"))
+    return text == "true"
 
 
 def _client(text: str) -> int | None:

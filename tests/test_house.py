@@ -33,6 +33,7 @@ LAYERS = [
     ("data",),
     ("distributed",),
     ("runtime",),
+    ("files",),
     ("config",),
 ]
 """Rooms and top-level modules, from the top down: each imports only from layers below its own."""

@@ -203,6 +203,13 @@ class TrackerName(Choice):
     mlflow = "mlflow"
 
 
+class RunDirMode(Choice):
+    """Who may read the folder of a run that is made."""
+
+    private = "private"
+    group = "group"
+
+
 class CohortMode(Choice):
     """Ways in which a rank runs the local steps of its clients."""
 

@@ -147,8 +147,12 @@ class Config:
     """auto: resumes from the newest intact checkpoint in run_dir; never; or a run's folder."""
     resume_change: list[str] = field(default_factory=list)
     """Options or groups that may differ from the resumed run's, such as [rounds,optimizer.lr]."""
+    resume_trust: bool = False
+    """Resumes also from files that another user owns, or that every user can write."""
     run_dir: str | None = None
     """Folder of the results; null: runs/ and a name that is made from the other options."""
+    run_dir_mode: enums.RunDirMode = enums.RunDirMode.private
+    """Who may read a new folder of results: private, you alone; group, also its group."""
     callbacks: list[str] = field(default_factory=list)
     """package.module:callable each; rank 0 makes these callbacks and tells them of every round."""
 

@@ -16,11 +16,13 @@ from tempfile import TemporaryDirectory
 
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import DataConfig
+from ..files import reading
 from ..runtime.torchvision_import import import_torchvision
 from .image_files import SOURCES, damaged, find, missing, read, root_of
 
 _SOCKET_TIMEOUT = 20.0
 """Seconds without data after which a download fails; some networks drop all traffic silently."""
+_ARCHIVE_BYTES = 2**30
 _ERRORS = OSError, EOFError, RuntimeError, ValueError, HTTPException, TarError, zlib.error
 """Errors that downloading and unpacking raise."""
 
@@ -69,6 +71,7 @@ def _archive(config: DataConfig) -> Path | None:
         return None
     datasets = import_torchvision().datasets
     checksum = getattr(datasets, source.torchvision_class).tgz_md5
+    reading.check_file(path, _ARCHIVE_BYTES)
     if not datasets.utils.check_integrity(path, checksum):
         raise damaged(config, path, "its checksum is wrong")
     return path

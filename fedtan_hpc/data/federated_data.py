@@ -18,6 +18,7 @@ from ..config.enums import DataName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.path_options import expanded
 from ..config.schema import DataConfig
+from ..files import reading
 from ..runtime import import_path
 from ..runtime.torchvision_import import import_torchvision
 from .partition import Indices
@@ -272,7 +273,7 @@ def _load_image(path: str) -> Any:
     """Returns an image of 8 bits with three channels; one of more bits unchanged (``items``)."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with reading.opened(Path(path)) as file, Image.open(file) as image:
         image.load()
         return image if image.mode[0] in "IF" else image.convert("RGB")
 

@@ -5,10 +5,8 @@ Used by ``datasets``, ``own.datasets`` and ``download``.
 Shapes: N samples of C channels and H x W pixels.
 """
 
-import gzip
 import math
 import os
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,6 +18,8 @@ from ..config.enums import DataName, NormalisationName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.path_options import expanded
 from ..config.schema import DataConfig
+from ..files import reading
+from ..files.reading import FileError
 from ..runtime.torchvision_import import import_torchvision
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -35,6 +35,10 @@ _IDX = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+_IDX_HEADER = 16
+"""Most bytes before the values of an IDX file."""
+_CIFAR_BYTES = 2**28
+"""Largest file of CIFAR, unpacked; the largest of today has 155 MB."""
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -96,6 +100,8 @@ def read(config: DataConfig) -> tuple[Bytes, Labels]:
         splits = _read_idx(folder) if config.name in _FIRST_LABELS else _read_cifar(config, folder)
         _check_not_confused(splits, config, folder)
         return _joined(splits, config.name)
+    except FileError as error:
+        raise damaged(config, folder, str(error)) from None
     except ConfigError:
         raise
     except (OSError, EOFError, RuntimeError, ValueError) as error:
@@ -123,23 +129,22 @@ def _root_error(config: DataConfig, allowed: str, remedy: str) -> ConfigError:
 
 def _idx_file(folder: Path, name: str) -> Path | None:
     paths = (folder / name, folder / f"{name}.gz")
-    return next((path for path in paths if os.path.isfile(path)), None)
+    return next((path for path in paths if os.path.lexists(path)), None)
 
 
 def _read_idx(folder: Path) -> _Splits:
-    images, labels, test_images, test_labels = (_read_idx_file(folder, name) for name in _IDX)
+    most = math.prod(KNOWN_DATASETS[DataName.mnist].shape) * KNOWN_DATASETS[DataName.mnist].train
+    read = (_read_idx_file(folder, name, most + _IDX_HEADER) for name in _IDX)
+    images, labels, test_images, test_labels = read
     return [(images, labels), (test_images, test_labels)]
 
 
-def _read_idx_file(folder: Path, name: str) -> Bytes:
+def _read_idx_file(folder: Path, name: str, most: int) -> Bytes:
     """Reads LeCun's IDX format of bytes: 0, 0, 8, number of dimensions, sizes, values."""
     path = _idx_file(folder, name)
     if path is None:
         raise FileNotFoundError(f"{name} is missing")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path.name}: {error}") from None
+    content = reading.read_inflated(path, most)
     dimensions = 3 if "images" in name else 1
     start = 4 + 4 * dimensions
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
@@ -151,6 +156,8 @@ def _read_idx_file(folder: Path, name: str) -> Bytes:
 def _read_cifar(config: DataConfig, folder: Path) -> _Splits:
     """Reads with torchvision, which compares checksums before it opens the pickled files."""
     dataset_class = getattr(import_torchvision().datasets, SOURCES[config.name].torchvision_class)
+    for path in sorted(folder.iterdir()):  # torchvision would wait at a FIFO
+        reading.check_file(path, _CIFAR_BYTES)
     try:
         splits = [dataset_class(folder.parent, train=train) for train in (True, False)]
     except RuntimeError:

@@ -44,6 +44,16 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
+def difference(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Returns the first tensor by which a network differs from a saved one; empty if none."""
+    old, new = described(saved), described(own)
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name, "absent"), new.get(name, "absent")
+        if before != now:
+            return f"{name} of the network is {now}, and {before} in the checkpoint"
+    return ""
+
+
 def agree(
     what: str,
     call: str,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..runtime import atomic_files
+from ..files import atomic_files
 from .callbacks import RoundCallback, RunInfo
 from .early_stopping import BestEvaluation
 from .records import RoundRecord

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from ..config.errors import printable
+from ..files import atomic_files
 from ..runtime import launcher_env
 from .callbacks import RoundCallback, RunInfo
 from .records import RoundRecord, Summary, headline, over_clients
@@ -29,8 +30,8 @@ class RoundsFile(RoundCallback):
 
     def round_ended(self, record: RoundRecord) -> None:
         """Writes the line."""
-        with open(self._path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record.line(), allow_nan=False) + "\n")
+        line = json.dumps(record.line(), allow_nan=False) + "\n"
+        atomic_files.append_text(self._path, line)
 
 
 class Display(RoundCallback):

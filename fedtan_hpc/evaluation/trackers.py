@@ -19,7 +19,9 @@ from typing import Any
 from ..config.enums import TrackerName
 from ..config.errors import Stopped
 from ..config.schema import TrackingConfig, flat, to_dict
-from ..runtime import atomic_files
+from ..files import atomic_files, reading
+from ..files.typed_values import fits
+from . import saved_records
 from .callbacks import RoundCallback, RunInfo
 from .records import RoundRecord, Summary
 
@@ -122,7 +124,7 @@ class WandbLog(Tracker):
         import wandb
 
         tracking = run.config.tracking
-        identifier = _saved_ids(run.run_dir).get("wandb") or uuid.uuid4().hex[:8]
+        identifier = saved_ids(run.run_dir).get("wandb") or uuid.uuid4().hex[:8]
         _save_id(run.run_dir, "wandb", identifier)
         self._run = wandb.init(
             project=tracking.project,
@@ -149,7 +151,7 @@ class MlflowLog(Tracker):
         from mlflow.entities import Param
 
         self._client = MlflowClient()
-        identifier = _saved_ids(run.run_dir).get("mlflow")
+        identifier = saved_ids(run.run_dir).get("mlflow")
         self._id = identifier or self._create(run)
         _save_id(run.run_dir, "mlflow", self._id)
         self._client.update_run(self._id, status="RUNNING")
@@ -205,14 +207,14 @@ class CsvFile(RoundCallback):
         """Adds a row; writes all rows if there are new columns."""
         row = _row(record.line())
         if row.keys() <= set(self._columns):
-            with open(self._folder / "rounds.csv", "a", encoding="utf-8", newline="") as table:
-                csv.DictWriter(table, self._columns).writerow(row)
+            line = io.StringIO(newline="")
+            csv.DictWriter(line, self._columns).writerow(row)
+            atomic_files.append_text(self._folder / "rounds.csv", line.getvalue())
         else:
             self._write_all()
 
     def _write_all(self) -> None:
-        lines = (self._folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [_row(json.loads(line)) for line in lines]
+        rows = [_row(record.line()) for record in saved_records.rounds(self._folder)]
         self._columns = list(dict.fromkeys(name for row in rows for name in row))
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, self._columns)
@@ -238,12 +240,20 @@ def _name(run: RunInfo) -> str:
     return run.config.tracking.name or run.run_dir.resolve().name
 
 
-def _saved_ids(folder: Path) -> dict[str, str]:
-    """Returns the identifiers that trackers gave to the run in ``folder``, by tracker."""
-    path = folder / _IDS
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def saved_ids(folder: Path) -> dict[str, str]:
+    """Returns the identifiers that trackers gave to the run in ``folder``, by tracker.
+
+    Raises ``FileError`` for a damaged file.
+    """
+    try:
+        ids = reading.read_json_object(folder / _IDS)
+    except FileNotFoundError:
+        return {}
+    if not fits(ids, dict[str, str]):
+        raise reading.unusable(folder / _IDS, "its values are no texts")
+    return ids
 
 
 def _save_id(folder: Path, tracker: str, identifier: str) -> None:
-    ids = {**_saved_ids(folder), tracker: identifier}
+    ids = {**saved_ids(folder), tracker: identifier}
     atomic_files.replace_text(folder / _IDS, json.dumps(ids) + "\n")

@@ -28,13 +28,15 @@ Model = tuple[int | None, nn.Module]
 """A client's model with its number, or the global one with None."""
 
 
-def models_of(run: SavedRun, client: int | None, best: bool) -> Iterator[Model]:
+def models_of(
+    run: SavedRun, client: int | None, best: bool, trust: bool = False
+) -> Iterator[Model]:
     """Yields the model that is asked for; without a wish those of all clients that have such.
 
     Raises as ``saved_run.load_model``.
     """
     if client is not None or best or not run.has_client_models:
-        yield client, saved_run.load_model(run.folder, client, best=best)
+        yield client, saved_run.load_model(run.folder, client, best=best, trust=trust)
         return
     shared = saved_run.saved_state(run)
     for number, kept in saved_run.client_states(run).items():

@@ -4,14 +4,13 @@
 process group or the data set.
 """
 
-import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -22,8 +21,14 @@ from ..config.algorithms import ALGORITHMS
 from ..config.errors import one_line
 from ..config.schema import Config
 from ..distributed.model_average import named_tensors
-from ..job import run_dir as run_folder
+from ..evaluation import saved_records
+from ..files import owners, reading, torch_files
+from ..files.reading import FileError, unusable
+from ..files.typed_values import fits
+from ..job.saved.options import completed
 from ..job.setup import DTYPES, network
+
+_TRUST = "if you trust all who may write it, give trust=True (evaluate: trust=true)"
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class SavedRun:
         return ALGORITHMS[self.config.algorithm.name].has_client_models
 
 
-def load_model(run_dir: str | Path, client: int | None = None, *, best: bool = False) -> nn.Module:
+def load_model(
+    run_dir: str | Path, client: int | None = None, *, best: bool = False, trust: bool = False
+) -> nn.Module:
     """Returns the network of the finished run in the folder ``run_dir``, in evaluation mode.
 
     Its layers are torch's own, on the CPU; its values are in float64 after ``precision=float64``,
@@ -52,34 +59,40 @@ def load_model(run_dir: str | Path, client: int | None = None, *, best: bool = F
         client: the number of a client, whose own parts come from clients.pt; None for the global
             model, whose private parts have their initial values.
         best: takes best.pt, the global model of the best round, in the place of model.pt.
+        trust: also takes a folder of another user, or that every user can write; its config.yaml
+            may name code of yours to run with other arguments.
 
     Raises ``FileNotFoundError`` if the folder or a file is missing, as in an unfinished run, and
     ``ValueError`` if a file cannot be used, the network cannot be made, or there is no model of the
     client.
     """
-    run = open_run(run_dir)
+    run = open_run(run_dir, trust)
     if client is not None and best:
         raise ValueError("best.pt is a global model: give client or best, and not both")
     kept = {} if client is None else client_states(run, client)[client]
     return model_of(run, saved_state(run, best), kept)
 
 
-def open_run(folder: str | Path) -> SavedRun:
+def open_run(folder: str | Path, trust: bool = False) -> SavedRun:
     """Reads options and summary of a finished run; raises as ``load_model``."""
     path = path_options.expanded(str(folder))
-    if not (path / "config.yaml").is_file():
+    if not os.path.lexists(path / "config.yaml"):
         raise FileNotFoundError(f"{path} is not the folder of a run: it has no config.yaml")
-    if not (path / "summary.json").is_file():
+    if not os.path.lexists(path / "summary.json"):
         how = "start its command again, and it goes on from its newest checkpoint"
         raise FileNotFoundError(f"the run in {path} is not finished: {how}")
+    if not trust:
+        names = ("", "config.yaml", "summary.json", "model.pt", "best.pt", "clients.pt")
+        owners.check([path / name for name in names], _TRUST)
+    saved, summary = reading.read_yaml(path / "config.yaml"), saved_records.summary(path)
     try:
-        saved = run_folder.completed(OmegaConf.to_container(OmegaConf.load(path / "config.yaml")))
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"the run in {path} cannot be read: {one_line(error)}") from error
+        structured = OmegaConf.merge(OmegaConf.structured(Config), completed(saved))
+        options = OmegaConf.to_object(structured)
+    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
+        why = f"its options are none of a run ({one_line(error)})"
+        raise unusable(path / "config.yaml", why) from error
     assert isinstance(options, Config)
-    return SavedRun(path, options, summary)
+    return SavedRun(path, options, asdict(summary))
 
 
 def saved_state(run: SavedRun, best: bool = False) -> dict[str, Tensor]:
@@ -87,7 +100,8 @@ def saved_state(run: SavedRun, best: bool = False) -> dict[str, Tensor]:
     name = "best.pt" if best else "model.pt"
     if best and not (run.folder / name).exists():
         raise FileNotFoundError(f"the run in {run.folder} keeps no best.pt; leave best out")
-    return dict(_read(run.folder / name))
+    state: dict[str, Tensor] = _read(run.folder / name, dict[str, Tensor])
+    return state
 
 
 def client_states(run: SavedRun, client: int | None = None) -> dict[int, dict[str, Tensor]]:
@@ -97,13 +111,14 @@ def client_states(run: SavedRun, client: int | None = None) -> dict[int, dict[st
         raise ValueError(
             f"algorithm={name} gives no client a model of its own: leave client={client} out"
         )
-    states = _read(run.folder / "clients.pt")
+    states: dict[int, dict[str, Tensor]]
+    states = _read(run.folder / "clients.pt", dict[int, dict[str, Tensor]])
     if client is not None and client not in states:
         numbers = ", ".join(map(str, sorted(states)))
         raise ValueError(
             f"client={client} has no model in {run.folder}: clients that took part are {numbers}"
         )
-    return dict(states)
+    return states
 
 
 @torch.no_grad()
@@ -115,16 +130,26 @@ def model_of(run: SavedRun, state: dict[str, Tensor], kept: Mapping[str, Tensor]
     """
     config = replace(run.config, model=replace(run.config.model, freeze=[]))
     shape, classes = _sizes(run)
-    model = network(config, shape, classes).to(DTYPES[config.precision])
+    try:
+        model = network(config, shape, classes).to(DTYPES[config.precision])
+    except (RuntimeError, MemoryError) as error:  # as if the shape of a sample is another
+        why = f"its network cannot be made ({one_line(error)})"
+        raise unusable(run.folder / "summary.json", why) from error
     try:
         model.load_state_dict(state)
-        tensors = named_tensors(model)
-        for name, value in kept.items():
-            tensors[name].copy_(value)
-    except (RuntimeError, KeyError) as error:
-        why = f"its values do not fit the network that config.yaml describes ({one_line(error)})"
-        raise ValueError(f"the run in {run.folder} cannot be used: {why}") from error
+    except RuntimeError as error:
+        raise _misfit(run.folder / "model.pt", one_line(error)) from error
+    tensors = named_tensors(model)
+    for name, value in kept.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            raise _misfit(run.folder / "clients.pt", f"{name} of shape {tuple(value.shape)}")
+        tensors[name].copy_(value)
     return revert_batchnorm(model).eval()
+
+
+def _misfit(path: Path, why: str) -> FileError:
+    found = f"its values do not fit the network that config.yaml describes ({why})"
+    return unusable(path, found, "copy the folder of the run again")
 
 
 def _sizes(run: SavedRun) -> tuple[Any, int]:
@@ -142,10 +167,14 @@ def _tuples(shape: Any) -> Any:
     return tuple(map(_tuples, shape)) if isinstance(shape, list) else shape
 
 
-def _read(path: Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing, which a finished run has: copy it too")
+def _read(path: Path, kind: Any) -> Any:
+    """Returns what is in a file of tensors, which has the type ``kind``."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds of errors for a damaged file
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+        content = torch_files.load(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing, which a finished run has: copy it too"
+        ) from None
+    if not fits(content, kind):
+        raise unusable(path, "it is damaged (not the tensors of a run)", "copy it again")
+    return dict(content)

@@ -9,9 +9,10 @@ written last.  ``checkpoint_writer`` writes these files and ``resume`` reads the
 """
 
 import hashlib
-import io
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..config.errors import ConfigError, format_option_error, one_line
-from ..runtime import atomic_files
+from ..files import atomic_files, folders, torch_files
+from ..files.reading import FileError, UnreadableFileError
 
 FOLDER = "checkpoints"
 """In the folder of a run."""
@@ -45,7 +47,9 @@ def existing(folder: Path) -> list[Path]:
     """Returns the checkpoints of the run in ``folder``, newest first, whole or not."""
     matches = (_NAME.fullmatch(path.name) for path in (folder / FOLDER).glob("round-*.pt"))
     numbers = [int(match[1]) for match in matches if match and not match[2]]
-    return [path_of(folder, number) for number in sorted(numbers, reverse=True)]
+    # A name with fewer digits is none that a run writes.
+    paths = (path_of(folder, number) for number in sorted(set(numbers), reverse=True))
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def round_of(path: Path) -> int:
@@ -60,7 +64,7 @@ def write(path: Path, content: dict[str, Any]) -> str:
     Raises ``OSError``; a file that was at ``path`` is then still there.
     """
     digest = _digest(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folders.make_below(path.parent)
     atomic_files.save(path, {"format": FORMAT, "digest": digest, **content})
     return digest
 
@@ -68,23 +72,30 @@ def write(path: Path, content: dict[str, Any]) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Returns what ``write`` wrote to ``path``.
 
-    Raises ``CorruptCheckpointError``, ``OSError`` for a file that cannot be read at the moment, and
-    ``ConfigError`` for a file of another version.
+    Raises ``FileNotFoundError``, ``CorruptCheckpointError``, and ``ConfigError``: for a file of
+    another version, and as ``UnreadableFileError`` for one that cannot be read at the moment.
     """
-    packed = io.BytesIO(path.read_bytes())
     try:
-        content = torch.load(packed, map_location="cpu", weights_only=True)
-        version, digest = content.pop("format"), content.pop("digest")
-    except MemoryError:
+        content = torch_files.load(path)
+    except UnreadableFileError:
         raise
-    except Exception as error:  # torch raises many kinds of errors for a damaged file
-        raise CorruptCheckpointError(f"{path}: {one_line(error)}") from error
+    except FileError as error:
+        raise CorruptCheckpointError(str(error)) from error
+    is_dict = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    has_kinds = is_dict and type(content.get("format")) is int
+    if not has_kinds or not isinstance(content.get("digest"), str):
+        raise CorruptCheckpointError(f"{path}: it is no checkpoint")
+    version, digest = content.pop("format"), content.pop("digest")
     if version != FORMAT:
         remedy = f"this file has format {version}: continue with the version that wrote it, "
         remedy += "or choose another run_dir"
         allowed = f"a checkpoint of format {FORMAT}"
         raise ConfigError(format_option_error("resume", path, allowed, remedy))
-    if digest != _digest(content):
+    try:
+        is_whole = digest == _digest(content)
+    except (RecursionError, TypeError) as error:
+        raise CorruptCheckpointError(f"{path}: {one_line(error)}") from error
+    if not is_whole:
         raise CorruptCheckpointError(f"{path}: its values are not those that were written")
     return content  # type: ignore[no-any-return]
 
@@ -103,17 +114,23 @@ def remove_all_but(folder: Path, keep: int) -> None:
     """Removes all checkpoints of the run in ``folder`` except the newest ``keep``, with shards."""
     paths = existing(folder)
     for path in paths[keep:]:
-        path.unlink(missing_ok=True)
+        _remove(path)
     oldest = round_of(paths[:keep][-1]) if paths else 0
     for shard in (folder / FOLDER).glob("round-*.states-*.pt"):
         if round_of(shard) < oldest:
-            shard.unlink(missing_ok=True)
+            _remove(shard)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file; what is a folder in its place stays, and harms nothing."""
+    with suppress(IsADirectoryError):
+        path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Removes files that a killed process was writing in the folder of a run."""
     for path in (folder / FOLDER).glob(".round-*"):
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def _digest(content: dict[str, Any]) -> str:

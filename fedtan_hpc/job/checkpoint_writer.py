@@ -17,7 +17,7 @@ from ..config.schema import to_dict
 from ..distributed import collectives, process_group
 from ..evaluation.callbacks import RoundCallback, RunInfo
 from ..evaluation.records import RoundRecord
-from ..runtime import atomic_files
+from ..files import atomic_files
 from ..runtime.signals import StopRequest
 from ..training.cohort import Cohort
 from . import checkpoint_format

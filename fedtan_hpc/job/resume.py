@@ -1,11 +1,9 @@
 """Continues a run, its own or another: chooses the checkpoint, and loads it on every rank."""
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,22 @@ from ..config.algorithms import ALGORITHMS
 from ..config.enums import StoppingMode
 from ..config.errors import ConfigError, RunError, format_option_error
 from ..config.path_options import expanded
-from ..config.schema import Config, EarlyStoppingConfig
+from ..config.schema import Config, EarlyStoppingConfig, to_dict
 from ..config.validation.resume import may_change, misfit
 from ..data.batching import Dataset
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import named_tensors
-from ..evaluation import best_model
+from ..evaluation import best_model, saved_records, trackers
 from ..evaluation.early_stopping import BestEvaluation
 from ..evaluation.records import RoundRecord
-from ..runtime import atomic_files, launcher_env
+from ..files import atomic_files, reading
+from ..files.reading import FileError
+from ..runtime import launcher_env
 from ..training.cohort import Cohort
 from . import checkpoint_format, run_dir
 from .checkpoint_format import CorruptCheckpointError
+from .saved import checkpoint_content
+from .saved.options import completed
 from .setup import DTYPES, network
 
 _MODELS = ("model.pt", "best.pt", "clients.pt")
@@ -61,6 +63,8 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
     ``resume_change`` does not allow or that does not fit, for one that ``resume`` names and that is
     not usable, and for a finished run without a checkpoint to go on from.
     """
+    run_dir.check_free(folder)
+    trackers.saved_ids(folder)
     with run_dir.config_error_if_unwritable(folder):
         checkpoint_format.remove_temporaries(folder)
     chosen = _choose(folder, config)
@@ -76,7 +80,8 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
             return Resumption()
         path, content = chosen
         source = path.resolve().parent.parent
-        records = _records(source)
+        records = {each.round: each for each in saved_records.rounds(source, skips_damaged=True)}
+        records = dict(sorted(records.items()))
         history = _history(path, records, content["round"])
         keeps_best = _is_still_best(content["config"], config, list(records.values()), history)
         is_from_elsewhere = source != folder.resolve()
@@ -84,8 +89,8 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
             _rename_later(folder, content["round"], keeps_best)  # before their lines go
         run_dir.begin(folder, config, anew=is_from_elsewhere)
         if is_from_elsewhere and keeps_best and (source / best_model.NAME).exists():
-            copy = partial(shutil.copyfile, source / best_model.NAME)
-            atomic_files.replace(folder / best_model.NAME, copy)
+            best = reading.read_bytes(source / best_model.NAME)
+            atomic_files.replace(folder / best_model.NAME, lambda new: new.write_bytes(best))
         lines = "".join(json.dumps(record.line()) + "\n" for record in history)
         atomic_files.replace_text(folder / "rounds.jsonl", lines)
     return Resumption(path, content, history)
@@ -94,22 +99,31 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
 def restore(resumption: Resumption, cohort: Cohort) -> Resumption:
     """Loads the checkpoint of rank 0's ``resumption`` on every rank, and returns it there.
 
-    Raises ``RunError`` on every rank if one cannot read the files of the clients' states.
+    Raises ``ConfigError`` on every rank for a state that does not fit the network, and ``RunError``
+    if a rank cannot read the files of the clients' states.
     """
     resumption = collectives.broadcast_object(resumption)
     content = resumption.content
     if resumption.history:
+        if why := cohort.state_misfit(content):
+            remedy = f"remove {resumption.path} or begin anew with resume=never ({why})"
+            allowed = "a checkpoint whose state fits the network"
+            error = ConfigError(format_option_error("resume", resumption.path, allowed, remedy))
+            error.on_all_ranks = True
+            raise error
         cohort.load_state_dict(content)
         torch.set_rng_state(content["rng"][0])
         ranks = process_group.world_size()
         owners = {client: rank % ranks for client, rank in content["owners"].items()}
-        cohort.states.load_state_dict(_read_shards(resumption), owners)
+        states = _read_shards(resumption, cohort.states.size)
+        cohort.states.load_state_dict(states, owners)
     return resumption
 
 
-def _read_shards(resumption: Resumption) -> dict[int, Tensor]:
+def _read_shards(resumption: Resumption, size: int) -> dict[int, Tensor]:
     """Returns states by client from the files of this rank, and of ranks that no longer exist.
 
+    Each state has ``size`` values.
     On fewer ranks than before, rank r also takes the files of the ranks r + W, r + 2 W, ...
     """
     rank, ranks = process_group.rank(), process_group.world_size()
@@ -118,8 +132,11 @@ def _read_shards(resumption: Resumption) -> dict[int, Tensor]:
     try:
         for digests in resumption.content["shards"][rank::ranks]:
             for shard in checkpoint_format.read_shards(resumption.path, digests):
+                if (found := shard["states"].shape[1]) != size:
+                    why = f"a client's state has {found} values, and here {size}"
+                    raise CorruptCheckpointError(f"{resumption.path}: {why}")
                 states.update(zip(shard["clients"], shard["states"], strict=True))
-    except (CorruptCheckpointError, OSError) as error:
+    except (CorruptCheckpointError, FileError, OSError) as error:
         failure = f"rank {rank}: {error}; every rank must see the folder of the run"
     if failures := [each for each in collectives.all_gather_object(failure) if each]:
         raise RunError(failures[0], on_all_ranks=True)
@@ -129,7 +146,7 @@ def _read_shards(resumption: Resumption) -> dict[int, Tensor]:
 def _choose(folder: Path, config: Config) -> tuple[Path, dict[str, Any]] | None:
     """Follows ``resume``, but a run that its launcher has restarted continues if it can."""
     if config.resume == "auto" or launcher_env.restart_count() > 0:
-        chosen = _newest_whole(folder, renames=True)
+        chosen = _newest_whole(folder, config, renames=True)
         if chosen is not None:
             _check_same(chosen[1], config, f"{chosen[0]} is")
             return chosen
@@ -150,7 +167,11 @@ def _choose_named(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:
             remedy += f", or start anew from its weights with model.weights={path}"
         raise ConfigError(format_option_error("resume", path, allowed, remedy))
     try:
-        chosen = _newest_whole(path) if path.is_dir() else (path, _read(path))
+        if path.is_dir():
+            chosen = _newest_whole(path, config)
+        else:
+            run_dir.check_trusted(path.resolve().parent.parent, config)
+            chosen = path, _read(path)
     except CorruptCheckpointError as error:
         chosen, why = None, str(error)
     if chosen is None:
@@ -160,32 +181,37 @@ def _choose_named(path: Path, config: Config) -> tuple[Path, dict[str, Any]]:
     return chosen
 
 
-def _newest_whole(folder: Path, renames: bool = False) -> tuple[Path, dict[str, Any]] | None:
+def _newest_whole(
+    folder: Path, config: Config, renames: bool = False
+) -> tuple[Path, dict[str, Any]] | None:
     """Reads the newest whole checkpoint; names damaged ones, and ``renames`` them if asked to."""
-    for path in checkpoint_format.existing(folder):
+    paths = checkpoint_format.existing(folder)
+    if paths:
+        run_dir.check_trusted(folder, config)
+    for path in paths:
         try:
             return path, _read(path)
         except CorruptCheckpointError as error:
             print(f"fedtan_hpc: damaged checkpoint {error}", file=sys.stderr, flush=True)
             if renames:
-                path.rename(path.with_suffix(".damaged"))
+                with run_dir.config_error_if_unwritable(folder):
+                    path.rename(path.with_suffix(".damaged"))
     return None
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint and all its shards; raises ``CorruptCheckpointError``, ``ConfigError``."""
     try:
         content = checkpoint_format.read(path)
-        if "shards" not in content:
+        if "shards" not in content and "states" in content:
             why = f"has the states of some clients only; name {path.name.partition('.')[0]}.pt"
             raise CorruptCheckpointError(f"{path}: {why}")
-        for digests in content["shards"]:
-            for shard in checkpoint_format.read_shards(path, digests):
-                del shard  # reading it has checked it
+        if why := checkpoint_content.misfit(path, content):
+            raise CorruptCheckpointError(f"{path}: {why}")
+        if why := checkpoint_content.shards_misfit(path, content):
+            raise CorruptCheckpointError(why)
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"{error.filename}: is missing") from error
-    except OSError as error:
-        allowed, remedy = "a checkpoint that can be read", f"try again later ({error.strerror})"
-        raise ConfigError(format_option_error("resume", path, allowed, remedy)) from error
     return content
 
 
@@ -208,7 +234,7 @@ def _check_change(content: dict[str, Any], config: Config, dataset: Dataset | No
         allowed = f"more than {content['round']}, the rounds that the resumed run has trained"
         remedy = f"try rounds={2 * content['round']} resume_change=[rounds]"
         raise ConfigError(format_option_error("rounds", config.rounds, allowed, remedy))
-    saved = run_dir.completed(content["config"])
+    saved = completed(content["config"])
     keeps_state = bool(content.get("optimizer") or content.get("momentum"))
     why = misfit(saved, config, content["owners"], keeps_state)
     if why := why or _model_misfit(content["model"], config, dataset):
@@ -222,34 +248,16 @@ def _model_misfit(saved: Mapping[str, Tensor], config: Config, dataset: Dataset 
     """Returns the first tensor by which the network of ``config`` differs from the saved one."""
     info = dataset or config.data.info()
     model = network(config, info.shape, info.classes).to(DTYPES[config.precision])
-    old, new = structure.described(saved), structure.described(named_tensors(model))
-    for name in sorted(old.keys() | new.keys()):
-        before, now = old.get(name, "absent"), new.get(name, "absent")
-        if before != now:
-            return f"{name} of the network is {now}, and {before} in the checkpoint"
-    return ""
-
-
-def _records(folder: Path) -> dict[int, RoundRecord]:
-    """Returns the lines of the folder's ``rounds.jsonl`` by round, ascending."""
-    source = folder / "rounds.jsonl"
-    records: dict[int, RoundRecord] = {}
-    for line in source.read_text(encoding="utf-8").splitlines() if source.exists() else []:
-        try:
-            record = RoundRecord.of_line(json.loads(line))
-        except (ValueError, TypeError, AttributeError):
-            continue  # a line that was being written when the run ended
-        records[record.round] = record
-    return dict(sorted(records.items()))
+    return structure.difference(saved, named_tensors(model))
 
 
 def _history(path: Path, records: Mapping[int, RoundRecord], number: int) -> list[RoundRecord]:
     """Returns the records of the rounds until ``number``, that of the checkpoint ``path``."""
-    missing = [each for each in range(1, number + 1) if each not in records]
-    if missing:
+    missing = next((each for each in range(1, number + 1) if each not in records), None)
+    if missing is not None:
         source = path.resolve().parent.parent / "rounds.jsonl"
         allowed = "a checkpoint in the folder of its run, beside rounds.jsonl"
-        remedy = f"{source} has no round {missing[0]}: begin anew with resume=never"
+        remedy = f"{source} has no round {missing}: begin anew with resume=never"
         raise ConfigError(format_option_error("resume", path, allowed, remedy))
     return [records[each] for each in range(1, number + 1)]
 
@@ -265,8 +273,9 @@ def _is_still_best(
     It is that of all ``records``, by the ``saved`` options: also by rounds that are trained again,
     perhaps with other options.  Nothing is best where clients have models of their own.
     """
-    options = dict(run_dir.completed(saved)["early_stopping"])
-    before = EarlyStoppingConfig(**options | {"mode": StoppingMode(options["mode"])})
+    options, known = completed(saved)["early_stopping"], to_dict(config)["early_stopping"]
+    values = {name: options[name] for name in known} | {"mode": StoppingMode(options["mode"])}
+    before = EarlyStoppingConfig(**values)
     best = BestEvaluation(config.early_stopping, history)
     has_client_models = ALGORITHMS[config.algorithm.name].has_client_models
     return not has_client_models and BestEvaluation(before, records).round == best.round

@@ -26,26 +26,36 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
 from omegaconf import OmegaConf
 
 from ..config import path_options
-from ..config.enums import DataName, ModelSource, PartitionName
+from ..config.enums import DataName, ModelSource, PartitionName, RunDirMode
 from ..config.errors import ConfigError, FolderInUseError, format_option_error
 from ..config.schema import Config, DataConfig, to_dict
 from ..config.validation.resume import may_change
+from ..evaluation import saved_records
 from ..evaluation.records import Summary
-from ..runtime import atomic_files
+from ..files import atomic_files, folders, owners, reading
+from ..files.reading import FileError
+from .saved.options import completed
+from .saved.options import read as read_options
 
-NOT_IDENTIFYING = ("run_dir", "checkpoint", "resume", "resume_change", "callbacks", "tracking")
+NOT_IDENTIFYING = (
+    *("run_dir", "run_dir_mode", "checkpoint", "callbacks", "tracking"),
+    *("resume", "resume_change", "resume_trust"),
+)
 """Options and groups that do not change what a run computes."""
 _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
+_MODES = {RunDirMode.private: folders.PRIVATE, RunDirMode.group: folders.GROUP}
+_MODELS = ("model.pt", "best.pt", "clients.pt")
+_RECORDS = ("config.yaml", saved_records.ROUNDS, "rounds.csv", "trackers.json")
+_OTHERS = (saved_records.SUMMARY, "failure.json", "submitted.json", "best.abandoned")
 _HOW_READ = ("data.loading", "data.workers")
 """Options of the data that do not change what a run computes."""
 
@@ -79,6 +89,11 @@ def _data_name(config: DataConfig) -> str:
     return re.sub(r"[^\w.]+", "_", name)
 
 
+def make(folder: Path, config: Config) -> None:
+    """Makes the folder of a run, closed to other users as ``run_dir_mode`` says."""
+    folders.make(folder, _MODES[config.run_dir_mode])
+
+
 @contextmanager
 def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
     """Locks the folder for a run, or gives the summary if the run is finished there.
@@ -91,12 +106,29 @@ def claimed(folder: Path, config: Config) -> Iterator[Summary | None]:
         yield finished
         return
     with config_error_if_unwritable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # noqa: SIM115
+        make(folder, config)
+        lock = os.fdopen(folders.open_lock(folder / ".lock"), "a")
     with lock:
         _lock(lock, folder)
         # Another process may have finished the run before it released the lock.
         yield _finished(folder, config)
+
+
+def check_free(folder: Path) -> None:
+    """Raises ``FileError`` if a name that the run will write is taken by anything but a file."""
+    folders.check_free(folder, (*_MODELS, *_RECORDS, *_OTHERS), ("checkpoints", "wandb"))
+
+
+def check_trusted(folder: Path, config: Config) -> None:
+    """Raises ``FileError`` if another user may have written what a run goes on from.
+
+    Unless ``resume_trust`` allows it.  ``folder`` is that of the earlier run.
+    """
+    if not config.resume_trust:
+        names = ("", "checkpoints", "config.yaml", saved_records.ROUNDS, "best.pt")
+        paths = [folder / name for name in names]
+        paths += sorted((folder / "checkpoints").glob("round-*"))
+        owners.check(paths, "if you trust all who may write it, add resume_trust=true")
 
 
 def begin(folder: Path, config: Config, anew: bool = True) -> None:
@@ -117,16 +149,17 @@ def begin(folder: Path, config: Config, anew: bool = True) -> None:
 def note_failure(folder: Path, message: str) -> None:
     """Writes ``failure.json``, unless it exists: the first message stays."""
     note = {"message": message, "time": datetime.now().astimezone().isoformat(timespec="seconds")}
-    with suppress(OSError), open(folder / "failure.json", "x", encoding="utf-8") as first:
-        first.write(json.dumps(note) + "\n")
+    with suppress(OSError):
+        atomic_files.create_text(folder / "failure.json", json.dumps(note) + "\n")
 
 
 def failure(folder: Path) -> str:
     """Returns the message in ``failure.json``; empty if there is none."""
     try:
-        return str(json.loads((folder / "failure.json").read_text(encoding="utf-8"))["message"])
-    except (OSError, ValueError, KeyError):
+        message = reading.read_json_object(folder / "failure.json").get("message")
+    except (FileError, OSError):
         return ""
+    return message if isinstance(message, str) else ""
 
 
 def _lock(lock: IO[str], folder: Path) -> None:
@@ -169,12 +202,9 @@ def _finished(folder: Path, config: Config) -> Summary | None:
     if not os.path.exists(folder / "summary.json"):  # also False without permission to look
         return None
     try:
-        saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        values: Any = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        # Fields that an older version did not write have their defaults.
-        known = {field.name for field in fields(Summary)}
-        summary = Summary(**{key: value for key, value in values.items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        saved = read_options(folder / "config.yaml")
+        summary = saved_records.summary(folder)
+    except (FileError, OSError) as error:
         allowed = "a new folder, or one with a whole run"
         why = " ".join(f"its finished run cannot be read ({error}): choose another run_dir".split())
         raise ConfigError(format_option_error("run_dir", folder, allowed, why)) from error
@@ -206,15 +236,6 @@ def differences(saved: dict[str, Any], config: Config) -> list[str]:
     return sorted(differing.difference(_HOW_READ))
 
 
-def completed(saved: Any) -> dict[str, Any]:
-    """Returns ``saved`` options with the defaults of those that an older version did not have."""
-    merged = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
-    options: Any = OmegaConf.to_container(merged)
-    if options["model"]["source"] == "target":  # in version 0.2
-        options["model"]["source"] = str(ModelSource.import_)
-    return options  # type: ignore[no-any-return]
-
-
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[str]:
     differing = set()
     for key in a.keys() | b.keys():
@@ -229,21 +250,20 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> set[
 def _rename_summary(folder: Path) -> None:
     path = folder / "summary.json"
     if path.exists():
-        rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
+        rounds = saved_records.summary(folder).rounds
         path.rename(folder / f"summary-round{rounds}.json")
 
 
 def _set_aside(folder: Path) -> None:
     # Checkpoints first: they are useless in a folder without rounds.jsonl.
-    names = ["checkpoints", "config.yaml", "rounds.jsonl", "model.pt", "best.pt", "clients.pt"]
-    names += ["best.abandoned", "rounds.csv", "trackers.json", "wandb"]
+    names = ["checkpoints", "wandb", "best.abandoned", *_RECORDS, *_MODELS]
     paths = [folder / name for name in names] + list(folder.glob("events.*"))
     paths = [path for path in paths if path.exists()]
     if not paths or paths == [folder / "config.yaml"]:  # no run had begun
         return
     numbers = itertools.count(1)
-    folders = (folder / f"interrupted-{number}" for number in numbers)
-    target = next(path for path in folders if not path.exists())
-    target.mkdir()
+    targets = (folder / f"interrupted-{number}" for number in numbers)
+    target = next(path for path in targets if not path.exists())
+    folders.make_below(target)
     for path in paths:
         path.rename(target / path.name)

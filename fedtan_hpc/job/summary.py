@@ -17,8 +17,8 @@ from .. import __version__
 from ..distributed import collectives, process_group
 from ..evaluation.early_stopping import BestEvaluation
 from ..evaluation.records import RoundRecord, Summary
+from ..files import atomic_files
 from ..models import factory
-from ..runtime import atomic_files
 from .context import RunContext
 from .resume import Resumption
 from .trainer import Trainer

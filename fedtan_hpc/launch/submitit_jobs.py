@@ -25,8 +25,8 @@ from ..config.errors import ConfigError, Stopped
 from ..config.path_options import expanded
 from ..config.schema import Config
 from ..config.submit_options import ClusterName, LaunchConfig, SubmitConfig
+from ..files import atomic_files
 from ..job import run_dir
-from ..runtime import atomic_files
 from . import requeue
 
 _NEVER = 1_000_000
@@ -98,6 +98,7 @@ def submit_all(configs: Sequence[SubmitConfig]) -> list[Submitted]:
     submitted = []
     for job, handle in zip(jobs, handles, strict=True):
         submitted.append(Submitted(handle.job_id, Path(str(job.config.run_dir))))
+        run_dir.make(submitted[-1].run_dir, job.config)
         _write_note(submitted[-1], launch, handle.paths)
     if launch.cluster is ClusterName.debug:
         for handle in handles:
@@ -181,5 +182,4 @@ def _write_note(submitted: Submitted, launch: LaunchConfig, paths: Any) -> None:
         "errors": str(paths.stderr),
     }
     path = submitted.run_dir / "submitted.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.replace_text(path, json.dumps(note, indent=2) + "\n")

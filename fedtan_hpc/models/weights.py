@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..config import path_options
 from ..config.errors import ConfigError, format_option_error, one_line
+from ..files import reading, torch_files
+from ..files.reading import FileError
 
 _WRAPPERS = ("state_dict", "model")
 """Names under which checkpoints keep a network's tensors beside other things."""
@@ -82,14 +84,19 @@ def _shortened(names: Sequence[str]) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of the file by name."""
     try:
-        content = _safetensors(path) if path.suffix == ".safetensors" else _saved(path)
+        is_packed = path.suffix == ".safetensors"
+        content = _safetensors(path) if is_packed else torch_files.load(path, is_dense=False)
+    except FileNotFoundError as error:
+        raise _error(path, "a file that can be read", f"{error.strerror}") from error
+    except FileError as error:
+        allowed, remedy = "a whole file of torch.save or safetensors", str(error)
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            allowed = "a file of torch.save that has only tensors"
+            remedy = "save model.state_dict() in its place; "
+            remedy += "a whole network would run code of the file"
+        raise _error(path, allowed, remedy) from error
     except ConfigError:
         raise
-    except OSError as error:
-        raise _error(path, "a file that can be read", f"{error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        remedy = "save model.state_dict() in its place; a whole network would run code of the file"
-        raise _error(path, "a file of torch.save that has only tensors", remedy) from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise _error(path, "a whole file of torch.save or safetensors", one_line(error)) from error
     for name in _WRAPPERS:
@@ -107,11 +114,6 @@ def _is_named(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor)
 
 
-def _saved(path: Path) -> Any:
-    with open(path, "rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
 def _safetensors(path: Path) -> Any:
     try:
         from safetensors.torch import load as load_bytes
@@ -119,7 +121,7 @@ def _safetensors(path: Path) -> Any:
         remedy = "pip install 'fedtan_hpc[weights]'"
         allowed = "a .pt file, because safetensors is not installed"
         raise _error(path, allowed, remedy) from error
-    return load_bytes(path.read_bytes())
+    return load_bytes(reading.read_bytes(path))
 
 
 def _error(path: Path, allowed: str, remedy: str) -> ConfigError:

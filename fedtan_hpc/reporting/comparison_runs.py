@@ -23,7 +23,7 @@ from ..config.enums import PartitionName
 from ..config.errors import ConfigError, check_together, format_option_error
 from ..config.schema import Config, to_dict
 from ..config.validate import check
-from ..runtime import atomic_files
+from ..files import atomic_files
 from . import options, reports
 from .reports import Lines
 
@@ -180,7 +180,8 @@ def _check_settings(comparison: Comparison) -> None:
         saved = _shared(reports.read_options(path))
     except reports.READ_ERRORS as error:
         allowed = "a new folder, or one with a whole settings.yaml"
-        message = format_option_error("out", comparison.out, allowed, "choose another")
+        remedy = f"choose another ({error})"
+        message = format_option_error("out", comparison.out, allowed, remedy)
         raise ConfigError(message) from error
     settings = comparison.settings
     names = saved.keys() | settings.keys()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.enums import ModelSource
 from ..config.schema import Config
-from ..runtime import atomic_files
+from ..files import atomic_files
 from . import comparison_runs, reports
 from .comparison_runs import Comparison
 from .reports import Lines, Measure, Run

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import cli
 from . import comparison_runs
 from .reports import Measure, Run, markdown_table, read_options
 
@@ -27,7 +28,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for folder in folders:
         if not (folder / "settings.yaml").exists():
             parser.error(f"{folder} holds no comparison (there is no settings.yaml)")
-    print("\n".join(table(folders)))
+    with cli.exit_codes("overview"):
+        print("\n".join(table(folders)))
 
 
 def table(folders: Sequence[Path]) -> list[str]:

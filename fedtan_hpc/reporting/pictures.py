@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..runtime import atomic_files
+from ..files import atomic_files
 
 Style: TypeAlias = dict[str, Any]
 """Keyword arguments of ``Axes.plot``."""

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-from omegaconf import OmegaConf
-
 from ..config import schema
 from ..config.errors import printable
+from ..evaluation import saved_records
 from ..evaluation.early_stopping import SMALLER_IS_BETTER
 from ..evaluation.records import first_metric
-from ..job.run_dir import NOT_IDENTIFYING, completed
+from ..files.reading import FileError, unusable
+from ..job.run_dir import NOT_IDENTIFYING
+from ..job.saved import options as saved_options
 
-READ_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError)
+READ_ERRORS = (FileError, OSError)
 """Errors that reading a damaged run raises."""
 IGNORED = ("seed",)
 """Options in which runs of one line may differ, beside those that change no result."""
@@ -65,9 +64,9 @@ class Measure:
         """Whether smaller values are better."""
         return any(word in self.metric for word in SMALLER_IS_BETTER)
 
-    def shown(self, value: float | None) -> float:
-        """Returns a value in the unit of ``text``; NaN for None."""
-        if value is None:
+    def shown(self, value: Any) -> float:
+        """Returns a value in the unit of ``text``; NaN for what is no number."""
+        if not isinstance(value, int | float):
             return math.nan
         return 100 * value if self._is_share else value
 
@@ -120,12 +119,15 @@ def finished(folder: Path) -> bool:
 
 def read(folder: Path) -> Run:
     """Reads the finished run in ``folder``; raises one of ``READ_ERRORS`` if it is damaged."""
-    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    return Run(
-        options=read_options(folder / "config.yaml"),
-        records=[json.loads(line) for line in lines],
-        summary=json.loads((folder / "summary.json").read_text(encoding="utf-8")),
-    )
+    summary = saved_records.summary(folder)
+    records = list(saved_records.rounds(folder))
+    if [record.round for record in records] != list(range(1, len(records) + 1)):
+        raise unusable(folder / saved_records.ROUNDS, "its rounds are not numbered 1, 2, 3, ...")
+    if len(records) != summary.rounds:
+        why = f"it has {len(records)} rounds, and summary.json has {summary.rounds}"
+        raise unusable(folder / saved_records.ROUNDS, why)
+    options = read_options(folder / "config.yaml")
+    return Run(options, [record.line() for record in records], asdict(summary))
 
 
 def read_whole(folders: Iterable[Path]) -> Iterator[Run]:
@@ -142,8 +144,11 @@ def read_whole(folders: Iterable[Path]) -> Iterator[Run]:
 
 
 def read_options(path: Path) -> dict[str, str]:
-    """Returns the options in a YAML file by dotted name, with defaults for those that it lacks."""
-    return dict(flat(completed(OmegaConf.to_container(OmegaConf.load(path)))))
+    """Returns the options in a YAML file by dotted name, with defaults for those that it lacks.
+
+    Raises one of ``READ_ERRORS``.
+    """
+    return dict(flat(saved_options.read(path)))
 
 
 def flat(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -177,7 +182,7 @@ def best_first(lines: Lines) -> Lines:
 def last_figures(runs: Sequence[Run], figure: str) -> list[float]:
     """Returns a figure of the last evaluated round of each run that has it."""
     values = [run.evaluated[-1].get(figure) for run in runs]
-    return [float(value) for value in values if value is not None]
+    return [float(value) for value in values if isinstance(value, int | float)]
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:

@@ -13,20 +13,24 @@ as pending.  In a checkout ``python tools/jobs.py`` does the same.
 
 import fcntl
 import getpass
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 from rich.table import Table
 
 from ..config.errors import printable
+from ..evaluation import saved_records
 from ..evaluation.loggers import console
+from ..files import reading
+from ..files.reading import FileError
+from ..job import run_dir
 from .reports import Measure
 
 _SQUEUE_SECONDS = 30.0
@@ -114,23 +118,24 @@ def _result(record: dict[str, Any]) -> str:
 def row_of(run: Path, queue: Queue | None) -> Row:
     """Returns what the folder of a run and the ``queue`` say."""
     note = _json(run / "submitted.json")
-    records = list(_records(run / "rounds.jsonl"))
+    records, damage = _records(run)
     state, why = _state(run, note, queue)
     evaluated = [record for record in records if _is_evaluated(record)]
+    job = note.get("job_id", "?")
     return Row(
         run=str(run),
-        job=str(note.get("job_id", "?")) if note else "",
+        job=(str(job) if isinstance(job, str | int) else "?") if note else "",
         state=state,
         round=str(records[-1]["round"]) if records else "0",
         result=_result(evaluated[-1]) if evaluated else "",
-        why=why,
+        why=reading.shown(damage or why),
     )
 
 
 def _state(run: Path, note: dict[str, Any], queue: Queue | None) -> tuple[str, str]:
     if (run / "summary.json").exists():
         return "finished", ""
-    failure = str(_json(run / "failure.json").get("message", ""))
+    failure = run_dir.failure(run)
     job, cluster = str(note.get("job_id")), note.get("cluster")
     if cluster == "slurm" and queue is None:
         return "unknown", failure or "the queue does not answer"
@@ -153,46 +158,56 @@ def _is_locked(path: Path) -> bool:
     moment asks for its lock again (``job.run_dir``).
     """
     try:
-        with open(path, "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with reading.opened(path) as lock:
+            return not _takes(lock)
+    except (FileError, OSError):  # there is no lock, or it cannot be read
+        return False
+
+
+def _takes(lock: BinaryIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    except OSError:  # there is no lock, or it cannot be read, or the file system has no locks
+        return False
+    except OSError:  # the file system has no locks
         pass
-    return False
+    return True
 
 
 def _is_submitit(process: str) -> bool:
     """Whether the process runs submitit; another program may have got its number since."""
     path = Path("/proc") / process / "cmdline"
-    return path.exists() and b"submitit" in path.read_bytes()
+    try:
+        return process.isdecimal() and b"submitit" in reading.read_bytes(path)
+    except (FileError, OSError):
+        return False
 
 
 def _last_words(note: dict[str, Any]) -> str:
     """The last line of the logs of a job that left no reason in its folder."""
     for name in ("errors", "output"):
         path = Path(str(note.get(name)))
-        if path.is_file():
-            lines = [line.strip() for line in path.read_text(errors="replace").split("\n")]
-            if lines := [line for line in lines if line]:
-                return f"{lines[-1]} ({path})"
+        with suppress(FileError, OSError):
+            if line := reading.last_line(path):
+                return f"{line} ({path})"
     return "no message; the job may have been cancelled before it began"
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:  # the run is writing this line
-            return
+def _records(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """Returns the records of a run until the first damaged line, and what is wrong with that."""
+    records: list[dict[str, Any]] = []
+    try:
+        records += (record.line() for record in saved_records.rounds(run))
+    except (FileError, OSError) as error:
+        return records, str(error)
+    return records, ""
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return reading.read_json_object(path)
+    except (FileError, OSError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def show(rows: Sequence[Row]) -> None:

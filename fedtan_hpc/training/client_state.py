@@ -95,6 +95,11 @@ class PrivateStates:
         to_cpu = state.is_cuda and not self._fits(state.nbytes)
         self._states[client] = collectives.to_cpu(state) if to_cpu else state
 
+    @property
+    def size(self) -> int:
+        """Number of values in a client's state."""
+        return self._initial.numel() if self.exist else 0
+
     def state_dict(self) -> dict[int, Tensor]:
         """Returns the states on this rank by client, ascending, on the CPU; not copied if there."""
         return {client: self._states[client].cpu() for client in sorted(self._states)}

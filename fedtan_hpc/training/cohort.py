@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..config.algorithms import ALGORITHMS
+from ..distributed import structure
 from ..distributed.model_average import ModelSum, named_tensors
 from ..models.parameter_groups import TensorFilter, groups_of
 from .client_runners import ClientModels, ClientRunners
 from .local_step import RoundContext
-from .optimizers import State, trained_parameters
+from .optimizers import STATE_NAMES, STEP, State, trained_parameters
 from .server_optimizer import ServerOptimizer
 
 
@@ -85,6 +86,18 @@ class Cohort:
         if self._pools:  # else the state would grow old
             self._pooled.load_state_dict(_each(lambda value: value.to(device), pooled))
 
+    def state_misfit(self, state: dict[str, Any]) -> str:
+        """Returns the first part by which ``state`` does not fit; empty if it may be loaded.
+
+        ``state`` has the keys and kinds of a state of ``state_dict``.
+        """
+        own = named_tensors(self.model)
+        if why := structure.difference(state["model"], own):
+            return why
+        if why := self._server.misfit(state["server"], self.model):
+            return why
+        return _optimizer_misfit(state.get("optimizer", {}), trained_parameters(self.model))
+
     def _of_momentum(self, buffers: list[Tensor]) -> State:
         """Returns the state in a checkpoint of an earlier version: the momentum of SGD."""
         names = trained_parameters(self.model)
@@ -100,3 +113,16 @@ def _each(function: Callable[[Tensor], Tensor], state: State) -> State:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
+
+
+def _optimizer_misfit(state: State, parameters: dict[str, Tensor]) -> str:
+    kinds = set[frozenset[str]]()
+    for name, tensors in state.items():
+        like = parameters.get(name)
+        for key, tensor in tensors.items():
+            if like is None or tensor.shape != (() if key == STEP else like.shape):
+                return f"the optimizer's state has {key!r:.80} of {name!r:.80}, which does not fit"
+        kinds |= {frozenset(tensors)} if tensors else set()
+    if len(kinds) > 1 or not kinds <= STATE_NAMES:
+        return "the optimizer's state is neither of SGD nor of Adam"
+    return ""

@@ -21,8 +21,10 @@ from ..distributed.model_average import named_tensors
 State = dict[str, dict[str, Tensor]]
 """State by name of a parameter, then by torch's name of the state, such as exp_avg."""
 
-_STEP = "step"
+STEP = "step"
 """torch's name of the number of steps, the only state without the shape of its parameter."""
+STATE_NAMES = {frozenset({"momentum_buffer"}), frozenset({STEP, "exp_avg", "exp_avg_sq"})}
+"""torch's names of a parameter's state: of SGD with momentum, and of Adam and AdamW."""
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -96,7 +98,7 @@ class ClientOptimizer:
             value.grad = _in_memory_order(value.grad, value)
             state = self._optimizer.state[value]
             for key, tensor in state.items():
-                if key != _STEP and tensor is not None:
+                if key != STEP and tensor is not None:
                     state[key] = _in_memory_order(tensor, value)
         if self.settings.options.clip_norm is not None:
             clip(values, self.settings.options.clip_norm, self._is_stacked)
@@ -115,14 +117,14 @@ class ClientOptimizer:
         for name, tensors in state.items():
             value = self._values[name]
             self._optimizer.state[value] = {
-                key: (each if key == _STEP else each.expand_as(value)).clone()
+                key: (each if key == STEP else each.expand_as(value)).clone()
                 for key, each in tensors.items()
             }
 
     def state_of(self, client_index: int) -> State:
         """Returns the state of one client of the stack."""
         return {
-            name: {k: each if k == _STEP else each[client_index] for k, each in tensors.items()}
+            name: {k: each if k == STEP else each[client_index] for k, each in tensors.items()}
             for name, tensors in self.state().items()
         }
 

@@ -11,6 +11,8 @@ Running statistics are not in x: a step beyond an average of variances could end
 ranks take the same step on the same values.  Used by ``cohort``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +58,15 @@ class ServerOptimizer:
         """Loads what ``state_dict`` returned in an optimizer of the same kind; none keeps none."""
         if self._kind is not ServerOptimizerName.none:
             self._mean, self._squared = state
+
+    def misfit(self, state: Sequence[Tensor], model: nn.Module) -> str:
+        """Returns why ``state`` is not that of a server that steps ``model``; empty if it is."""
+        like = pack(self._trained(model).values())
+        for value in state if self._kind is not ServerOptimizerName.none else ():
+            if value.numel() and (value.shape, value.dtype) != (like.shape, like.dtype):
+                found = f"{tuple(value.shape)} {value.dtype}"
+                return f"the server steps {like.numel()} values, and its state has {found}"
+        return ""
 
     def _direction(self, delta: Tensor) -> Tensor:
         beta = self._beta

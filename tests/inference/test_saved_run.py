@@ -91,7 +91,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="algorithm=fedtan gives no client"):
         fedtan_hpc.load_model(tmp_path / "run", client=0)
     (tmp_path / "run" / "model.pt").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"model\.pt is damaged"):
+    with pytest.raises(ValueError, match=r"model\.pt: it is damaged"):
         fedtan_hpc.load_model(tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match="not finished: start its command again"):

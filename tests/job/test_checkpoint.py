@@ -153,10 +153,14 @@ def test_a_file_that_cannot_be_read_now_is_not_damaged(
 ) -> None:
     """A file system that stumbles costs no checkpoint."""
 
-    def stumbles(path: Path) -> bytes:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+    opens = os.open
 
-    monkeypatch.setattr(Path, "read_bytes", stumbles)
+    def stumbles(path: Path, *flags: int) -> int:
+        if Path(path).suffix == ".pt":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opens(path, *flags)
+
+    monkeypatch.setattr(os, "open", stumbles)
     with pytest.raises(ConfigError, match=r"round-000005.pt.*Stale file handle"):
         resume.load_checkpoint(interrupted, config_of("fedtan", interrupted))
     assert len(checkpoint_format.existing(interrupted)) == 3

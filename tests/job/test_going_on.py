@@ -30,7 +30,7 @@ from fedtan_hpc.config.schema import (
 )
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.job.checkpoint_format import path_of
-from fedtan_hpc.runtime import atomic_files
+from fedtan_hpc.files import atomic_files
 from tests.helpers.jobs import config_of, rounds_of, run, run_until, same_bits
 from tests.helpers.ranks import on_ranks
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from fedtan_hpc.distributed.counters import MAX_EXCHANGE_BYTES
-from fedtan_hpc.runtime import atomic_files
+from fedtan_hpc.files import atomic_files
 
 ALGORITHMS = ("doubling", "tree", "ring", "exchange")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtan_hpc.reporting import options, pictures
-from fedtan_hpc.runtime import atomic_files
+from fedtan_hpc.files import atomic_files
 from scaling import plots
 
 _LABELS = {
