@@ -82,6 +82,18 @@ def summary(folder: Path) -> Summary:
     return result
 
 
+def finished(folder: Path) -> tuple[Summary, list[RoundRecord]]:
+    """Returns the summary of a finished run and the records of all its rounds.
+
+    Raises ``FileNotFoundError`` and ``FileError``, also for rounds that are missing.
+    """
+    result, records = summary(folder), list(rounds(folder))
+    if [record.round for record in records] != list(range(1, result.rounds + 1)):
+        why = f"its {len(records)} rounds are not the {result.rounds} of {SUMMARY}"
+        raise unusable(folder / ROUNDS, why)
+    return result, records
+
+
 def _bad_data(data: dict[str, Any]) -> str:
     """Returns what is wrong with the description of the data, of which the network is made."""
     if not data:

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ..config.errors import ConfigError, one_line
 
@@ -209,12 +208,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         _check_events(path, text)
         values = OmegaConf.to_container(OmegaConf.create(text))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
+    except FileError:
+        raise
+    except Exception as error:  # OmegaConf raises many kinds, assertions too
         raise unusable(path, f"it is not valid YAML ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise unusable(path, "it is no mapping of options to values")
+    if not text.endswith("\n"):
+        raise unusable(path, "its last line has no end, so it may be incomplete")
     if "${" in text and _has_interpolation(values):
         raise unusable(path, "a value has ${...}, which a run does not write")
     return {str(key): value for key, value in values.items()}

@@ -199,7 +199,7 @@ def finish(folder: Path, summary: Summary) -> None:
 
 def _finished(folder: Path, config: Config) -> Summary | None:
     """Returns the summary in the folder; raises ``ConfigError`` if it is not of ``config``."""
-    if not os.path.exists(folder / "summary.json"):  # also False without permission to look
+    if not os.path.lexists(folder / saved_records.SUMMARY):  # also False without permission to look
         return None
     try:
         saved = read_options(folder / "config.yaml")

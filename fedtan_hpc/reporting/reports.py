@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from ..config.errors import printable
 from ..evaluation import saved_records
 from ..evaluation.early_stopping import SMALLER_IS_BETTER
 from ..evaluation.records import first_metric
-from ..files.reading import FileError, unusable
+from ..files.reading import FileError
 from ..job.run_dir import NOT_IDENTIFYING
 from ..job.saved import options as saved_options
 
@@ -114,18 +115,12 @@ Lines: TypeAlias = dict[str, list[Run]]
 
 def finished(folder: Path) -> bool:
     """Returns whether the folder holds a finished run."""
-    return (folder / "summary.json").exists()
+    return os.path.lexists(folder / saved_records.SUMMARY)
 
 
 def read(folder: Path) -> Run:
     """Reads the finished run in ``folder``; raises one of ``READ_ERRORS`` if it is damaged."""
-    summary = saved_records.summary(folder)
-    records = list(saved_records.rounds(folder))
-    if [record.round for record in records] != list(range(1, len(records) + 1)):
-        raise unusable(folder / saved_records.ROUNDS, "its rounds are not numbered 1, 2, 3, ...")
-    if len(records) != summary.rounds:
-        why = f"it has {len(records)} rounds, and summary.json has {summary.rounds}"
-        raise unusable(folder / saved_records.ROUNDS, why)
+    summary, records = saved_records.finished(folder)
     options = read_options(folder / "config.yaml")
     return Run(options, [record.line() for record in records], asdict(summary))
 

@@ -6,8 +6,8 @@ lists the runs in the given folders and below them; the default folder is runs/.
 submitted has no job number.  All that is shown comes from the folders of the runs, so it is there
 when SLURM has forgotten the job; SLURM's queue adds the jobs that have not ended.
 
-The states are finished, running, failed, stopped (by a signal), gone (the process ended and left
-no message), unknown (SLURM's queue does not answer), and the states of jobs in SLURM's queue, such
+The states are finished, damaged (its summary cannot be read), running, failed, stopped (by a
+signal), gone (the process ended and left no message), unknown (SLURM's queue does not answer), and the states of jobs in SLURM's queue, such
 as pending.  In a checkout ``python tools/jobs.py`` does the same.
 """
 
@@ -31,7 +31,7 @@ from ..evaluation.loggers import console
 from ..files import reading
 from ..files.reading import FileError
 from ..job import run_dir
-from .reports import Measure
+from .reports import Measure, finished
 
 _SQUEUE_SECONDS = 30.0
 _MOST_OF_A_CELL = 1000
@@ -68,7 +68,7 @@ def main(words: Sequence[str] | None = None, program: str = "runs") -> int:
     if not runs:
         print(printable(f"{program}: no runs in {', '.join(map(str, folders))}"), file=sys.stderr)
         return 1
-    unfinished = [run for run in runs if not (run / "summary.json").exists()]
+    unfinished = [run for run in runs if not finished(run)]
     submitted = any((run / "submitted.json").exists() for run in unfinished)
     queue = in_queue(program) if submitted else None
     try:
@@ -128,12 +128,16 @@ def row_of(run: Path, queue: Queue | None) -> Row:
         state=state,
         round=str(records[-1]["round"]) if records else "0",
         result=_result(evaluated[-1]) if evaluated else "",
-        why=reading.shown(damage or why),
+        why=reading.shown(why or damage),
     )
 
 
 def _state(run: Path, note: dict[str, Any], queue: Queue | None) -> tuple[str, str]:
-    if (run / "summary.json").exists():
+    if finished(run):
+        try:
+            saved_records.finished(run)
+        except (FileError, OSError) as error:
+            return "damaged", str(error)
         return "finished", ""
     failure = run_dir.failure(run)
     job, cluster = str(note.get("job_id")), note.get("cluster")

@@ -29,8 +29,8 @@ from fedtan_hpc.config.schema import (
     TrackingConfig,
 )
 from fedtan_hpc.config.validate import check
-from fedtan_hpc.job.checkpoint_format import path_of
 from fedtan_hpc.files import atomic_files
+from fedtan_hpc.job.checkpoint_format import path_of
 from tests.helpers.jobs import config_of, rounds_of, run, run_until, same_bits
 from tests.helpers.ranks import on_ranks
 

@@ -19,12 +19,28 @@ from fedtan_hpc.reporting import run_list
 from tests.helpers import commands
 
 
+def record(number: int, **figures: float) -> dict[str, Any]:
+    """A line of rounds.jsonl."""
+    names = ("train_loss", "learning_rate", "round_seconds", "comm_messages", "comm_bytes")
+    names += ("payload_messages", "payload_bytes", "clients")
+    return {"round": number, **dict.fromkeys(names, 1), **figures}
+
+
+SUMMARY = {
+    **dict.fromkeys(("rounds", "world_size", "parameters", "peak_memory_bytes"), 2),
+    **dict.fromkeys(("test_accuracy", "test_loss"), 0.5),
+    **dict.fromkeys(("total_seconds", "startup_seconds", "median_round_seconds"), 1.0),
+    **dict.fromkeys(("algorithm", "backend", "device", "run_dir"), ""),
+    "versions": {},
+}
+
+
 def run_in(folder: Path, job: str = "7", cluster: str = "slurm", **files: Any) -> Path:
     """A run's folder with a note of its submission and ``files`` by name."""
     folder.mkdir()
     note = {"job_id": job, "cluster": cluster, "errors": str(folder / "log.err")}
     (folder / "submitted.json").write_text(json.dumps(note))
-    lines = [{"round": 1, "test_accuracy": 0.5}, {"round": 2, "test_accuracy": None}]
+    lines = [record(1, test_accuracy=0.5, test_loss=1.0), record(2)]
     (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -38,7 +54,7 @@ STOPPED: dict[str, Any] = {"failure": {"message": "stopped by SIGTERM after roun
 @pytest.mark.parametrize(
     ("files", "queue", "state", "why"),
     [
-        ({"summary": {}}, {}, "finished", ""),
+        ({"summary": SUMMARY}, {}, "finished", ""),
         (FAILED, {}, "failed", "rank 1, round 3: OSError: the disk is gone"),
         (STOPPED, {}, "stopped", "stopped by SIGTERM after round 2"),
         (STOPPED, {"7": ("pending", "BeginTime")}, "pending", "stopped by SIGTERM after round 2"),
@@ -67,7 +83,7 @@ def test_submitted_runs_below_a_folder_are_listed(
 ) -> None:
     monkeypatch.setattr(run_list, "in_queue", lambda program: {})
     run_in(tmp_path / "b", **FAILED)
-    run_in(tmp_path / "a", job="8_1", summary={})
+    run_in(tmp_path / "a", job="8_1", summary=SUMMARY)
     assert run_list.main([str(tmp_path)]) == 0
     header, first, second = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["run", "job", "state", "round"]
@@ -93,7 +109,7 @@ def unsubmitted(folder: Path, **files: Any) -> Path:
 @pytest.mark.parametrize(
     ("files", "state", "why"),
     [
-        ({"summary": {}}, "finished", ""),
+        ({"summary": SUMMARY}, "finished", ""),
         (FAILED, "failed", "rank 1, round 3: OSError: the disk is gone"),
         (STOPPED, "stopped", "stopped by SIGTERM after round 2"),
         ({}, "gone", "no message; the process may have been killed"),
@@ -141,7 +157,7 @@ def test_all_runs_are_listed_and_nothing_else(
 ) -> None:
     """Not settings that lie beside no run, and not what an earlier run has left in a run."""
     monkeypatch.setattr(run_list, "in_queue", lambda program: {})
-    unsubmitted(tmp_path / "a", summary={})
+    unsubmitted(tmp_path / "a", summary=SUMMARY)
     unsubmitted(tmp_path / "a" / "interrupted-1")
     (tmp_path / "c").mkdir()
     unsubmitted(tmp_path / "c" / "interrupted-1")  # a name like any other
@@ -191,7 +207,7 @@ def test_a_run_is_listed_while_it_runs_and_when_it_is_done(tmp_path: Path) -> No
 def test_a_pipe_that_nobody_reads_and_a_mistake_end_the_command(
     program: tuple[str, ...], name: str, tmp_path: Path
 ) -> None:
-    unsubmitted(tmp_path / "run", summary={})
+    unsubmitted(tmp_path / "run", summary=SUMMARY)
     environment = {**os.environ, "PYTHONPATH": str(commands.ROOT)}
     for folder, code, start in ((str(tmp_path), 141, ""), ("nowhere", 2, f"{name}: nowhere: ")):
         command = subprocess.Popen(

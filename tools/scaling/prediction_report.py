@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtan_hpc.reporting import options, pictures
 from fedtan_hpc.files import atomic_files
+from fedtan_hpc.reporting import options, pictures
 from scaling import plots
 
 _LABELS = {

@@ -18,6 +18,8 @@ from ...files.typed_values import fits
 from .. import checkpoint_format
 from .options import checked
 
+_SECONDS = 2**40
+"""More seconds than any run takes."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -114,7 +116,7 @@ def _is_generator(value: Any) -> bool:
 
 
 def _is_model(value: Any) -> bool:
-    return bool(value) and fits(value, dict[str, Tensor])
+    return fits(value, dict[str, Tensor]) and bool(value)
 
 
 def _is_state(value: Any) -> bool:
@@ -131,7 +133,7 @@ def _is_server(value: Any) -> bool:
 
 _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "round": (lambda value: fits(value, int) and value > 0, "the number of a round"),
-    "seconds": (lambda value: fits(value, float) and value >= 0, "a time"),
+    "seconds": (lambda value: fits(value, float) and 0 <= value < _SECONDS, "a time"),
     "rng": (_is_generator, "the state of a generator"),
     "config": (lambda value: isinstance(value, dict), "the options of a run"),
     "resumed_after": (lambda value: fits(value, list[int]), "a list of rounds"),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ...config.enums import ModelSource
 from ...config.errors import one_line
@@ -31,18 +30,30 @@ def checked(saved: Any, path: Path) -> dict[str, Any]:
         options = completed(saved)
         known = _known(options, to_dict(Config()))
         OmegaConf.merge(OmegaConf.structured(Config), known)  # checks types, resolves nothing
-    except (OmegaConfBaseException, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # OmegaConf raises many kinds, assertions too
         raise unusable(path, f"its options are none of a run ({one_line(error)})") from error
     return options
 
 
 def completed(saved: Any) -> dict[str, Any]:
-    """Returns ``saved`` options with the defaults of those that an older version did not have."""
-    merged = OmegaConf.merge(OmegaConf.create(to_dict(Config())), OmegaConf.create(saved))
-    options: Any = OmegaConf.to_container(merged)
+    """Returns ``saved`` options with the defaults of those that an older version did not have.
+
+    Raises ``TypeError`` if they are no mapping, or a group is none.
+    """
+    options = _merged(to_dict(Config()), saved)
     if options["model"]["source"] == "target":  # in version 0.2
         options["model"]["source"] = str(ModelSource.import_)
-    return options  # type: ignore[no-any-return]
+    return options
+
+
+def _merged(defaults: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **saved}
+    for name, value in merged.items():
+        if isinstance(default := defaults.get(name), dict):
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} is {repr(value)[:80]}, not a group")
+            merged[name] = _merged(default, value)
+    return merged
 
 
 def _known(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +61,5 @@ def _known(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     known = {name: value for name, value in options.items() if name in defaults}
     for name, value in known.items():
         if isinstance(defaults[name], dict) and name != "options":
-            if not isinstance(value, dict):
-                raise TypeError(f"{name} is {repr(value)[:80]}, not a group")
             known[name] = _known(value, defaults[name])
     return known
