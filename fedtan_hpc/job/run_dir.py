@@ -202,8 +202,8 @@ def _finished(folder: Path, config: Config) -> Summary | None:
     if not os.path.lexists(folder / saved_records.SUMMARY):  # also False without permission to look
         return None
     try:
-        saved = read_options(folder / "config.yaml")
         summary = saved_records.summary(folder)
+        saved = read_options(folder / "config.yaml")
     except (FileError, OSError) as error:
         allowed = "a new folder, or one with a whole run"
         why = " ".join(f"its finished run cannot be read ({error}): choose another run_dir".split())

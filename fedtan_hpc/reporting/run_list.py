@@ -6,9 +6,10 @@ lists the runs in the given folders and below them; the default folder is runs/.
 submitted has no job number.  All that is shown comes from the folders of the runs, so it is there
 when SLURM has forgotten the job; SLURM's queue adds the jobs that have not ended.
 
-The states are finished, damaged (its summary cannot be read), running, failed, stopped (by a
-signal), gone (the process ended and left no message), unknown (SLURM's queue does not answer), and the states of jobs in SLURM's queue, such
-as pending.  In a checkout ``python tools/jobs.py`` does the same.
+The states are finished, damaged (the result cannot be read), running, failed, stopped (by a
+signal), gone (the process ended and left no message), unknown (SLURM's queue does not answer), and
+the states of jobs in SLURM's queue, such as pending.  In a checkout ``python tools/jobs.py`` does
+the same.
 """
 
 import fcntl

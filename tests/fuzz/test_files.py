@@ -174,7 +174,7 @@ def test_a_run_goes_on_from_a_whole_checkpoint_or_says_why_not(
         path.touch()
         if harm_fits(harm, path):
             harm(path)
-        found = outcome(lambda folder=folder: claim_and_go_on(folder), path)
+        found = outcome(partial(claim_and_go_on, folder), path)
         assert found is None or found.items() <= right.items()
 
 
@@ -290,7 +290,8 @@ def unowned(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     digest = content["shards"][0][name]
     for other in (f"../checkpoints/{name}", f"/{name}", "round-000001.states-0-0.pt", "", "x.pt"):
         yield f"shards={other}", {**content, "shards": [{other: digest}]}
-    for shards in ([], [{}], [{name: "x"}], [{name: digest}, {name: digest}], [{name: digest}] * 9):
+    lists: list[Any] = [[], [{}], [{name: "x"}], [{name: digest}] * 2, [{name: digest}] * 9]
+    for shards in lists:
         yield f"shards={shards}", {**content, "shards": shards}
     for owners in ({}, {0: 1}, {0: -1}, {-1: 0}, {99: 0}, {"0": 0}, {0: "0"}):
         yield f"owners={owners}", {**content, "owners": owners}
@@ -344,4 +345,4 @@ def test_a_state_of_another_network_is_named(
         path = checkpoint_format.path_of(folder, 2)
         changed = {**content, "model": {**content["model"], name: value}}
         checkpoint_format.write(path, changed)
-        assert outcome(lambda folder=folder: run(config_in(folder)), path) is None
+        assert outcome(partial(run, config_in(folder)), path) is None

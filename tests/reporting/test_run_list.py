@@ -21,8 +21,8 @@ from tests.helpers import commands
 
 def record(number: int, **figures: float) -> dict[str, Any]:
     """A line of rounds.jsonl."""
-    names = ("train_loss", "learning_rate", "round_seconds", "comm_messages", "comm_bytes")
-    names += ("payload_messages", "payload_bytes", "clients")
+    names = ["train_loss", "learning_rate", "round_seconds", "comm_messages", "comm_bytes"]
+    names += ["payload_messages", "payload_bytes", "clients"]
     return {"round": number, **dict.fromkeys(names, 1), **figures}
 
 
