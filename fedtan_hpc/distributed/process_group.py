@@ -103,9 +103,12 @@ def say_reported() -> None:
 
 def wait_for_report(seconds: float) -> None:
     """Waits until rank 0 has reported why the job ends, or has ended, but at most ``seconds``."""
+    if channel is None:  # the ranks have not met, or have parted
+        time.sleep(seconds)
+        return
     deadline = time.monotonic() + seconds
     with suppress(RuntimeError):  # the store has ended with rank 0, which serves it
-        while time.monotonic() < deadline and not (channel and channel.read("reported")):
+        while time.monotonic() < deadline and not channel.read("reported"):
             time.sleep(_LOOK_SECONDS)
 
 

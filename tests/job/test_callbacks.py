@@ -337,6 +337,10 @@ def test_whatever_the_users_code_raises_is_that_of_its_rank_and_round(error: Bas
 
 
 def test_ctrl_c_is_not_of_the_users_code() -> None:
-    with signals.interrupted_by_ctrl_c(), pytest.raises(Interrupted), as_run_error():
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have another
+    try:
+        with signals.interrupted_by_ctrl_c(), pytest.raises(Interrupted), as_run_error():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -20,6 +20,7 @@ import yaml
 from fedtan_hpc.config.errors import Stopped
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.reporting import compare, overview, progress
+from fedtan_hpc.runtime.signals import Interrupted
 from tests.helpers.ranks import on_ranks
 
 SHORT = ["rounds=2", "local_steps=1", "eval_every=1", "batch_size=16"]
@@ -156,7 +157,7 @@ def test_an_interrupted_comparison_goes_on(
     def interrupted(self: progress.Following, record: Any) -> None:
         told.append(record)
         if len(told) == 4:
-            raise KeyboardInterrupt
+            raise Interrupted
         note(self, record)
 
     monkeypatch.setattr(progress.Following, "round_ended", interrupted)

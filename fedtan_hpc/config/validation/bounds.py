@@ -73,7 +73,7 @@ BOUNDS: Mapping[str, Bound] = {
     "clients": _count(),
     "clients_per_round": _count(),
     "rounds": _count(),
-    "local_steps": _count(),
+    "local_steps": _count(most=10**6),
     "local_epochs": _count(),
     "batch_size": _count(),
     "seed": _count(0, 2**32 - 1),
