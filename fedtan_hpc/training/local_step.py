@@ -37,6 +37,8 @@ class RoundContext:
     plan: RoundPlan
 
 
+_LOSSES = 1024
+"""Losses that are kept before they are summed.  Each pins a part of the heap of many KB."""
 LossFunction = Callable[[nn.Module, Any, Tensor], Tensor]
 """Maps a model, inputs of N samples and their targets (N, ...) to the mean loss, 0-d."""
 
@@ -100,6 +102,32 @@ def _drawn(client: Client, round_number: int, config: Config) -> Iterator[StepDr
         yield StepDraws(batches, seeds, changes)
 
 
+class LossMean:
+    """The mean of many losses, 0-d each, in memory that does not grow with their number."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last: list[Tensor] = []
+        self._sum: Tensor | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Adds the loss of a step; its memory must not be written again."""
+        self.count += 1
+        self._last.append(loss)
+        if len(self._last) == _LOSSES:
+            self._sum = self._total()
+            self._last.clear()
+
+    def mean(self) -> Tensor:
+        """Returns the mean, 0-d float64."""
+        return self._total() / self.count
+
+    def _total(self) -> Tensor:
+        last = torch.stack(self._last).double().sum() if self._last else None
+        parts = [each for each in (self._sum, last) if each is not None]
+        return torch.stack(parts).sum()
+
+
 class LocalRun:
     """The steps of one client in one round, taken one at a time; they train ``model`` in place.
 
@@ -110,8 +138,8 @@ class LocalRun:
         self, model: nn.Module, client: Client, context: RoundContext, config: Config, loss: Loss
     ) -> None:
         self.model, self.client, self.loss_function = model, client, loss
-        self.losses: list[Tensor] = []
-        """The losses of the steps taken until now, 0-d each."""
+        self.losses = LossMean()
+        """The losses of the steps taken until now."""
         set_training_mode(model, context.plan)
         sampler = BatchSampler.of(config)
         self.steps = sampler.steps_of(len(client.samples))
@@ -140,7 +168,7 @@ class LocalRun:
     def next_batch(self) -> Samples:
         """Returns the samples of the next step, augmented."""
         drawn, row = self._of_next_step()
-        draw = Draw(self.client.number, self._round, len(self.losses))
+        draw = Draw(self.client.number, self._round, self.losses.count)
         batch = self.client.samples.batch(draw, drawn.batches_EB[row])
         if drawn.augmentation is None:
             return batch
@@ -152,10 +180,10 @@ class LocalRun:
 
     def _of_next_step(self) -> tuple[StepDraws, int]:
         """Returns the draws that have the next step, and its row in them."""
-        while len(self.losses) >= self._drawn_before + len(self._drawn.layer_seeds):
+        while self.losses.count >= self._drawn_before + len(self._drawn.layer_seeds):
             self._drawn_before += len(self._drawn.layer_seeds)
             self._drawn = next(self._draws)
-        return self._drawn, len(self.losses) - self._drawn_before
+        return self._drawn, self.losses.count - self._drawn_before
 
     def step(self, loss: Tensor) -> None:
         """Takes a step along the gradients that the backward pass of ``loss`` has left.
@@ -167,7 +195,7 @@ class LocalRun:
                 value.grad = torch.zeros_like(value)
         self.proximal.add_to_gradients()
         self.optimizer.step()
-        self.losses.append(loss.detach().clone())  # a CUDA graph overwrites its output
+        self.losses.add(loss.detach().clone())  # a CUDA graph overwrites its output
 
     def finish(self) -> Tensor:
         """Takes the remaining steps, each with the client's local statistics.
@@ -176,12 +204,12 @@ class LocalRun:
         because a rank may have many clients.
         """
         with self._normalisation:
-            while len(self.losses) < self.steps:
+            while self.losses.count < self.steps:
                 loss = self.loss()
                 loss.backward()
                 self.step(loss)
         self.optimizer.free()
-        return torch.stack(self.losses).double().mean()
+        return self.losses.mean()
 
 
 class ProximalTerm:

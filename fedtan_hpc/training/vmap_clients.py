@@ -187,7 +187,7 @@ class Stack:
         self._optimizer.zero_grad()
         losses = torch.cat([losses for _, losses in passes])
         for run, loss in zip(self._runs, losses.detach(), strict=True):
-            run.losses.append(loss)
+            run.losses.add(loss)
 
 
 def _padded(*batches: Tensor) -> Tensor:

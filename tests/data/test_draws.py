@@ -15,6 +15,7 @@ from fedtan_hpc.data.batching import BatchSampler, Samples
 from fedtan_hpc.data.client_store import Client
 from fedtan_hpc.runtime import random_streams
 from fedtan_hpc.training import local_step
+from fedtan_hpc.training.local_step import LossMean
 
 SAMPLES, BATCH, STEPS = 25, 10, 13
 
@@ -59,3 +60,13 @@ def test_a_billion_steps_begin_at_once() -> None:
     for sampling in SamplingName:
         batches = BatchSampler(BATCH, 10**9, 0, sampling).draw(SAMPLES, 0, 1)
         assert all(len(piece) < 2**20 for piece in islice(batches, 2))
+
+
+def test_kept_losses_do_not_grow_with_the_steps() -> None:
+    losses, values = LossMean(), torch.arange(3000, dtype=torch.float32)
+    for value in values:
+        losses.add(value)
+        assert len(losses._last) < 1024
+    assert losses.count == 3000
+    assert losses.mean().item() == values.double().mean().item()
+    assert losses.mean().dtype == torch.float64
