@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from .reading import FileError, raise_unreadable, unusable
 
@@ -28,21 +29,33 @@ def check(paths: Iterable[Path], remedy: str) -> None:
 
 
 def _mistrust(path: Path, status: os.stat_result) -> str:
-    if status.st_mode & stat.S_IWOTH:
+    if status.st_mode & stat.S_IWOTH and not _new_file(path.parent).st_mode & stat.S_IWOTH:
         return "every user can write it"
-    if status.st_uid not in (0, os.geteuid()) and status.st_uid != _owner_of_new(path.parent):
+    if status.st_uid not in (0, os.geteuid()) and status.st_uid != _new_file(path.parent).st_uid:
         return f"it belongs to another user (number {status.st_uid})"
     return ""
 
 
+class _NewFile(NamedTuple):
+    """Mode and owner of a file that this process makes with mode 600."""
+
+    st_mode: int = 0
+    st_uid: int | None = None
+
+
 @cache
-def _owner_of_new(folder: Path) -> int | None:
-    """Returns who owns what this process writes; file systems of networks may rename users."""
+def _new_file(folder: Path) -> _NewFile:
+    """Tries what ``folder`` makes of a new file; the defaults where none can be made.
+
+    File systems of networks may rename users, and some of other systems (vfat, CIFS, WSL) have no
+    modes and show one for all files: there others cannot be told from this process's user.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid
+            status = os.fstat(file.fileno())
+            return _NewFile(status.st_mode, status.st_uid)
     except OSError:
-        return None
+        return _NewFile()
 
 
 __all__ = ["FileError", "check"]

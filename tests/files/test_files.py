@@ -6,6 +6,7 @@ import ast
 import gzip
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ LOADERS |= {"np.loadtxt", "np.genfromtxt", "gzip.open", "gzip.decompress", "zipf
 MAY_OPEN = {
     "batchnorm/compile_ops": "its own source, for a digest",
     "data/federated_data": "PIL decodes a file that reading.opened has opened",
-    "distributed/watchdog": "/proc, which tells of processes",
+    "distributed/watchdog": "/proc, which tells when a process began",
     "job/run_dir": "a lock that folders.open_lock has opened",
     "job/summary": "/proc/cpuinfo",
     "launch/requeue": "the package's own batch script",
@@ -154,6 +155,20 @@ def test_an_owner_is_one_who_is_not_root_and_not_this_user(
         owners.check([path], "")
     monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
     owners.check([path], "")
+
+
+def test_modes_do_not_count_where_the_file_system_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(0o777)
+    with pytest.raises(FileError, match="every user can write it"):
+        owners.check([path], "")
+    owners._new_file.cache_clear()
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: path.open())
+    owners.check([path], "")
+    owners._new_file.cache_clear()
 
 
 @is_root
