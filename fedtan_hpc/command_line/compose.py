@@ -165,7 +165,7 @@ def _explained(
     """
     try:
         yield
-    except ConfigError:
+    except (ConfigError, BrokenPipeError):  # nobody reads what --help prints: no mistake
         raise
     except YAMLError as error:
         raise ConfigError(unreadable(error)) from error
@@ -173,14 +173,16 @@ def _explained(
         line = explain(error, words, schema)
         names = [word.partition("=")[0].lstrip("+") for word in words]
         if not any(name in line for name in names):
-            words = [word for word in words if not composes(word)][:1]
+            options = [word for word in words if not word.startswith("-")]
+            words = [word for word in options if not composes(word)][:1]
             line = "".join(f"{word}: not understood: " for word in words) + line
         raise ConfigError(line) from error
 
 
 def _composes(loader: ConfigLoaderImpl, config_name: str, word: str) -> bool:
     try:
-        _Composing(loader, config_name, Config).one([word])
+        first = sweep.points(sweep.parsed([word], loader))[0]
+        _Composing(loader, config_name, Config).one(first)
     except Exception:
         return False
     return True

@@ -9,7 +9,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 
-from ..config.errors import ConfigError
+from ..config.errors import ConfigError, shown
 
 MOST_POINTS = 1000
 """Every point is composed and checked before the first one runs, in about half a second."""
@@ -27,9 +27,8 @@ def parsed(words: Sequence[str], loader: ConfigLoader) -> list[Override]:
             overrides.append(override)
         except Exception:  # hydra's own error, or that of Python's conversion of a number
             remedy = "and quote values with spaces or brackets for the shell"
-            mistakes.append(
-                f"{word}: not understood; write option=value, for example rounds=20, {remedy}"
-            )
+            remedy = f"write option=value, for example rounds=20, {remedy}"
+            mistakes.append(f"{shown(word)}: not understood; {remedy}")
     if mistakes:
         raise ConfigError(*mistakes)
     return overrides
