@@ -46,6 +46,9 @@ def check_words(overrides: Iterable[Override]) -> None:
     if swept := [each for each in own if each.is_sweep_override()]:
         remedy = "put the value in quotes of its own, as in \"'0,1'\""
         raise ConfigError(*(f"{each.input_line}: not understood; {remedy}" for each in swept))
+    if fixed := [each for each in own if _is_allowed(each) and _lacks_plus(each)]:
+        remedy = "a sweep of its own begins with +, as in +hydra.sweeper.params.seed"
+        raise ConfigError(*(f"{each.input_line}: not understood; {remedy}" for each in fixed))
     if refused := [each for each in own if not _is_allowed(each)]:
         raise ConfigError(*(_line(str(each.input_line)) for each in refused))
 
@@ -68,6 +71,11 @@ def _as_written(config: DictConfig, names: Sequence[str]) -> Any:
 
 def _is_hydras(override: Override) -> bool:
     return override.is_hydra_override() or override.key_or_group == "hydra"
+
+
+def _lacks_plus(override: Override) -> bool:
+    is_added = override.is_add() or override.is_force_add()
+    return override.key_or_group.startswith("hydra.sweeper.params") and not is_added
 
 
 def _is_allowed(override: Override) -> bool:

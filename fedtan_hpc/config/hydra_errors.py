@@ -5,12 +5,11 @@ Used by the command line and, for options that are given from Python, by ``job.r
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -49,9 +48,6 @@ def explain(error: Exception, overrides: Sequence[str], schema: type[Config] = C
         return format_option_error(group, choice, " | ".join(sorted(error.options)), _CHOOSE)
     if file := re.match(r"In '(.+?)': ", str(error)):
         return f"{file[1]}.yaml: {_mistake_in_file(error, cause, schema)}"
-    if isinstance(error, OverrideParseException):
-        text = f"{error.override}: not understood; write option=value, for example rounds=20, "
-        return text + "and quote values with spaces or brackets for the shell"
     key = _key_of(cause)
     if key and not key.startswith("hydra."):
         if isinstance(cause, _UNRESOLVED):
@@ -99,13 +95,20 @@ def _of_mapping(options: Mapping[str, Any]) -> Config:
         config = OmegaConf.to_object(config)
     except Exception as error:  # OmegaConf raises errors of many kinds
         key = str(getattr(error, "full_key", None) or key)
-        with suppress(OmegaConfBaseException):
-            key = f"{key}={OmegaConf.select(given, key)}"
+        key = f"{key}={_as_given(given, key)}"
         line = explain(error, [key])
         named = line if key.partition("=")[0] in line else f"{key}: not understood: {line}"
         raise ConfigError(named) from error
     assert isinstance(config, Config)
     return config
+
+
+def _as_given(options: Any, key: str) -> Any:
+    """Returns the value with a dotted name, or the first part of it, as it is written."""
+    value: Any = OmegaConf.to_container(options, resolve=False)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else value
+    return value
 
 
 def unknown(option: str, value: object = None, schema: type[Config] = Config) -> str:

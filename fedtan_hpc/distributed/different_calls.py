@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..config.errors import printable
 from . import process_group
 from .channel import Channel
 
@@ -92,7 +93,7 @@ def _place(channel: Channel, rank: int) -> str:
         text = channel.wait(_key(rank), _PATIENCE)
     if text is None:
         return "an unknown call"
-    return "".join(each if each.isprintable() else "?" for each in text[:_MOST_CHARACTERS])
+    return printable(text, _MOST_CHARACTERS)
 
 
 def _key(rank: int) -> str:

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from .reading import check_regular, unusable
@@ -26,7 +27,8 @@ def make(folder: Path, mode: int = PRIVATE) -> None:
             raise
         return
     kept = stat.S_IMODE(folder.stat().st_mode) & 0o7000  # a group's folder may hand its group on
-    folder.chmod(kept | mode)
+    with suppress(PermissionError):  # some file systems have no modes
+        folder.chmod(kept | mode)
 
 
 def make_below(folder: Path) -> None:
@@ -39,7 +41,8 @@ def settle(path: Path | int, folder: Path) -> None:
     """Gives a new file the rights of a ``folder`` that is closed to others."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     if not mode & 0o007:
-        os.chmod(path, mode & 0o660)
+        with suppress(PermissionError):
+            os.chmod(path, mode & 0o660)
 
 
 def check_free(folder: Path, files: Iterable[str], folders: Iterable[str] = ()) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .reading import FileError, raise_unreadable, unusable
+from .reading import raise_unreadable, unusable
 
 
 def check(paths: Iterable[Path], remedy: str) -> None:
@@ -56,6 +56,3 @@ def _new_file(folder: Path) -> _NewFile:
             return _NewFile(status.st_mode, status.st_uid)
     except OSError:
         return _NewFile()
-
-
-__all__ = ["FileError", "check"]

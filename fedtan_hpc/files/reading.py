@@ -48,12 +48,7 @@ class UnreadableFileError(FileError):
 
 def unusable(path: Path, why: str, remedy: str = "mend or remove it") -> FileError:
     """Returns the error of a file with the reason ``why``, as one line."""
-    return FileError(f"{shown(str(path))}: {why}; {remedy}")
-
-
-def shown(text: str) -> str:
-    """Returns ``text`` with escapes in the place of characters that a terminal may obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return FileError(f"{path}: {why}; {remedy}")
 
 
 @contextmanager
@@ -100,7 +95,7 @@ def raise_unreadable(path: Path, error: Exception) -> NoReturn:
     reason = getattr(error, "strerror", None) or one_line(error)
     if not isinstance(error, OSError) or error.errno in _NOT_FILES:
         raise unusable(path, f"it cannot be opened ({reason})", "remove or rename it") from error
-    line = f"{shown(str(path))}: it cannot be read ({reason}); try again later"
+    line = f"{path}: it cannot be read ({reason}); try again later"
     raise UnreadableFileError(line) from error
 
 
@@ -117,7 +112,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
         with opened(path, most) as file:
             return file.read()
     except MemoryError as error:
-        line = f"{shown(str(path))}: it does not fit in memory; use a machine with more"
+        line = f"{path}: it does not fit in memory; use a machine with more"
         raise UnreadableFileError(line) from error
 
 

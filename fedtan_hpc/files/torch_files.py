@@ -39,7 +39,7 @@ def load(path: Path, is_dense: bool = True) -> Any:
     except reading.FileError:
         raise
     except MemoryError as error:
-        line = f"{reading.shown(str(path))}: it does not fit in memory; use a machine with more"
+        line = f"{path}: it does not fit in memory; use a machine with more"
         raise reading.UnreadableFileError(line) from error
     except Exception as error:  # torch raises many kinds of errors for a damaged file
         why = f"it is damaged ({one_line(error)})"

@@ -64,6 +64,7 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
     not usable, and for a finished run without a checkpoint to go on from.
     """
     run_dir.check_free(folder)
+    run_dir.check_trusted(folder, config)  # also of a new run, which may have to go on
     trackers.saved_ids(folder)
     with run_dir.config_error_if_unwritable(folder):
         checkpoint_format.remove_temporaries(folder)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..config.errors import ConfigError, RunError, Stopped, printable
+from ..config.errors import ConfigError, RunError, Stopped, check_together, printable
 from ..config.hydra_errors import typed
 from ..config.schema import Config
 from ..config.validate import check
@@ -50,7 +50,6 @@ def check_all(configs: Sequence[Config]) -> None:
     for config in configs:
         if config.data.is_own:
             continue
-        check_memory(config, device.choose(config, info), info.world_size)
         network = repr((config.model, config.data, config.algorithm))
         if network not in checked:
             dry_run.dry_run(config, info.world_size)
@@ -63,6 +62,11 @@ def check_all(configs: Sequence[Config]) -> None:
     if info.local_rank == 0:
         for data in {repr(config.data): config.data for config in configs}.values():
             fetch(data)
+
+
+def _check_memory(config: Config) -> None:
+    info = launcher_env.detect()
+    check_memory(config, device.choose(config, info), info.world_size)
 
 
 def keep_freed_memory(config: Config) -> None:
@@ -82,7 +86,7 @@ def run_all(configs: Sequence[Config]) -> None:
     with signals.handle_stop_signals() as stop:
         for number, config in enumerate(configs, 1):
             try:
-                _run(config, None, stop)
+                _run(config, None, stop, planned=configs if number == 1 else ())
             except RunError as error:
                 if isinstance(error, Stopped) or not error.on_all_ranks:
                     raise
@@ -138,12 +142,17 @@ def _run(
     options: Config | Mapping[str, Any],
     callbacks: Sequence[RoundCallback] | None,
     stop: StopRequest,
+    planned: Sequence[Config] | None = None,
 ) -> Summary:
+    """Does what ``run`` does; checks the memory of the ``planned`` runs first, by default its own.
+
+    Ranks have unequal memory, so they agree.  A later run of a sweep is not checked again, when
+    this process keeps memory that the run would use.
+    """
     started = time.perf_counter()
     config = typed(options)
     check(config)
     run = RunContext.of(config, started)
-    check_memory(config, run.placement, run.rank_info.world_size)
     torch.set_num_threads(run.placement.threads)
     tried_by_ranks = config.data.is_own or config.model.weights is not None
     notes = [] if tried_by_ranks else dry_run.dry_run(config, run.rank_info.world_size)
@@ -151,6 +160,8 @@ def _run(
     notes += [] if config.data.is_own else memory_need.long_work(config)
     gpus = [run.placement.device] if run.placement.device.type == "cuda" else []
     with run.process_group(), ExitStack() as claim, preserved(gpus), tensor_float(config.tf32):
+        checked = [config] if planned is None else planned
+        _agreed(True, lambda: check_together(partial(_check_memory, each) for each in checked))
         run, opened, more = _opened(run)
         notes += more
         enter = partial(claim.enter_context, run_dir.claimed(run.run_dir, run.config))

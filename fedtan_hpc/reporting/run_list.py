@@ -129,7 +129,7 @@ def row_of(run: Path, queue: Queue | None) -> Row:
         state=state,
         round=str(records[-1]["round"]) if records else "0",
         result=_result(evaluated[-1]) if evaluated else "",
-        why=reading.shown(why or damage),
+        why=why or damage,
     )
 
 

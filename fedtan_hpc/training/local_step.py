@@ -78,7 +78,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class StepDraws:
-    """What is drawn at random for several successive steps of a client, E of them here."""
+    """Random draws for several successive steps of a client, E of them here."""
 
     batches_EB: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     """Indices of the samples, on their device if they are in memory."""

@@ -113,6 +113,12 @@ def test_a_file_can_describe_a_sweep(tmp_path: Path) -> None:
     assert run_dirs("-m", "+hydra.sweeper.params={run_dir: 'a,b'}") == ["a", "b"]
 
 
+def test_a_sweep_of_hydras_own_begins_with_plus() -> None:
+    line = told("-m", "hydra.sweeper.params.seed=1")
+    assert line.startswith("hydra.sweeper.params.seed=1: not understood; ")
+    assert "begins with +" in line
+
+
 def test_flags_stand_anywhere() -> None:
     assert run_dirs("run_dir=${seed}", "-m", "seed=0,1", "rounds=3") == ["0", "1"]
     assert "allowed is one value; add -m" in told("seed=0,1")

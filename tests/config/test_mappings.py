@@ -41,7 +41,7 @@ def test_options_have_the_same_meaning_in_any_form(options: Any) -> None:
         ({"optimizer": 3}, "optimizer=3: not understood: "),
         ({"rounds": 2, "optimizer": [1]}, "optimizer=[1]: not understood: "),
         ({"seed": 10**400, "optimizer": {"lr": 10**400}}, "optimizer={"),
-        ({"seed": "${nothing}"}, "seed="),
+        ({"seed": "${nothing}"}, "seed=${nothing}: not understood: "),
         ({1: 2}, "1="),
         ({"rounds": object()}, "rounds="),
     ],

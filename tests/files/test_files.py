@@ -135,6 +135,28 @@ def test_what_another_user_owns_is_not_resumed_from(name: str, interrupted: Path
     assert resume.load_checkpoint(interrupted, config).content["round"] == 5
 
 
+def test_a_run_does_not_begin_where_it_could_not_go_on(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    config = small(2, rounds=1, run_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"every user can write it; .*resume_trust=true"):
+        fedtan_hpc.run(config, callbacks=[])
+    config.resume_trust = True
+    fedtan_hpc.run(config, callbacks=[])
+
+
+def test_a_file_system_without_modes_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refused)
+    monkeypatch.setattr(Path, "chmod", refused)
+    fedtan_hpc.run(small(2, rounds=1, run_dir=str(tmp_path / "run")), callbacks=[])
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_what_every_user_can_write_is_not_resumed_from(interrupted: Path) -> None:
     (interrupted / "checkpoints" / "round-000005.pt").chmod(0o666)
     with pytest.raises(ConfigError, match="every user can write it"):

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+import fedtan_hpc
 from fedtan_hpc.config.enums import AlgorithmName, DataName, ModelName, SamplingName
 from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.config.schema import Config, DataConfig
 from fedtan_hpc.data import memory_need
-from fedtan_hpc.job import setup
+from fedtan_hpc.distributed import process_group
+from fedtan_hpc.job import run, setup
 from fedtan_hpc.models import factory
 from fedtan_hpc.runtime import free_memory
+from tests.helpers.ranks import on_ranks
 from tests.helpers.rounds import CPU
 
 FREE = 10**10
@@ -47,6 +50,46 @@ def test_what_does_not_fit_is_refused(
     [line] = caught.value.mistakes
     assert line.startswith(option)
     assert "and 10.0 GB are free for it; use less" in line
+
+
+def refused_with_less_memory_on_rank_1(folder: str) -> str:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:
+        patch.setattr(free_memory, "host_bytes", memory_of_rank)
+        fedtan_hpc.run(job(data_samples=1000, clients=2, run_dir=folder), callbacks=[])
+    return f"{caught.value.on_all_ranks} {caught.value}"
+
+
+def memory_of_rank(ranks: int) -> int:
+    return 10**3 if process_group.rank() == 1 else FREE
+
+
+def test_ranks_agree_although_their_memory_differs(tmp_path: Path) -> None:
+    for text in on_ranks(2, refused_with_less_memory_on_rank_1, str(tmp_path / "run")):
+        assert text.startswith("True ")
+        assert "what fits in memory" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_checked_before_its_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each run once, for this process then keeps memory."""
+    seen: list[int] = []
+
+    def noted(config: Config, *_: object) -> None:
+        seen.append(config.seed)
+        if config.seed == 2:
+            raise ConfigError("too large")
+
+    monkeypatch.setattr(run, "check_memory", noted)
+    configs = [Config(rounds=1, seed=seed, run_dir=str(tmp_path / f"{seed}")) for seed in range(3)]
+    with pytest.raises(ConfigError, match="too large"):
+        run.run_all(configs)
+    assert seen == [0, 1, 2]
+    assert not list(tmp_path.iterdir())
+    seen.clear()
+    run.run_all(configs[:2])
+    assert seen == [0, 1]
 
 
 def test_states_of_clients_count_by_rank_and_round(monkeypatch: pytest.MonkeyPatch) -> None:
