@@ -53,9 +53,10 @@ def test_what_does_not_fit_is_refused(
 
 
 def refused_with_less_memory_on_rank_1(folder: str) -> str:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(free_memory, "host_bytes", memory_of_rank)
-        fedtan_hpc.run(job(data_samples=1000, clients=2, run_dir=folder), callbacks=[])
+        with pytest.raises(ConfigError) as caught:
+            fedtan_hpc.run(job(data_samples=1000, clients=2, run_dir=folder), callbacks=[])
     return f"{caught.value.on_all_ranks} {caught.value}"
 
 
