@@ -26,9 +26,10 @@ def parsed(words: Sequence[str], loader: ConfigLoader) -> list[Override]:
                 raise ValueError("a word without a name")
             overrides.append(override)
         except Exception:  # hydra's own error, or that of Python's conversion of a number
-            remedy = "and quote values with spaces or brackets for the shell"
-            remedy = f"write option=value, for example rounds=20, {remedy}"
-            mistakes.append(f"{shown(word)}: not understood; {remedy}")
+            mistakes.append(
+                f"{shown(word)}: not understood; write option=value, for example rounds=20, "
+                "and quote values with spaces or brackets for the shell"
+            )
     if mistakes:
         raise ConfigError(*mistakes)
     return overrides
