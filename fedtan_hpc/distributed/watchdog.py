@@ -33,7 +33,10 @@ class Process(NamedTuple):
     """A process of this machine or another: no other has these values until the next reboot."""
 
     machine: str
-    """Its last start and its numbering of processes; empty where the system does not tell."""
+    """Its last start, its numbering of processes and its network.
+
+    A rank with another network may be cut off but sound, and then says so itself.
+    """
     number: int
     started: str
     """Time of its start."""
@@ -43,11 +46,11 @@ class Process(NamedTuple):
         """Returns the process of this machine with ``number``; None if there is none."""
         try:
             start = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            machine = f"{start} {os.readlink('/proc/self/ns/pid')}"
+            spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
             status = Path(f"/proc/{number}/stat").read_text()
         except OSError:
             return None
-        return cls(machine, number, status.rpartition(")")[2].split()[19])
+        return cls(" ".join([start, *spaces]), number, status.rpartition(")")[2].split()[19])
 
     def kill(self) -> None:
         """Kills the process if it is one of this machine that still runs, and not this one."""
