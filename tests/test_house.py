@@ -25,6 +25,7 @@ LAYERS = [
     ("command_line",),
     ("inference",),
     ("job",),
+    ("probing",),
     ("evaluation",),
     ("training",),
     ("tasks",),

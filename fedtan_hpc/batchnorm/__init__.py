@@ -4,5 +4,5 @@ The way of a batch: ``context`` binds the layers, ``layer`` is the module, ``glo
 arithmetic, ``statistics_call`` the exchange of statistics; ``reference`` restates them in plain
 operations.  Stacked clients go through ``vmap_autograd``, compiled steps through ``compile_ops``.
 Uses ``distributed`` and ``runtime``; used by ``models``, ``training``,
-``job`` and ``inference``.
+``probing``, ``job`` and ``inference``.
 """

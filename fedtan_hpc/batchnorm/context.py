@@ -61,15 +61,32 @@ def federated_backward(
         raise ValueError("modules, losses and weights must be equally many, and at least one")
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("every client needs a module of its own, for example a copy.deepcopy")
-    passes = [partial(_forward_and_backward, loss) for loss in losses]
     tag = model_tag(batchnorm_layers(modules[0]), group, are_copies=True)
-    if len(modules) == 1:
-        with _global_statistics(modules[0], weights[0], group, None, tag):
+
+    def statistics(index: int, lockstep: Lockstep[Tensor] | None) -> AbstractContextManager[None]:
+        return _global_statistics(modules[index], weights[index], group, lockstep, tag)
+
+    return backward_with(statistics, losses, group)
+
+
+def backward_with(
+    statistics: Callable[[int, Lockstep[Tensor] | None], AbstractContextManager[None]],
+    losses: Sequence[Callable[[], Tensor]],
+    group: process_group.Group = None,
+) -> list[Tensor]:
+    """Runs the clients' passes in lock-step, each inside its context, and returns their losses.
+
+    ``statistics`` makes the context of the client with an index; the client exchanges its messages
+    by the lock-step, or is the only one on this rank.
+    """
+    passes = [partial(_forward_and_backward, loss) for loss in losses]
+    if len(passes) == 1:
+        with statistics(0, None):
             return [passes[0]()]
     lockstep = Lockstep(passes, lambda parts: collectives.sum_for_training(merge(parts), group))
     with ExitStack() as stack:
-        for module, weight in zip(modules, weights, strict=True):
-            stack.enter_context(_global_statistics(module, weight, group, lockstep, tag))
+        for index in range(len(passes)):
+            stack.enter_context(statistics(index, lockstep))
         return lockstep.run()
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PartitionConfig",
+    "ProbeConfig",
     "ServerConfig",
     "TaskConfig",
     "TrackingConfig",
@@ -88,6 +89,14 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ProbeConfig:
+    """Measures what mismatched BN statistics do to the gradients."""
+
+    every: int | None = None
+    """Rounds between probes of the gradients, written to probe.jsonl; null: none."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """All options of a job.  The default trains five clients that have two digits each."""
 
@@ -105,6 +114,7 @@ class Config:
     cohort: CohortConfig = field(default_factory=CohortConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     clients: int = 5
     """Number of clients, on any number of ranks; with partition=natural that of your data."""
     clients_per_round: int | None = None

@@ -69,6 +69,10 @@ class Samples:
         """Returns the samples at ``indices``; does not depend on where they are drawn."""
         return self[indices]
 
+    def apart(self) -> Samples:
+        """Returns the samples themselves: nothing is read ahead."""
+        return self
+
     def evaluation_batch_size(self) -> int:
         """Returns how many such samples are evaluated at once."""
         leaves, _ = tree_flatten(self.inputs)
@@ -104,6 +108,9 @@ class ClientSamples(Protocol):
 
     def batch(self, draw: Draw, indices: Tensor) -> Samples:
         """Returns the samples at ``indices``, 0 to N - 1, for the step of ``draw``."""
+
+    def apart(self) -> ClientSamples:
+        """Returns samples with the same batches, which take none that training has read ahead."""
 
 
 class Moments(NamedTuple):

@@ -7,7 +7,7 @@ A request is one batch of a step in training, or of an evaluation.  The workers 
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -169,6 +169,7 @@ class ReadSamples:
     reader: Reader
     indices: Indices
     then: Callable[[Samples], Samples]
+    is_read_ahead: bool = True
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -180,7 +181,12 @@ class ReadSamples:
 
     def batch(self, draw: Draw, indices: Tensor) -> Samples:
         """Returns the samples at ``indices``, 0 to N - 1, for the step of ``draw``."""
-        return self.then(self.reader.batch(Request(self.indices[indices.cpu().numpy()], draw)))
+        read = self.reader.batch if self.is_read_ahead else self.reader.read
+        return self.then(read(Request(self.indices[indices.cpu().numpy()], draw)))
+
+    def apart(self) -> "ReadSamples":
+        """Returns samples with the same batches, which take none that training has read ahead."""
+        return replace(self, is_read_ahead=False)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ training_traffic = CommCounters()
 progress = Progress()
 
 
+def restore(traffic: CommCounters) -> None:
+    """Sets the counters of training back to a ``copy`` of them."""
+    vars(training_traffic).update(vars(traffic))
+
+
 @contextmanager
 def waiting() -> Iterator[None]:
     """Marks this rank as waiting for other ranks during the block."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.schema import Config
+from .probe_records import ProbeRecord
 from .records import RoundRecord, Summary
 
 
@@ -24,7 +25,8 @@ class RunInfo:
 class RoundCallback:
     """Base class of callbacks; each method does nothing by default.
 
-    Rank 0 calls ``run_began`` when set-up is done, ``round_ended`` after each round, and
+    Rank 0 calls ``run_began`` when set-up is done, ``round_ended`` after each round (before it
+    ``round_probed``, if a probe was due), and
     ``run_ended`` at the end.  An exception in a callback ends the run.  After a failure of training
     or of a callback rank 0 calls ``run_failed`` of all callbacks, perhaps without ``run_began`` or
     after ``run_ended``.  A failure before, and a run that was finished before, call nothing.
@@ -39,6 +41,9 @@ class RoundCallback:
 
     def round_ended(self, record: RoundRecord, /) -> None:
         """A round is over, and evaluated if that was due."""
+
+    def round_probed(self, record: ProbeRecord, /) -> None:
+        """The probe has measured a round; ``round_ended`` follows."""
 
     def run_ended(self, summary: Summary, /) -> None:
         """All rounds are done, and all files of the run are written."""

@@ -1,4 +1,4 @@
-"""Callbacks of rank 0: ``rounds.jsonl`` and the display.
+"""Callbacks of rank 0: ``rounds.jsonl``, ``probe.jsonl`` and the display.
 
 The display is a progress bar on a terminal, plain lines elsewhere, and a table at the end.
 """
@@ -14,7 +14,9 @@ from rich.table import Table
 from ..config.errors import printable
 from ..files import atomic_files
 from ..runtime import launcher_env
+from . import probe_records
 from .callbacks import RoundCallback, RunInfo
+from .probe_records import ProbeRecord
 from .records import RoundRecord, Summary, headline, over_clients
 
 _SECONDS_BETWEEN_LINES = 60.0
@@ -32,6 +34,18 @@ class RoundsFile(RoundCallback):
         """Writes the line."""
         line = json.dumps(record.line(), allow_nan=False) + "\n"
         atomic_files.append_text(self._path, line)
+
+
+class ProbeFile(RoundCallback):
+    """Appends one line a probed round to ``probe.jsonl``."""
+
+    def run_began(self, run: RunInfo) -> None:
+        """Learns the folder."""
+        self._path = run.run_dir / probe_records.NAME
+
+    def round_probed(self, record: ProbeRecord) -> None:
+        """Writes the line."""
+        atomic_files.append_text(self._path, probe_records.line_of(record))
 
 
 class Display(RoundCallback):

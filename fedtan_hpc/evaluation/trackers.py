@@ -23,6 +23,7 @@ from ..files import atomic_files, reading
 from ..files.typed_values import fits
 from . import saved_records
 from .callbacks import RoundCallback, RunInfo
+from .probe_records import ProbeRecord
 from .records import RoundRecord, Summary
 
 _MOST_CLASSES = 20
@@ -62,6 +63,10 @@ class Tracker(RoundCallback, ABC):
     def round_ended(self, record: RoundRecord) -> None:
         """Hands the figures of the round on."""
         self._log(scalars(record.line()), record.round)
+
+    def round_probed(self, record: ProbeRecord) -> None:
+        """Hands the figures of the probe on."""
+        self._log(record.scalars(), record.round)
 
     def run_ended(self, summary: Summary) -> None:
         """Adds the figures that only the summary has, such as total_seconds, and closes."""

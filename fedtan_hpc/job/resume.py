@@ -19,8 +19,9 @@ from ..config.validation.resume import may_change, misfit
 from ..data.batching import Dataset
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import named_tensors
-from ..evaluation import best_model, saved_records, trackers
+from ..evaluation import best_model, probe_records, saved_records, trackers
 from ..evaluation.early_stopping import BestEvaluation
+from ..evaluation.probe_records import ProbeRecord
 from ..evaluation.records import RoundRecord
 from ..files import atomic_files, reading
 from ..files.reading import FileError
@@ -43,6 +44,8 @@ class Resumption:
     path: Path = Path()
     content: dict[str, Any] = field(default_factory=dict)
     history: list[RoundRecord] = field(default_factory=list)
+    probes: list[ProbeRecord] = field(default_factory=list)
+    """Of those rounds that were probed."""
 
     @property
     def resumed_after(self) -> list[int]:
@@ -93,8 +96,9 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
             best = reading.read_bytes(source / best_model.NAME)
             atomic_files.replace(folder / best_model.NAME, lambda new: new.write_bytes(best))
         lines = "".join(json.dumps(record.line()) + "\n" for record in history)
+        probes = probe_records.carried(source, folder, content["round"])
         atomic_files.replace_text(folder / "rounds.jsonl", lines)
-    return Resumption(path, content, history)
+    return Resumption(path, content, history, probes)
 
 
 def restore(resumption: Resumption, cohort: Cohort) -> Resumption:

@@ -21,7 +21,7 @@ from ..distributed import collectives, counters, process_group
 from ..evaluation import trackers
 from ..evaluation.best_model import BestModelFile
 from ..evaluation.callbacks import RoundCallback, RunInfo
-from ..evaluation.loggers import Display, RoundsFile, show_result
+from ..evaluation.loggers import Display, ProbeFile, RoundsFile, show_result
 from ..evaluation.records import Summary
 from ..runtime import device, import_path, launcher_env, malloc, signals
 from ..runtime.device import tensor_float
@@ -215,6 +215,7 @@ def _train(
         trainer = prepare(run.config, run.placement, opened)
     trainer.stop = stop
     resumption = resume.restore(resumption, trainer.cohort)
+    trainer.probes += resumption.probes
     startup_seconds = time.perf_counter() - run.started
     counters.progress.round = rounds_done = len(resumption.history)
     began = run.started - resumption.seconds
@@ -224,7 +225,7 @@ def _train(
         has_global_model = not trainer.cohort.states.are_models
         best = [BestModelFile(trainer.model, resumption.history)] if has_global_model else []
         tracking = trackers.make(run.config.tracking)
-        callbacks = [RoundsFile(), *tracking, *best, writer, *observers]
+        callbacks = [RoundsFile(), ProbeFile(), *tracking, *best, writer, *observers]
     try:
         tell(callbacks, "run_began", RunInfo(run.config, run.run_dir, rounds_done), stop)
         records = trainer.train(callbacks, resumption.history)

@@ -2,6 +2,7 @@
 
 config.yaml    the options, resolved
 rounds.jsonl   one line for each round (``records.RoundRecord``)
+probe.jsonl    one line for each probed round (``probe_records.ProbeRecord``); only with probe.every
 summary.json   the result (``records.Summary``); only a finished run has it
 model.pt       state_dict of the final global model
 best.pt        state_dict of the global model at the best evaluation, if there is one such model
@@ -38,7 +39,7 @@ from ..config.enums import DataName, ModelSource, PartitionName, RunDirMode
 from ..config.errors import ConfigError, FolderInUseError, format_option_error
 from ..config.schema import Config, DataConfig, to_dict
 from ..config.validation.resume import may_change
-from ..evaluation import saved_records
+from ..evaluation import probe_records, saved_records
 from ..evaluation.records import Summary
 from ..files import atomic_files, folders, owners, reading
 from ..files.reading import FileError
@@ -46,7 +47,7 @@ from .saved.options import completed
 from .saved.options import read as read_options
 
 NOT_IDENTIFYING = (
-    *("run_dir", "run_dir_mode", "checkpoint", "callbacks", "tracking"),
+    *("run_dir", "run_dir_mode", "checkpoint", "callbacks", "tracking", "probe"),
     *("resume", "resume_change", "resume_trust"),
 )
 """Options and groups that do not change what a run computes."""
@@ -54,7 +55,10 @@ _WHERE_COMPUTED = ("comm", "threads", "device")
 """Options that name the folder, but may change when a run continues."""
 _MODES = {RunDirMode.private: folders.PRIVATE, RunDirMode.group: folders.GROUP}
 _MODELS = ("model.pt", "best.pt", "clients.pt")
-_RECORDS = ("config.yaml", saved_records.ROUNDS, "rounds.csv", "trackers.json")
+_RECORDS = (
+    *("config.yaml", saved_records.ROUNDS, probe_records.NAME),
+    *("rounds.csv", "trackers.json"),
+)
 _OTHERS = (saved_records.SUMMARY, "failure.json", "submitted.json", "best.abandoned")
 _HOW_READ = ("data.loading", "data.workers")
 """Options of the data that do not change what a run computes."""

@@ -32,6 +32,7 @@ from ..models import factory, weights
 from ..models.freezing import freeze
 from ..models.norms import with_norm_of
 from ..models.parameter_groups import TensorFilter
+from ..probing.probe import Probe
 from ..runtime import free_memory, global_random
 from ..runtime.device import DevicePlacement
 from ..training import compile_step
@@ -187,7 +188,8 @@ def prepare(
     batch = store.example(config.batch_size) if config.compile else None
     cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)
     evaluator = Evaluator(cohort, dataset, store, config)
-    return Trainer(config=config, store=store, cohort=cohort, evaluator=evaluator)
+    probe = Probe(cohort.runner.models, store.dummy(), cohort.runner.budget)
+    return Trainer(config, store, cohort, evaluator, probe)
 
 
 def with_steps(config: Config, sizes: Sequence[int]) -> Config:

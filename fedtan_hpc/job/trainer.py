@@ -16,12 +16,14 @@ from ..distributed import collective_timer, consistency, counters, process_group
 from ..evaluation.callbacks import RoundCallback
 from ..evaluation.early_stopping import BestEvaluation
 from ..evaluation.evaluator import EvaluationResult, Evaluator
+from ..evaluation.probe_records import ProbeRecord
 from ..evaluation.records import RoundRecord
+from ..probing.probe import Measured, Probe
 from ..runtime import signals
 from ..runtime.signals import StopRequest
 from ..training.client_sampling import assign, draw
 from ..training.cohort import Cohort
-from ..training.local_step import RoundContext
+from ..training.local_step import GradientSum, RoundContext
 from .callbacks import as_run_error, tell
 from .round_losses import RoundLosses
 
@@ -34,8 +36,11 @@ class Trainer:
     store: ClientStore
     cohort: Cohort
     evaluator: Evaluator
+    probe: Probe
     stop: StopRequest = field(default_factory=StopRequest)
     """Signals that this rank has received; the ranks agree on one at the end of each round."""
+    probes: list[ProbeRecord] = field(default_factory=list)
+    """What the probe has found, also before an interruption."""
 
     def __post_init__(self) -> None:
         self.store.read_ahead(self._batch_order)
@@ -65,6 +70,8 @@ class Trainer:
                 records.append(self.round(number))
                 best.add(records[-1])
                 # 8. Report: files, display, a checkpoint if it is due, and the user's callbacks.
+                if self.probes and self.probes[-1].round == number:
+                    tell(callbacks, "round_probed", self.probes[-1], self.stop)
                 tell(callbacks, "round_ended", records[-1], self.stop)
                 # 9. Stop if a signal has asked for it, unless the run ends here.
                 is_over = number == self.config.rounds or best.reason_to_stop()
@@ -81,7 +88,7 @@ class Trainer:
         weights = self._participants(number)
         clients = self._hosted(weights)
         # 2. Local steps of the clients, the first ones with global statistics.
-        context = RoundContext(number, self._learning_rate(number), plan(self.config, number))
+        context, measured = self._begin(number, clients, weights)
         model_sum = self.cohort.begin_round(context)
         losses = self.cohort.runner.run(clients, context, model_sum)
         # 3. Average the models over all clients; each rank takes the server's step.
@@ -92,6 +99,9 @@ class Trainer:
         collective_timer.read()
         round_end = time.perf_counter()
         traffic = counters.training_traffic.since(traffic)
+        if measured is not None:
+            start += measured.cost.seconds
+            self.probes.append(self.probe.finish(measured, context))
         # 5. Check that all ranks hold the same model.
         if self._is_due(number, self.config.check_every or self.config.eval_every):
             self._check_agreement(number)
@@ -114,6 +124,17 @@ class Trainer:
             average_seconds=traffic.average_seconds,
             **figures,
         )
+
+    def _begin(
+        self, number: int, clients: Sequence[Client], weights: dict[int, float]
+    ) -> tuple[RoundContext, Measured | None]:
+        """Returns the facts of a round, and what the probe measures before it, if that is due."""
+        rate, this_plan = self._learning_rate(number), plan(self.config, number)
+        every = self.config.probe.every
+        if every is None or number % every != 0:
+            return RoundContext(number, rate, this_plan), None
+        context = RoundContext(number, rate, this_plan, GradientSum(self.model))
+        return context, self.probe.measure(clients, context, [*weights])
 
     def _participants(self, number: int) -> dict[int, float]:
         config = self.config

@@ -2,5 +2,6 @@
 
 ``client_runners`` run clients in lock-step, stacked or one after another; ``local_step`` has the
 steps of one client; ``cohort`` keeps what outlives a round.  Uses ``tasks``, ``models``,
-``batchnorm``, ``data`` and ``distributed``; used by ``evaluation`` and ``job``.
+``batchnorm``, ``data`` and ``distributed``; used by ``evaluation``, ``probing`` and
+``job``.
 """

@@ -6,7 +6,7 @@ steps of many runs as one, ``compile_step`` compiles the loss, ``memory_budget``
 Shapes: E local steps with batches of B samples.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,28 @@ from ..tasks.objective import Objective
 from .optimizers import ClientOptimizer, OptimizerSettings, trained_parameters
 
 
+class GradientSum:
+    """sum_k p_k g_k of clients' gradients by parameter name, over the clients of this rank."""
+
+    def __init__(self, module: nn.Module) -> None:
+        trained = trained_parameters(module)
+        self.tensors = {name: torch.zeros_like(value) for name, value in trained.items()}
+
+    @torch.no_grad()
+    def add(self, module: nn.Module, weight: float) -> None:
+        """Adds the gradients of a client of ``weight`` p_k; a missing one is 0."""
+        for name, value in trained_parameters(module).items():
+            if weight and value.grad is not None:
+                self.tensors[name].add_(value.grad, alpha=weight)
+
+    @torch.no_grad()
+    def add_stack(self, gradients: Mapping[str, Tensor], weights: Sequence[float]) -> None:
+        """Adds the gradients of K stacked clients, (K, ...) each by name."""
+        for name, value in gradients.items():
+            p_K = torch.tensor(weights, dtype=value.dtype, device=value.device)
+            self.tensors[name].add_(torch.tensordot(p_K, value, dims=1))
+
+
 @dataclass(frozen=True)
 class RoundContext:
     """The facts of a round that every rank knows before the round starts."""
@@ -35,6 +57,8 @@ class RoundContext:
     number: int
     learning_rate: float
     plan: RoundPlan
+    first_gradients: GradientSum | None = None
+    """Takes the gradients of the clients' first steps, in a round that is probed."""
 
 
 _LOSSES = 1024
@@ -144,6 +168,7 @@ class LocalRun:
         sampler = BatchSampler.of(config)
         self.steps = sampler.steps_of(len(client.samples))
         """The local steps of the client, E."""
+        self.first_gradients = context.first_gradients
         self._round, self._draws = context.number, _drawn(client, context.number, config)
         self._drawn_before, self._drawn = 0, StepDraws()
         is_segmentation = config.task.name is TaskName.segmentation
@@ -193,6 +218,8 @@ class LocalRun:
         for value in self.model.parameters():
             if value.grad is None and value.requires_grad:
                 value.grad = torch.zeros_like(value)
+        if self.first_gradients is not None and self.losses.count == 0:
+            self.first_gradients.add(self.model, self.client.weight)
         self.proximal.add_to_gradients()
         self.optimizer.step()
         self.losses.add(loss.detach().clone())  # a CUDA graph overwrites its output

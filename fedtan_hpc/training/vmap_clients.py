@@ -181,6 +181,7 @@ class Stack:
             chunks = [gradients[name] for gradients, _ in passes]
             value.grad = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         if self._proximal is None:  # the first step: all clients are loaded
+            self._note_gradients()
             self._proximal = ProximalTerm(list(self._values.values()), self._runs[0].proximal.mu)
         self._proximal.add_to_gradients()
         self._optimizer.step()
@@ -188,6 +189,13 @@ class Stack:
         losses = torch.cat([losses for _, losses in passes])
         for run, loss in zip(self._runs, losses.detach(), strict=True):
             run.losses.add(loss)
+
+    def _note_gradients(self) -> None:
+        """Hands the gradients of the first step to the probe, if there is one."""
+        if (sums := self._runs[0].first_gradients) is not None:
+            stacked = self._values.items()
+            gradients = {name: value.grad for name, value in stacked if value.grad is not None}
+            sums.add_stack(gradients, [run.client.weight for run in self._runs])
 
 
 def _padded(*batches: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_an_unknown_group_is_one_line_with_the_groups(name: str) -> None:
         cli.compose(["rounds=3", f"--help={name}"])
     [line] = caught.value.mistakes
     assert line.startswith(f"--help={name}: allowed is all | run | algorithm | ")
-    assert line.endswith(" | checkpoint; choose one of these")
+    assert line.endswith(" | probe; choose one of these")
 
 
 @pytest.mark.parametrize("option", ["rounds=a", "optimizer.lr=a", "launch.nodes=a"])

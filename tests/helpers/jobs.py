@@ -68,6 +68,12 @@ def config_of(name: str, folder: Path | str, **options: Any) -> Config:
     return Config(**{**defaults, **options})
 
 
+def known(value: float | None) -> float:
+    """The figure, which must be there."""
+    assert value is not None
+    return value
+
+
 class StopAfter(RoundCallback):
     """Asks for the end in a round, as a user's Ctrl-C would."""
 

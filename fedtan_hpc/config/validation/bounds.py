@@ -124,6 +124,7 @@ BOUNDS: Mapping[str, Bound] = {
     "cohort.max_stacked": _count(),
     "checkpoint.every": _count(),
     "checkpoint.keep": _count(),
+    "probe.every": _count(example=10),
 }
 """Bounds of the options of a job."""
 LAUNCH_BOUNDS: Mapping[str, Bound] = {

@@ -105,6 +105,20 @@ def _norm(config: Config) -> Iterator[str]:
         yield format_option_error("algorithm.groups", groups, allowed, remedy)
 
 
+def _probe(config: Config) -> Iterator[str]:
+    """A probe compares statistics of batches: local ones with global ones."""
+    algorithm = ALGORITHMS[config.algorithm.name]
+    norm = config.model.norm or algorithm.norm
+    is_batch = algorithm.normaliser is Normaliser.batch and algorithm.later_normaliser is None
+    if config.probe.every is not None and not (is_batch and norm is NormName.bn):
+        where = f"algorithm={config.algorithm.name}"
+        where += "" if norm is NormName.bn else f" and model.norm={norm}"
+        remedy = "leave it out, because no layer has statistics of its batch"
+        if is_batch is False:
+            remedy = "leave it out or use algorithm=fedavg, fedbn, silobn, fedtan or centralised"
+        yield format_option_error("probe.every", config.probe.every, f"null with {where}", remedy)
+
+
 def _incompatible(config: Config) -> Iterator[str]:
     """Checks choices that the algorithm does not allow."""
     name, optimizer = config.algorithm.name, config.server.optimizer
@@ -112,6 +126,7 @@ def _incompatible(config: Config) -> Iterator[str]:
     if not averages and optimizer is not ServerOptimizerName.none:
         allowed = f"none with algorithm={name}, which averages nothing"
         yield format_option_error("server.optimizer", optimizer, allowed, "leave it out")
+    yield from _probe(config)
     running = ALGORITHMS[name].normaliser is Normaliser.running
     if running and config.cohort.mode is CohortMode.stacked:
         allowed = f"auto or sequential with algorithm={name}"

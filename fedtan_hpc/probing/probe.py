@@ -1,0 +1,211 @@
+"""Measures, before the clients of a round train, what mismatched BN statistics do to gradients.
+
+The passes run on copies of the global model and on each client's first batch of the round, so that
+training is the same with a probe and without.  The gradient of one combination of statistics is
+that of training's own first step, which saves a pass.
+
+Shapes: K participants that the record names, L BN layers.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+
+import torch
+from torch import Tensor, nn
+
+from ..batchnorm.context import backward_with, model_tag, normalised_by
+from ..batchnorm.conversion import batchnorm_layers
+from ..batchnorm.statistics_call import GlobalStatistics
+from ..config.algorithms import RoundPlan
+from ..data.batching import Samples
+from ..data.client_store import Client
+from ..distributed import collective_timer, collectives, counters
+from ..distributed.lockstep import Lockstep
+from ..evaluation.probe_records import DISTANCES, ProbeRecord
+from ..models.parameter_groups import pack, unpack
+from ..runtime.global_random import GlobalStates
+from ..training.client_runners import ClientModels
+from ..training.local_step import GradientSum, LocalRun, RoundContext
+from ..training.memory_budget import MemoryBudget
+from .deviation import deviations, norms
+from .mixed_statistics import CAUSES, GLOBAL, Halves, MixedStatistics
+
+_MOST_CLIENTS = 100
+"""Participants whose distances a record has."""
+
+
+@dataclass
+class _Cost:
+    seconds: float = 0.0
+    messages: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The passes of a probe on this rank, before the ranks add up what they have found."""
+
+    sums: dict[Halves, GradientSum]
+    distances_LK3: Tensor
+    clients: list[int]
+    cost: _Cost
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Probes rounds; every rank calls it with its own clients."""
+
+    models: ClientModels
+    dummy: Samples
+    """One sample, which takes part where this rank has no client."""
+    budget: MemoryBudget
+
+    def measure(
+        self, clients: Sequence[Client], context: RoundContext, participants: Sequence[int]
+    ) -> Measured:
+        """Runs the passes that training's first step does not give, three at most.
+
+        Raises ``RunError`` if the clients of this rank do not fit in memory together.
+        """
+        cost, count = _Cost(), max(1, len(clients))
+        with _apart(cost), self.budget.spent_on(count + 1, count, context.number):
+            replicas = self.models.replicas(count + 1)[1:]
+            for replica, client in zip(replicas, clients, strict=False):
+                self.models.states.load(client.number, replica)
+            losses = self._losses(replicas, clients, context)
+            weights = [client.weight for client in clients] or [0.0]
+            listed = sorted(participants)[:_MOST_CLIENTS]
+            layers = len(batchnorm_layers(replicas[0]))
+            distances_LK3 = torch.zeros(layers, len(listed), len(DISTANCES)).double()
+            sums = {}
+            for halves in _passes(context.plan):
+                contexts = _run(replicas, losses, weights, halves)
+                sums[halves] = GradientSum(replicas[0])
+                for replica, weight in zip(replicas, weights, strict=True):
+                    sums[halves].add(replica, weight)
+                if halves == CAUSES["backward"]:
+                    for client, mixed in zip(clients, contexts, strict=False):
+                        if client.number in listed:
+                            position = listed.index(client.number)
+                            distances_LK3[:, position] = mixed.mean_distances()
+            self.models.replicas(1)  # frees the copies
+        return Measured(sums, distances_LK3, listed, cost)
+
+    def finish(self, measured: Measured, context: RoundContext) -> ProbeRecord:
+        """Adds up what all ranks have found, in one message; returns the same on every rank."""
+        assert context.first_gradients is not None
+        sums, trained = measured.sums, context.first_gradients
+        with _apart(measured.cost):
+            tensors = [each for kind in (*sums.values(), trained) for each in kind.tensors.values()]
+            like = next(iter(trained.tensors.values()))
+            distances_LK3 = measured.distances_LK3.to(like)
+            message = pack([distances_LK3, *tensors])
+            unpack(collectives.sum_for_training(message, of_models=True), [distances_LK3, *tensors])
+        own = _halves_of(context.plan)
+        gradients = {halves: list(each.tensors.values()) for halves, each in sums.items()}
+        found = {name: gradients[halves] for name, halves in CAUSES.items() if halves in gradients}
+        found["trained"] = list(trained.tensors.values())
+        if own == CAUSES["both"]:
+            found["both"] = found["trained"]
+        reference = gradients.get(GLOBAL, found["trained"])
+        compared = {name: deviations(each, reference) for name, each in found.items()}
+        L, K, _ = distances_LK3.shape
+        by_distance = (
+            distances_LK3.cpu().double().permute(2, 0, 1).tolist() if L and K else [[]] * 3
+        )
+        return ProbeRecord(
+            round=context.number,
+            layers=list(batchnorm_layers(self.models.model)),
+            clients=measured.clients,
+            **dict(zip(DISTANCES, by_distance, strict=True)),
+            parameters=list(trained.tensors),
+            gradient_norm=[norm if isfinite(norm) else None for norm in norms(reference)],
+            deviation={
+                name: [one.relative for one in each[:-1]] for name, each in compared.items()
+            },
+            cosine={name: [one.cosine for one in each[:-1]] for name, each in compared.items()},
+            total_deviation={name: each[-1].relative for name, each in compared.items()},
+            total_cosine={name: each[-1].cosine for name, each in compared.items()},
+            **vars(measured.cost),
+        )
+
+    def _losses(
+        self, replicas: Sequence[nn.Module], clients: Sequence[Client], context: RoundContext
+    ) -> list[Callable[[], Tensor]]:
+        """Returns a function for each replica that computes the loss of its first batch."""
+        loss = self.models.loss
+        plain = RoundContext(context.number, context.learning_rate, context.plan)
+        if not clients:
+            LocalRun(replicas[0], Client(0, 0.0, self.dummy), plain, self.models.config, loss)
+            return [partial(loss, replicas[0], self.dummy, eager=True)]
+        losses: list[Callable[[], Tensor]] = []
+        for replica, client in zip(replicas, clients, strict=True):
+            reader = Client(client.number, client.weight, client.samples.apart())
+            run = LocalRun(replica, reader, plain, self.models.config, loss)
+            losses.append(partial(_seeded_loss, run, run.next_batch()))
+        return losses
+
+
+def _seeded_loss(run: LocalRun, batch: Samples) -> Tensor:
+    run.seed_layers()
+    return run.loss_function(run.model, batch, eager=True)
+
+
+def _halves_of(plan: RoundPlan) -> Halves:
+    """Returns by which statistics the first step of a round trains."""
+    return GLOBAL if plan.synchronised_steps else CAUSES["both"]
+
+
+def _passes(plan: RoundPlan) -> list[Halves]:
+    """Returns the combinations of statistics that training's first step does not have."""
+    return [each for each in (GLOBAL, *CAUSES.values()) if each != _halves_of(plan)]
+
+
+def _run(
+    replicas: Sequence[nn.Module],
+    losses: Sequence[Callable[[], Tensor]],
+    weights: Sequence[float],
+    halves: Halves,
+) -> list[MixedStatistics]:
+    """Runs a pass of all clients; leaves the gradients in the replicas, returns the contexts."""
+    layers = batchnorm_layers(replicas[0])
+    tag = model_tag(layers, are_copies=True)
+    made = {}
+
+    @contextmanager
+    def statistics(index: int, lockstep: Lockstep[Tensor] | None) -> Iterator[None]:
+        exchange = GlobalStatistics([weights[index]], None, list(layers), lockstep, model_tag=tag)
+        made[index] = MixedStatistics(halves, exchange, [layer.eps for layer in layers.values()])
+        with normalised_by(replicas[index], made[index]):
+            yield
+            exchange.close()
+
+    for replica in replicas:
+        replica.zero_grad()
+    backward_with(statistics, losses)
+    return [made[index] for index in range(len(replicas))]
+
+
+@contextmanager
+def _apart(cost: _Cost) -> Iterator[None]:
+    """Counts traffic and time of the block in ``cost``, and leaves no trace in training's own."""
+    collective_timer.read()
+    traffic, states, start = (
+        counters.training_traffic.copy(),
+        GlobalStates.get(),
+        time.perf_counter(),
+    )
+    try:
+        yield
+    finally:
+        collective_timer.read()
+        spent = counters.training_traffic.since(traffic)
+        counters.restore(traffic)
+        states.set()
+    cost.seconds += time.perf_counter() - start
+    cost.messages += spent.payload_messages
+    cost.bytes += spent.payload_bytes
