@@ -60,7 +60,11 @@ def test_options_in_code_font_exist(page: Path) -> None:
     groups = "|".join(group.name for group in help.groups(SubmitConfig))
     words = " ".join(documents.code_words(read(page)))
     named = re.findall(rf"(?<!\S)((?:{groups})\.[a-z_0-9]+)(?:=\S*)?(?!\S)", words)
-    named = [name for name in named if not name.endswith((".pt", ".png", ".py", ".json", ".md"))]
+    named = [
+        name
+        for name in named
+        if not name.endswith((".pt", ".png", ".py", ".json", ".jsonl", ".md"))
+    ]
     assert not sorted(set(named) - {entry.option for entry in help.entries(SubmitConfig)})
 
 
