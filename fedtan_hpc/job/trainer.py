@@ -125,6 +125,15 @@ class Trainer:
             **figures,
         )
 
+    def probe_round(self, number: int) -> ProbeRecord:
+        """Probes the model on the first batches of a round that is not trained.
+
+        Every rank calls it.  Raises ``RunError`` if the clients of a rank do not fit in memory.
+        """
+        weights = self._participants(number)
+        context = RoundContext(number, self.config.optimizer.lr, plan(self.config, number))
+        return self.probe.alone(self._hosted(weights), context, [*weights])
+
     def _begin(
         self, number: int, clients: Sequence[Client], weights: dict[int, float]
     ) -> tuple[RoundContext, Measured | None]:

@@ -71,6 +71,30 @@ class Probe:
 
         Raises ``RunError`` if the clients of this rank do not fit in memory together.
         """
+        return self._measured(clients, context, participants, _passes(context.plan))
+
+    def finish(self, measured: Measured, context: RoundContext) -> ProbeRecord:
+        """Adds up what all ranks have found, in one message; returns the same on every rank."""
+        assert context.first_gradients is not None
+        return self._record(measured, context, context.first_gradients)
+
+    def alone(
+        self, clients: Sequence[Client], context: RoundContext, participants: Sequence[int]
+    ) -> ProbeRecord:
+        """Measures a round that nobody trains: all four passes, and no cause "trained".
+
+        Returns the same on every rank; raises as ``measure``.
+        """
+        passes = [GLOBAL, *CAUSES.values()]
+        return self._record(self._measured(clients, context, participants, passes), context, None)
+
+    def _measured(
+        self,
+        clients: Sequence[Client],
+        context: RoundContext,
+        participants: Sequence[int],
+        passes: Sequence[Halves],
+    ) -> Measured:
         cost, count = _Cost(), max(1, len(clients))
         with _apart(cost), self.budget.spent_on(count + 1, count, context.number):
             replicas = self.models.replicas(count + 1)[1:]
@@ -82,7 +106,7 @@ class Probe:
             layers = len(batchnorm_layers(replicas[0]))
             distances_LK3 = torch.zeros(layers, len(listed), len(DISTANCES)).double()
             sums = {}
-            for halves in _passes(context.plan):
+            for halves in passes:
                 contexts = _run(replicas, losses, weights, halves)
                 sums[halves] = GradientSum(replicas[0])
                 for replica, weight in zip(replicas, weights, strict=True):
@@ -95,23 +119,25 @@ class Probe:
             self.models.replicas(1)  # frees the copies
         return Measured(sums, distances_LK3, listed, cost)
 
-    def finish(self, measured: Measured, context: RoundContext) -> ProbeRecord:
-        """Adds up what all ranks have found, in one message; returns the same on every rank."""
-        assert context.first_gradients is not None
-        sums, trained = measured.sums, context.first_gradients
+    def _record(
+        self, measured: Measured, context: RoundContext, trained: GradientSum | None
+    ) -> ProbeRecord:
+        """Adds up what all ranks have found; ``trained`` are training's own gradients, if any."""
+        sums, own = measured.sums, _halves_of(context.plan)
         with _apart(measured.cost):
-            tensors = [each for kind in (*sums.values(), trained) for each in kind.tensors.values()]
-            like = next(iter(trained.tensors.values()))
+            kinds = [*sums.values(), *([] if trained is None else [trained])]
+            tensors = [each for kind in kinds for each in kind.tensors.values()]
+            like = tensors[0]
             distances_LK3 = measured.distances_LK3.to(like)
             message = pack([distances_LK3, *tensors])
             unpack(collectives.sum_for_training(message, of_models=True), [distances_LK3, *tensors])
-        own = _halves_of(context.plan)
         gradients = {halves: list(each.tensors.values()) for halves, each in sums.items()}
         found = {name: gradients[halves] for name, halves in CAUSES.items() if halves in gradients}
-        found["trained"] = list(trained.tensors.values())
-        if own == CAUSES["both"]:
-            found["both"] = found["trained"]
-        reference = gradients.get(GLOBAL, found["trained"])
+        if trained is not None:
+            found["trained"] = gradients.setdefault(own, list(trained.tensors.values()))
+            if own == CAUSES["both"]:
+                found["both"] = found["trained"]
+        reference = gradients[GLOBAL]
         compared = {name: deviations(each, reference) for name, each in found.items()}
         L, K, _ = distances_LK3.shape
         by_distance = (
@@ -122,7 +148,7 @@ class Probe:
             layers=list(batchnorm_layers(self.models.model)),
             clients=measured.clients,
             **dict(zip(DISTANCES, by_distance, strict=True)),
-            parameters=list(trained.tensors),
+            parameters=list(kinds[0].tensors),
             gradient_norm=[norm if isfinite(norm) else None for norm in norms(reference)],
             deviation={
                 name: [one.relative for one in each[:-1]] for name, each in compared.items()

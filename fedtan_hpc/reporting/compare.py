@@ -25,8 +25,9 @@ from ..config.errors import ConfigError, FolderInUseError, RunError, Stopped
 from ..config.schema import Config
 from ..evaluation.records import headline
 from ..runtime import launcher_env
-from . import comparison_plots, comparison_runs, comparison_tables, options
-from .comparison_runs import Comparison
+from . import options
+from .comparison import members, plots, tables
+from .comparison.members import Comparison
 from .progress import Following, Progress
 
 
@@ -37,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with cli.exit_codes("compare"):
         if options.shows_help(words or ["--help"], __doc__):
             return
-        comparison = comparison_runs.plan(words)
+        comparison = members.plan(words)
         launcher_env.detect()
         _check(comparison, is_first)
         failed = run_all(comparison, is_first)
@@ -74,14 +75,14 @@ def run_all(comparison: Comparison, is_first: bool) -> int:
 def write(comparison: Comparison, command: str) -> None:
     """Writes the files of the comparison with all finished runs, and prints the table."""
     out = comparison.out
-    lines = comparison_runs.finished_lines(out, comparison.settings)
+    lines = members.finished_lines(out, comparison.settings)
     if not lines:
         print("no run is finished, so there is nothing to compare")
         return
-    comparison_tables.write_csv(lines, out / "compare.csv")
-    table = comparison_tables.table(lines)
-    comparison_tables.write_markdown(table, lines, comparison, command)
-    comparison_plots.draw(lines, out)
+    tables.write_csv(lines, out / "compare.csv")
+    table = tables.table(lines)
+    tables.write_markdown(table, lines, comparison, command)
+    plots.draw(lines, out)
     print("\n".join(["", *table, "", f"files: {out}/compare.md, compare.png, compare.csv"]))
 
 
@@ -92,7 +93,7 @@ def _check(comparison: Comparison, is_first: bool) -> None:
 
     check_all(comparison.unfinished)
     if is_first:
-        comparison_runs.write_settings(comparison)
+        members.write_settings(comparison)
 
 
 def _run(config: Config, following: Following) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import cli
-from . import comparison_runs
+from .comparison import members
 from .reports import Measure, Run, markdown_table, read_options
 
 
@@ -35,8 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def table(folders: Sequence[Path]) -> list[str]:
     """Returns the lines of the table: one row for each method that any folder has."""
     columns = [
-        comparison_runs.finished_lines(folder, read_options(folder / "settings.yaml"))
-        for folder in folders
+        members.finished_lines(folder, read_options(folder / "settings.yaml")) for folder in folders
     ]
     methods = dict.fromkeys(method for column in columns for method in column)
     rows = ([method, *(_cell(column.get(method, [])) for column in columns)] for method in methods)

@@ -1,6 +1,6 @@
 """The style of all pictures: colours, markers, line styles, bands over seeds, and legends that fit.
 
-Used by ``comparison_plots``, ``summarise``, ``show_partition`` and the scaling tools.
+Used by ``comparison``, ``summarise``, ``show_partition`` and the scaling tools.
 """
 
 import statistics

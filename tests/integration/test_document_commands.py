@@ -22,7 +22,8 @@ from fedtan_hpc.config.errors import ConfigError, check_together
 from fedtan_hpc.config.submit_options import SubmitConfig, check_launch
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.config.validation import tracking
-from fedtan_hpc.reporting import comparison_runs, options
+from fedtan_hpc.reporting import options
+from fedtan_hpc.reporting.comparison import members
 from tests.helpers import commands, documents
 from tests.helpers.documents import PAGES, Block, blocks, read
 from tests.helpers.ranks import MPI_VARIABLES
@@ -94,7 +95,7 @@ def check_options(program: str, words: list[str]) -> None:
         return
     if program in COMPARISON:
         one_seed = [word for word in words if not word.startswith("seeds=")]
-        comparison_runs.plan([*one_seed, "seeds=[0]"])
+        members.plan([*one_seed, "seeds=[0]"])
     elif program in SUBMISSION:
         configs = cli.compose_as(SubmitConfig, "submit", words)
         check_together(partial(check, each.job()) for each in configs)

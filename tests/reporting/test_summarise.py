@@ -11,7 +11,8 @@ import pytest
 from matplotlib import colors, pyplot
 
 from fedtan_hpc.config.enums import AlgorithmName
-from fedtan_hpc.reporting import comparison_plots, pictures, summarise
+from fedtan_hpc.reporting import pictures, summarise
+from fedtan_hpc.reporting.comparison import plots
 from fedtan_hpc.reporting.reports import Run, flat
 from tests.helpers import commands
 
@@ -119,7 +120,7 @@ def test_no_legend_is_cut_off(
     if tool == "summarise":
         summarise.draw(lines, tmp_path / "summary.png")
     else:
-        comparison_plots.draw(lines, tmp_path)
+        plots.draw(lines, tmp_path)
     [figure] = figures
     figure.draw_without_rendering()
     [legend] = figure.legends

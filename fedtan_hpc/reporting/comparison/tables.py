@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.enums import ModelSource
-from ..config.schema import Config
-from ..files import atomic_files
-from . import comparison_runs, reports
-from .comparison_runs import Comparison
-from .reports import Lines, Measure, Run
+from ...config.enums import ModelSource
+from ...config.schema import Config
+from ...files import atomic_files
+from .. import reports
+from ..reports import Lines, Measure, Run
+from . import members
+from .members import Comparison
 
 _FIGURES = (
     "train_loss",
@@ -75,7 +76,7 @@ def _row(label: str, runs: Sequence[Run], figures: Sequence[str]) -> list[str]:
 def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, command: str) -> None:
     """Writes ``compare.md``: the table, the command, and what the columns mean."""
     missing = [comparison.name_of(config) for config in comparison.unfinished]
-    unrequested = comparison_runs.unrequested(comparison, lines)
+    unrequested = members.unrequested(comparison, lines)
     measure = Measure.of(lines)
     personal = _with(f"clients_test_{measure.metric}_mean", lines)
     has_own = _with(measure.own, lines)
@@ -131,7 +132,7 @@ def _machine(run: Run) -> str:
 
 def _settings(comparison: Comparison) -> str:
     """Names the shared options that differ from the defaults."""
-    defaults = comparison_runs.shared_options(Config())
+    defaults = members.shared_options(Config())
     settings = comparison.settings.items()
     words = [f"`{name}={value}`" for name, value in settings if defaults.get(name) != value]
     return ", ".join(words) if words else "the defaults"

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config.enums import AlgorithmName
-from . import pictures, reports
-from .reports import Lines, Measure, Run
+from ...config.enums import AlgorithmName
+from .. import pictures, reports
+from ..reports import Lines, Measure, Run
 
 _LOG_BYTES_RATIO, _LOG_LOSS_RATIO = 3.0, 8.0
 """Ratios of the largest to the smallest value above which an axis is logarithmic."""

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ..config.enums import PartitionName
-from ..config.errors import ConfigError, check_together, format_option_error
-from ..config.schema import Config, to_dict
-from ..config.validate import check
-from ..files import atomic_files
-from . import options, reports
-from .reports import Lines
+from ...config.enums import PartitionName
+from ...config.errors import ConfigError, check_together, format_option_error
+from ...config.schema import Config, to_dict
+from ...config.validate import check
+from ...files import atomic_files
+from .. import options, reports
+from ..reports import Lines
 
 _TOOL_OPTIONS = ("methods", "seeds", "out")
 _METHODS = ["fedtan", "fedavg", "centralised"]

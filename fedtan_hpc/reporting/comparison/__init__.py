@@ -1,0 +1,1 @@
+"""The folder of a comparison: its runs, its tables and its curves.  Used by ``compare``."""
