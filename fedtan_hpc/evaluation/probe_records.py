@@ -7,8 +7,8 @@ here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class ProbeRecord:
 
     round: int
     layers: list[str] = field(default_factory=list)
-    """Names of the BN layers."""
+    """Names of the BN layers, in the order in which the network defines them."""
     clients: list[int] = field(default_factory=list)
     """The participants of the round; of more than 100, those with the 100 lowest numbers."""
     mean_shift: list[list[float]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class ProbeRecord:
     kl_divergence: list[list[float]] = field(default_factory=list)
     """By layer and client: KL(N(m, v + eps) || N(mean, variance + eps)), mean over channels."""
     parameters: list[str] = field(default_factory=list)
-    """Names of the trained parameter tensors."""
+    """Names of the trained parameter tensors, in the order in which the network defines them."""
     gradient_norm: list[float | None] = field(default_factory=list)
     """||g|| of each tensor."""
     deviation: dict[str, list[float | None]] = field(default_factory=dict)
@@ -66,6 +66,25 @@ class ProbeRecord:
         rows: Sequence[Sequence[float]] = getattr(self, distance)
         return {n: sum(row) / len(row) for n, row in zip(self.layers, rows, strict=True) if row}
 
+    def reordered(self, layers: Iterable[str], parameters: Iterable[str]) -> ProbeRecord:
+        """Returns the record with layers and tensors in these orders; other names come last."""
+        rows, tensors = _order(self.layers, layers), _order(self.parameters, parameters)
+
+        def by_cause(values: Mapping[str, list[float | None]]) -> dict[str, list[float | None]]:
+            return {cause: [each[n] for n in tensors] for cause, each in values.items()}
+
+        return replace(
+            self,
+            layers=[self.layers[n] for n in rows],
+            mean_shift=[self.mean_shift[n] for n in rows],
+            log_variance_ratio=[self.log_variance_ratio[n] for n in rows],
+            kl_divergence=[self.kl_divergence[n] for n in rows],
+            parameters=[self.parameters[n] for n in tensors],
+            gradient_norm=[self.gradient_norm[n] for n in tensors],
+            deviation=by_cause(self.deviation),
+            cosine=by_cause(self.cosine),
+        )
+
     def scalars(self) -> dict[str, float]:
         """Returns the figures that curves show, by a path as TensorBoard groups them."""
         named = {
@@ -80,6 +99,12 @@ class ProbeRecord:
             for layer, value in self.layer_means(distance).items():
                 named[f"probe_{distance}/{layer}"] = value
         return {name: value for name, value in named.items() if value is not None}
+
+
+def _order(names: Sequence[str], wanted: Iterable[str]) -> list[int]:
+    """Returns the indices of ``names`` in the order of ``wanted``."""
+    place = {name: number for number, name in enumerate(wanted)}
+    return sorted(range(len(names)), key=lambda n: place.get(names[n], len(place)))
 
 
 def line_of(record: ProbeRecord) -> str:

@@ -1,7 +1,7 @@
 """A finished run as its folder holds it: options, summary, and the trained network.
 
-``load_model`` is for users; ``evaluate`` uses the other functions too.  Nothing here needs a
-process group or the data set.
+``load_model`` is for users; ``evaluate`` and ``probe`` use the other functions too.  Nothing here
+needs a process group or the data set.
 """
 
 import os
@@ -134,16 +134,27 @@ def model_of(run: SavedRun, state: dict[str, Tensor], kept: Mapping[str, Tensor]
     except (RuntimeError, MemoryError) as error:  # as if the shape of a sample is another
         why = f"its network cannot be made ({one_line(error)})"
         raise unusable(run.folder / "summary.json", why) from error
+    load_state(run, model, state)
+    tensors = named_tensors(model)
+    check_kept(run, tensors, kept)
+    for name, value in kept.items():
+        tensors[name].copy_(value)
+    return revert_batchnorm(model).eval()
+
+
+def load_state(run: SavedRun, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives ``model`` the values of the global model; raises ``FileError`` if they do not fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise _misfit(run.folder / "model.pt", one_line(error)) from error
-    tensors = named_tensors(model)
+
+
+def check_kept(run: SavedRun, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    """Raises ``FileError`` if what a client has kept does not fit the network's ``tensors``."""
     for name, value in kept.items():
         if name not in tensors or tensors[name].shape != value.shape:
             raise _misfit(run.folder / "clients.pt", f"{name} of shape {tuple(value.shape)}")
-        tensors[name].copy_(value)
-    return revert_batchnorm(model).eval()
 
 
 def _misfit(path: Path, why: str) -> FileError:

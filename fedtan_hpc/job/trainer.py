@@ -130,6 +130,7 @@ class Trainer:
 
         Every rank calls it.  Raises ``RunError`` if the clients of a rank do not fit in memory.
         """
+        counters.progress.round = number
         weights = self._participants(number)
         context = RoundContext(number, self.config.optimizer.lr, plan(self.config, number))
         return self.probe.alone(self._hosted(weights), context, [*weights])

@@ -143,7 +143,7 @@ class Probe:
         by_distance = (
             distances_LK3.cpu().double().permute(2, 0, 1).tolist() if L and K else [[]] * 3
         )
-        return ProbeRecord(
+        record = ProbeRecord(
             round=context.number,
             layers=list(batchnorm_layers(self.models.model)),
             clients=measured.clients,
@@ -157,6 +157,12 @@ class Probe:
             total_deviation={name: each[-1].relative for name, each in compared.items()},
             total_cosine={name: each[-1].cosine for name, each in compared.items()},
             **vars(measured.cost),
+        )
+        # Sums have the order of names, which all ranks know; readers want that of the network.
+        model = self.models.model
+        return record.reordered(
+            [name for name, _ in model.named_modules(remove_duplicate=False)],
+            [name for name, _ in model.named_parameters(remove_duplicate=False)],
         )
 
     def _losses(

@@ -12,8 +12,9 @@ out=DIR        folder of the comparison (default comparisons/ and the name of th
 All other words are options of the job, as for fedtan_hpc; they hold for every run.  Finished runs
 are not run again: the same command goes on where it was interrupted, and draws the files again when
 all runs are finished.  Several commands may fill one folder at the same time with different methods
-and seeds; each reports all finished runs in DIR/compare.md, compare.png and compare.csv.  In a
-checkout ``python tools/compare.py`` does the same as ``python -m fedtan_hpc.compare``.
+and seeds; each reports all finished runs in DIR/compare.md, compare.png and compare.csv.  If runs
+have probes (probe.every=R), it also draws DIR/probe.png, probe_deviation.png and probe_cosine.png.
+In a checkout ``python tools/compare.py`` does the same as ``python -m fedtan_hpc.compare``.
 """
 
 import shlex
@@ -25,7 +26,7 @@ from ..config.errors import ConfigError, FolderInUseError, RunError, Stopped
 from ..config.schema import Config
 from ..evaluation.records import headline
 from ..runtime import launcher_env
-from . import options
+from . import options, probe_plots
 from .comparison import members, plots, tables
 from .comparison.members import Comparison
 from .progress import Following, Progress
@@ -83,7 +84,11 @@ def write(comparison: Comparison, command: str) -> None:
     table = tables.table(lines)
     tables.write_markdown(table, lines, comparison, command)
     plots.draw(lines, out)
-    print("\n".join(["", *table, "", f"files: {out}/compare.md, compare.png, compare.csv"]))
+    probes = tables.probes(lines)
+    if probes:
+        probe_plots.draw(probes, out)
+    names = ["compare.md", "compare.png", "compare.csv", *(probe_plots.FILES if probes else ())]
+    print("\n".join(["", *table, "", f"files: {out}/{', '.join(names)}"]))
 
 
 def _check(comparison: Comparison, is_first: bool) -> None:

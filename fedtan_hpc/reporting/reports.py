@@ -13,12 +13,14 @@ from typing import Any, TypeAlias
 
 from ..config import schema
 from ..config.errors import printable
-from ..evaluation import saved_records
+from ..evaluation import probe_records, saved_records
 from ..evaluation.early_stopping import SMALLER_IS_BETTER
 from ..evaluation.records import first_metric
 from ..files.reading import FileError
 from ..job.run_dir import NOT_IDENTIFYING
 from ..job.saved import options as saved_options
+from . import probe_series
+from .probe_series import ProbeSeries
 
 READ_ERRORS = (FileError, OSError)
 """Errors that reading a damaged run raises."""
@@ -92,6 +94,8 @@ class Run:
     options: Mapping[str, str]
     records: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    probes: ProbeSeries | None = None
+    """Its probed rounds, if it has any."""
 
     @property
     def evaluated(self) -> list[Mapping[str, Any]]:
@@ -122,7 +126,8 @@ def read(folder: Path) -> Run:
     """Reads the finished run in ``folder``; raises one of ``READ_ERRORS`` if it is damaged."""
     summary, records = saved_records.finished(folder)
     options = read_options(folder / "config.yaml")
-    return Run(options, [record.line() for record in records], asdict(summary))
+    probes = probe_series.of_records(probe_records.read(folder, skips_damaged=True))
+    return Run(options, [record.line() for record in records], asdict(summary), probes)
 
 
 def read_whole(folders: Iterable[Path]) -> Iterator[Run]:

@@ -158,6 +158,8 @@ def print_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -
         print(f"| {' | '.join(cells)} |", file=sys.stderr)
 
 
-def print_json(setting: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
-    """Prints setting and results as one JSON object on standard output."""
-    print(json.dumps({"setting": setting, "results": results}))
+def print_json(
+    setting: Mapping[str, Any], results: Sequence[Mapping[str, Any]], **more: Any
+) -> None:
+    """Prints setting and results, and ``more`` by name, as one JSON object on standard output."""
+    print(json.dumps({"setting": setting, "results": results, **more}))

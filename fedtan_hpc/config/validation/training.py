@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from math import inf
 
-from ..algorithms import ALGORITHMS, Normaliser, ParameterGroup
+from ..algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup
 from ..enums import CohortMode, GammaName, ModelName, ModelSource, NormName, ServerOptimizerName
 from ..errors import format_option_error
 from ..schema import Config
@@ -105,16 +105,26 @@ def _norm(config: Config) -> Iterator[str]:
         yield format_option_error("algorithm.groups", groups, allowed, remedy)
 
 
+def can_be_probed(config: Config) -> bool:
+    """Returns whether BN layers normalise by statistics of batches, which a probe compares."""
+    algorithm = ALGORITHMS[config.algorithm.name]
+    is_bn = (config.model.norm or algorithm.norm) is NormName.bn
+    return is_bn and _is_by_batch(algorithm)
+
+
+def _is_by_batch(algorithm: Algorithm) -> bool:
+    return algorithm.normaliser is Normaliser.batch and algorithm.later_normaliser is None
+
+
 def _probe(config: Config) -> Iterator[str]:
     """A probe compares statistics of batches: local ones with global ones."""
     algorithm = ALGORITHMS[config.algorithm.name]
     norm = config.model.norm or algorithm.norm
-    is_batch = algorithm.normaliser is Normaliser.batch and algorithm.later_normaliser is None
-    if config.probe.every is not None and not (is_batch and norm is NormName.bn):
+    if config.probe.every is not None and not can_be_probed(config):
         where = f"algorithm={config.algorithm.name}"
         where += "" if norm is NormName.bn else f" and model.norm={norm}"
         remedy = "leave it out, because no layer has statistics of its batch"
-        if is_batch is False:
+        if not _is_by_batch(algorithm):
             remedy = "leave it out or use algorithm=fedavg, fedbn, silobn, fedtan or centralised"
         yield format_option_error("probe.every", config.probe.every, f"null with {where}", remedy)
 

@@ -11,7 +11,8 @@ from typing import Any
 from ...config.enums import ModelSource
 from ...config.schema import Config
 from ...files import atomic_files
-from .. import reports
+from .. import probe_plots, probe_series, reports
+from ..probe_series import ProbeSeries
 from ..reports import Lines, Measure, Run
 from . import members
 from .members import Comparison
@@ -96,10 +97,66 @@ def write_markdown(rows: Sequence[str], lines: Lines, comparison: Comparison, co
         *dict.fromkeys(_machine(run) for run in runs),
         f"![Test {measure.text.removesuffix(', %')} and loss against rounds and megabytes]"
         "(compare.png)",
+        *_probe_text(lines),
     ]
     atomic_files.replace_text(comparison.out / "compare.md", "\n\n".join(text) + "\n")
 
 
+def probes(lines: Lines) -> dict[str, ProbeSeries]:
+    """Returns the probes of each method that has some, means over its seeds."""
+    means = {
+        label: probe_series.mean_of([run.probes for run in runs if run.probes is not None])
+        for label, runs in lines.items()
+    }
+    return {label: series for label, series in means.items() if series is not None}
+
+
+def _probe_text(lines: Lines) -> list[str]:
+    """Returns the paragraphs of the probes; none if no run has any."""
+    rows = [
+        row
+        for label, runs in lines.items()
+        for cause in probe_series.CAUSES
+        if (row := _probe_row(label, runs, cause))
+    ]
+    if not rows:
+        return []
+    heads = ["method", "cause", "mean total deviation", "mean total cosine"]
+    return [
+        "\n".join(reports.markdown_table(heads, rows)),
+        _PROBES,
+        *(f"![{text}]({name})" for text, name in zip(_PICTURES, probe_plots.FILES, strict=True)),
+    ]
+
+
+def _probe_row(label: str, runs: Sequence[Run], cause: str) -> list[str]:
+    """Returns a row of means over the probed rounds, ± over the seeds; empty if none is known."""
+    columns = [
+        [
+            probe_series.mean_of_known(run.probes.totals.get(f"{kind} {cause}", ()))
+            for run in runs
+            if run.probes is not None
+        ]
+        for kind in probe_series.KINDS
+    ]
+    cells = [
+        reports.mean_and_deviation([each for each in column if each is not None], 3)
+        for column in columns
+    ]
+    return [label, cause, *cells] if any(cells) else []
+
+
+_PROBES = (
+    "Probes: how far the clients' mean gradient h is from the global gradient g.  Cause: the pass "
+    "or passes with statistics of the client; trained is the gradient that the round followed.  "
+    "Deviation ||h - g|| / ||g||, cosine of the angle between h and g: means over the probed "
+    "rounds, ± over the seeds."
+)
+_PICTURES = (
+    "Total deviation, and distances of the clients' statistics by layer and round",
+    "Deviation by tensor and round",
+    "Cosine by tensor and round",
+)
 _OWN_MODELS = "there is no one global model; the figures are means over the clients' models."
 _OWN_DATA = (
     "mean over the clients, each on its own test samples, or else on test samples in the mix of "
