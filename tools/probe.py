@@ -156,7 +156,7 @@ def _print(series: ProbeSeries, setting: Mapping[str, Any]) -> None:
 
 
 def _title(config: Config, request: Request) -> str:
-    return f"{config.algorithm.name}, {request.folder.name}"
+    return f"{config.algorithm.name}, {request.folder.resolve().name}"
 
 
 def _setting(request: Request, saved: SavedRun, config: Config) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def _load(run: SavedRun, trainer: Trainer, best: bool) -> None:
     mine = {}
     for client, kept in kept_by.items():
         saved_run.check_kept(run, tensors, kept)
+        if missing := tensors.keys() - kept.keys():
+            raise saved_run.misfit(run.folder / "clients.pt", f"no {min(missing)} of a client")
         if client % ranks == process_group.rank():
             mine[client] = pack([kept[name] for name in tensors])
     states.load_state_dict(mine, {client: client % ranks for client in kept_by})

@@ -147,17 +147,18 @@ def load_state(run: SavedRun, model: nn.Module, state: Mapping[str, Tensor]) -> 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise _misfit(run.folder / "model.pt", one_line(error)) from error
+        raise misfit(run.folder / "model.pt", one_line(error)) from error
 
 
 def check_kept(run: SavedRun, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-    """Raises ``FileError`` if what a client has kept does not fit the network's ``tensors``."""
+    """Raises ``FileError`` if what a client has kept is not among the network's ``tensors``."""
     for name, value in kept.items():
         if name not in tensors or tensors[name].shape != value.shape:
-            raise _misfit(run.folder / "clients.pt", f"{name} of shape {tuple(value.shape)}")
+            raise misfit(run.folder / "clients.pt", f"{name} of shape {tuple(value.shape)}")
 
 
-def _misfit(path: Path, why: str) -> FileError:
+def misfit(path: Path, why: str) -> FileError:
+    """Returns the error of a file whose values the network of the run does not have."""
     found = f"its values do not fit the network that config.yaml describes ({why})"
     return unusable(path, found, "copy the folder of the run again")
 
