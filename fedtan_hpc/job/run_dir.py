@@ -3,6 +3,7 @@
 config.yaml    the options, resolved
 rounds.jsonl   one line for each round (``records.RoundRecord``)
 probe.jsonl    one line for each probed round (``probe_records.ProbeRecord``); only with probe.every
+probe/         what tools/probe.py has found on the final model
 summary.json   the result (``records.Summary``); only a finished run has it
 model.pt       state_dict of the final global model
 best.pt        state_dict of the global model at the best evaluation, if there is one such model

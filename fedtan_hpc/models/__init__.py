@@ -2,5 +2,5 @@
 
 ``norms`` replaces BN layers by other normalization layers; ``parameter_groups`` names the tensors
 that algorithms treat differently.  Uses ``batchnorm`` and ``distributed``; used by
-``evaluation``, ``probing``, ``tasks``, ``training`` and ``job``.
+``evaluation``, ``probing``, ``tasks``, ``training``, ``job`` and ``inference``.
 """

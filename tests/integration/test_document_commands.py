@@ -41,6 +41,7 @@ STUDIES = tuple(
         "bench_round",
         "fit_network",
         "predict_scaling",
+        "probe",
         "scaling_study",
         "validate_prediction",
     )
