@@ -5,6 +5,7 @@ runs/          a run folder for each method and seed
 compare.csv    a row for each evaluated round of each run
 compare.md     the table
 compare.png    the curves
+probe*.png     what probes have found, if runs have probes
 
 Used by ``compare``, which fills the folder, and by ``overview``.
 """
