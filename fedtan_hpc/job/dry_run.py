@@ -11,7 +11,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batchnorm.conversion import batchnorm_layers, convert_batchnorm
-from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup, plan
+from ..config.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    Normaliser,
+    ParameterGroup,
+    has_local_batches,
+    plan,
+)
 from ..config.enums import CohortMode, ModelSource, NormName, TaskName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
@@ -191,15 +198,9 @@ def _note_single_values(
 
 def _check_single_samples(config: Config, layer: str) -> None:
     """Checks that ``layer`` never needs the variance of one value, that of one client's sample."""
-    rounds = {1, min(2, config.rounds), config.rounds}
-    plans = [plan(config, number) for number in rounds]
-    has_local_batches = any(
-        each.normaliser is Normaliser.batch and each.synchronised_steps < config.local_steps
-        for each in plans
-    )
-    if has_local_batches:
+    if has_local_batches(config):
         remedy = "set batch_size=2, or use algorithm=centralised or fedavg_gn"
-    elif (config.clients_per_round or config.clients) > 1 or not plans[0].synchronised_steps:
+    elif (config.clients_per_round or config.clients) > 1 or not plan(config, 1).synchronised_steps:
         return
     else:
         remedy = "set batch_size=2, or use more clients"
