@@ -38,6 +38,12 @@ def read_saved(config: Config) -> list[ProbeRecord]:
     return records
 
 
+def automatic_layers(config: Config, layers: int) -> int:
+    """Returns how many of so many BN layers layers=auto chooses: the nearest whole number."""
+    fraction = config.algorithm.fraction
+    return int((FRACTION if fraction is None else fraction) * layers + 0.5)
+
+
 class Schedule:
     """The plans of a run's rounds, for a model whose BN layers have the names ``layers``."""
 
@@ -126,8 +132,7 @@ class Schedule:
             self._choosing_rounds = self._config.algorithm.choosing_rounds or CHOOSING_ROUNDS
 
     def _count(self) -> int:
-        fraction = self._config.algorithm.fraction
-        return int((FRACTION if fraction is None else fraction) * len(self._layers) + 0.5)
+        return automatic_layers(self._config, len(self._layers))
 
     def _choose(self, records: Sequence[ProbeRecord]) -> None:
         """Chooses the layers with the largest mean divergence; of equal ones the first."""
