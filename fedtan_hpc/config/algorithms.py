@@ -113,7 +113,9 @@ class RoundPlan:
 
 def synchronised_layers(options: AlgorithmConfig) -> str | list[str]:
     """Returns ``ALL``, ``AUTO``, or patterns of the names of BN layers."""
-    return ALL if options.layers is None else options.layers
+    if isinstance(options.layers, list):
+        return [str(each) for each in options.layers]  # such as 2, a layer of a Sequential
+    return ALL if options.layers is None else str(options.layers)
 
 
 def plan(config: Config, round_number: int) -> RoundPlan:
@@ -139,12 +141,12 @@ def plan(config: Config, round_number: int) -> RoundPlan:
     return RoundPlan(steps, algorithm.pooled_gradients, normaliser, averaged)
 
 
-def has_local_batches(config: Config) -> bool:
-    """Returns whether a BN layer ever normalises by the statistics of one client's batch."""
+def mixes_batches(config: Config) -> bool:
+    """Returns whether no BN layer ever normalises by the statistics of one client's batch."""
     options = config.algorithm
     may_be_local = synchronised_layers(options) != ALL or options.synchronise_every == AUTO
     rounds = {1, min(2, config.rounds), config.rounds}
-    return any(
+    return not any(
         each.normaliser is Normaliser.batch
         and (may_be_local or each.synchronised_steps < config.local_steps)
         for each in (plan(config, number) for number in rounds)

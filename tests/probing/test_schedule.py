@@ -268,7 +268,7 @@ def test_adaptive_rounds_of_a_run(tmp_path: Path, every: int | None) -> None:
     [
         ({"layers": "bn1"}, r"algorithm\.layers=bn1: .*; try algorithm\.layers=\[bn1\]"),
         ({"layers": []}, r"algorithm\.layers=\[\]: allowed is all, auto, or a list"),
-        ({"layers": [3]}, r"algorithm\.layers=\[3\]: "),
+        ({"layers": [3.5]}, r"algorithm\.layers=\[3\.5\]: "),
         ({"fraction": 0.5}, r"fraction=0\.5: allowed is null unless algorithm\.layers=auto"),
         ({"layers": "auto", "fraction": 1.5}, r"fraction=1\.5: allowed is a number >= 0"),
         ({"layers": "auto", "choosing_rounds": 0}, r"choosing_rounds=0: allowed is a whole"),
@@ -290,8 +290,10 @@ def test_mistakes_are_one_line(tmp_path: Path, options: dict[str, Any], line: st
 
 
 def test_a_name_that_matches_no_bn_layer(tmp_path: Path) -> None:
+    """It is found before data are loaded and a folder is made."""
     with pytest.raises(ConfigError, match=r"layers=1: .*it matches none; the first are 2, 5"):
-        jobs.run(config(tmp_path, layers=["2", "1"]))
+        jobs.run(config(tmp_path / "run", layers=["2", 1]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_in_a_loop_of_ones_own() -> None:

@@ -48,4 +48,4 @@ def synchronising_mistakes(config: Config) -> Iterator[str]:
 def _are_names(value: object) -> bool:
     if not isinstance(value, list) or not value:
         return False
-    return all(isinstance(each, str) and each.strip() for each in value)
+    return all(type(each) is int or (isinstance(each, str) and each.strip()) for each in value)
