@@ -15,7 +15,8 @@ out=DIR              folder for prediction.json, .md and .png (default predictio
 
 All other words are options of the job.  Methods: fedtan; three_messages, which is FedTAN with the
 paper's three float32 messages a layer; fedavg; centralised.  Messages are the job's, the network is
-the model of tools/scaling/network_model.py, and nothing overlaps.
+the model of tools/scaling/network_model.py, and nothing overlaps.  Where a probe chooses layers,
+the widest are taken; where it chooses rounds (synchronise_every=auto), all are synchronised.
 """
 
 import math

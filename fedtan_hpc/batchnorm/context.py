@@ -1,6 +1,6 @@
 """The contexts in which BN statistics are global."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
@@ -17,7 +17,11 @@ from .statistics_call import BatchNormContext, GlobalStatistics
 
 
 def federated_statistics(
-    module: nn.Module, weight: float, group: process_group.Group = None
+    module: nn.Module,
+    weight: float,
+    group: process_group.Group = None,
+    *,
+    layers: Collection[str] | None = None,
 ) -> AbstractContextManager[None]:
     """Makes the statistics of ``module``'s BN layers global while the context is open.
 
@@ -26,16 +30,19 @@ def federated_statistics(
     batches of any size; a rank with weight 0 takes part and adds nothing.  A BN layer costs one
     collective forward (two for float64 inputs) and one backward.  Without a process group this is
     the only client.  With activation checkpointing the backward pass belongs inside the context
-    too, because it runs layers again.  Running statistics move when the context ends.
+    too, because it runs layers again.  Running statistics move when the context ends.  With
+    ``layers``, equal on all ranks, only the BN layers of these names are global; the others have
+    the statistics of this rank's batch.
 
-    Raises ``ValueError`` if the module has unconverted BN layers, or if the BN layers of the ranks
-    differ (compared at the first use of such a model), and ``RuntimeError`` if the ranks are at
-    different models.  The forward pass of a layer raises ``ValueError`` on every rank if the
-    weights are not valid, a batch with a weight above 0 is empty or all ranks together have one
-    value per channel, and ``RuntimeError`` if the ranks are at different layers or calls; on a GPU
-    these errors are raised when the context ends.
+    Raises ``ValueError`` if the module has unconverted BN layers or none of such a name, or if the
+    BN layers of the ranks differ (compared at the first use of such a model), and ``RuntimeError``
+    if the ranks are at different models.  The forward pass of a layer raises ``ValueError`` on all
+    ranks if the weights are not valid, a batch with a weight above 0 is empty or all ranks together
+    have one value per channel, and ``RuntimeError`` if the ranks are at different layers or calls;
+    on a GPU these errors are raised when the context ends.
     """
-    return _global_statistics(module, weight, group, lockstep=None)
+    chosen = chosen_layers(module, layers)
+    return _global_statistics(module, chosen, weight, group, None, model_tag(chosen, group))
 
 
 def federated_backward(
@@ -43,6 +50,8 @@ def federated_backward(
     losses: Sequence[Callable[[], Tensor]],
     weights: Sequence[float],
     group: process_group.Group = None,
+    *,
+    layers: Collection[str] | None = None,
 ) -> list[Tensor]:
     """Runs the forward and backward pass of all clients of this rank, with global statistics.
 
@@ -51,7 +60,7 @@ def federated_backward(
     all ranks sum to 1.  Gradients are added to the modules' parameters.  Returns the losses,
     detached.  The clients run in lock-step: all of them together cost as many collectives as one
     client, whatever the sizes of their batches.  A rank without a client gives one module, a batch
-    of one sample and the weight 0.
+    of one sample and the weight 0.  ``layers`` are those of ``federated_statistics``.
 
     Raises what ``federated_statistics`` raises, and ``ValueError`` if modules, losses and weights
     are not equally many, or a module serves two clients.  The clients run in threads, which inherit
@@ -61,10 +70,12 @@ def federated_backward(
         raise ValueError("modules, losses and weights must be equally many, and at least one")
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("every client needs a module of its own, for example a copy.deepcopy")
-    tag = model_tag(batchnorm_layers(modules[0]), group, are_copies=True)
+    tag = model_tag(chosen_layers(modules[0], layers), group, are_copies=True)
 
     def statistics(index: int, lockstep: Lockstep[Tensor] | None) -> AbstractContextManager[None]:
-        return _global_statistics(modules[index], weights[index], group, lockstep, tag)
+        module = modules[index]
+        chosen = chosen_layers(module, layers)
+        return _global_statistics(module, chosen, weights[index], group, lockstep, tag)
 
     return backward_with(statistics, losses, group)
 
@@ -99,16 +110,16 @@ def _forward_and_backward(loss: Callable[[], Tensor]) -> Tensor:
 @contextmanager
 def _global_statistics(
     module: nn.Module,
+    chosen: Mapping[str, FedTANBatchNorm],
     weight: float,
     group: process_group.Group,
     lockstep: Lockstep[Tensor] | None,
-    tag: int | None = None,
+    tag: int,
 ) -> Iterator[None]:
-    layers = batchnorm_layers(module)
-    statistics = GlobalStatistics([float(weight)], group, list(layers), lockstep)
-    statistics.model_tag = model_tag(layers, group) if tag is None else tag
+    statistics = GlobalStatistics([float(weight)], group, list(chosen), lockstep)
+    statistics.model_tag = tag
     statistics.move = move_running_statistics
-    with normalised_by(module, statistics):
+    with normalised_by(module, statistics, chosen):
         try:
             yield
             statistics.close()
@@ -167,10 +178,29 @@ def _device(layer: FedTANBatchNorm) -> torch.device:
     return torch.device("cpu") if value is None else value.device
 
 
+def chosen_layers(
+    module: nn.Module, names: Collection[str] | None
+) -> Mapping[str, FedTANBatchNorm]:
+    """Returns the BN layers of ``names`` by name in the module's order; all for None.
+
+    Raises ``ValueError`` for a name that no BN layer has.
+    """
+    layers = batchnorm_layers(module)
+    if names is None:
+        return layers
+    if unknown := sorted(set(names) - set(layers)):
+        raise ValueError(f"layers has {unknown[0]!r}, which is no BN layer of the module")
+    return {name: layer for name, layer in layers.items() if name in names}
+
+
 @contextmanager
-def normalised_by(module: nn.Module, context: BatchNormContext) -> Iterator[None]:
-    """Lets ``context`` provide the statistics of ``module``'s BN layers."""
-    layers = list(batchnorm_layers(module).values())
+def normalised_by(
+    module: nn.Module,
+    context: BatchNormContext,
+    chosen: Mapping[str, FedTANBatchNorm] | None = None,
+) -> Iterator[None]:
+    """Lets ``context`` provide the statistics of the ``chosen`` layers of ``module``, or of all."""
+    layers = list((batchnorm_layers(module) if chosen is None else chosen).values())
     outer = []
     for around in {id(each): each for layer in layers if (each := layer._context)}.values():
         around.move_running_statistics()  # in the order of the layers' uses

@@ -17,7 +17,7 @@ from ..runtime.transfer import constant
 from .layer import FedTANBatchNorm
 from .local_kernels import RunningBuffers
 from .messages import Derivatives
-from .statistics_call import LayerCall, Moments
+from .statistics_call import GlobalStatistics, LayerCall, Moments
 
 _ALL = slice(None)
 
@@ -101,6 +101,33 @@ class LocalStatistics:
 
     def move_running_statistics(self) -> None:
         """Does nothing: running statistics move in each use of a layer."""
+
+
+class PartlyGlobal:
+    """The context of a step by all clients of a stack with global statistics in some layers."""
+
+    is_stacked = True
+
+    def __init__(
+        self,
+        shared: GlobalStatistics,
+        own: LocalStatistics,
+        layers: Sequence[str],
+        chosen: Sequence[str],
+    ) -> None:
+        """``shared`` serves the ``chosen`` ones of all ``layers``, in order, ``own`` the others."""
+        self._shared, self._own = shared, own
+        self._places = {layers.index(name): place for place, name in enumerate(chosen)}
+
+    def call(self, index: int, owner: Any) -> LayerCall:
+        """Begins a use of layer ``index``."""
+        if index in self._places:
+            return self._shared.call(self._places[index], owner)
+        return self._own.call(index, owner)
+
+    def move_running_statistics(self) -> None:
+        """Moves those of layers with global statistics; the others move in each use."""
+        self._shared.move_running_statistics()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ from enum import Enum, auto
 
 from .enums import AlgorithmName, NormName
 from .schema import Config
+from .schema_training import AlgorithmConfig
+
+ALL, AUTO = "all", "auto"
+"""Words in place of the names of layers, and of a number of rounds: the probe decides."""
 
 
 class ParameterGroup(Enum):
@@ -103,15 +107,28 @@ class RoundPlan:
     normaliser: Normaliser
     averaged: frozenset[ParameterGroup]
     """Groups that are averaged after the round."""
+    layers: frozenset[str] | None = None
+    """Names of the BN layers with global statistics in synchronised steps; None: all."""
+
+
+def synchronised_layers(options: AlgorithmConfig) -> str | list[str]:
+    """Returns ``ALL``, ``AUTO``, or patterns of the names of BN layers."""
+    if isinstance(options.layers, list):
+        return [str(each) for each in options.layers]  # such as 2, a layer of a Sequential
+    return ALL if options.layers is None else str(options.layers)
 
 
 def plan(config: Config, round_number: int) -> RoundPlan:
-    """Returns the plan of round ``round_number``, counted from 1, for the chosen algorithm."""
+    """Returns the plan of round ``round_number``, counted from 1, for the chosen algorithm.
+
+    What a probe decides is left out: all rounds and layers are synchronised.
+    """
     options, algorithm = config.algorithm, ALGORITHMS[config.algorithm.name]
     steps = algorithm.synchronised_steps
     if options.synchronised_steps is not None:
         steps = options.synchronised_steps
-    if (round_number - 1) % (options.synchronise_every or 1) != 0:
+    every = 1 if options.synchronise_every in (None, AUTO) else options.synchronise_every
+    if (round_number - 1) % every != 0:
         steps = 0
     normaliser = algorithm.normaliser
     switch_round = options.switch_round or max(2, config.rounds // 2 + 1)
@@ -122,3 +139,15 @@ def plan(config: Config, round_number: int) -> RoundPlan:
         averaged -= {ParameterGroup.statistics}
     steps = config.local_steps if steps is None else steps
     return RoundPlan(steps, algorithm.pooled_gradients, normaliser, averaged)
+
+
+def mixes_batches(config: Config) -> bool:
+    """Returns whether no BN layer ever normalises by the statistics of one client's batch."""
+    options = config.algorithm
+    may_be_local = synchronised_layers(options) != ALL or options.synchronise_every == AUTO
+    rounds = {1, min(2, config.rounds), config.rounds}
+    return not any(
+        each.normaliser is Normaliser.batch
+        and (may_be_local or each.synchronised_steps < config.local_steps)
+        for each in (plan(config, number) for number in rounds)
+    )

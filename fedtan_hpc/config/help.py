@@ -19,6 +19,7 @@ from hydra.core.object_type import ObjectType
 
 from .errors import ConfigError, format_option_error
 from .schema import Config
+from .schema_training import WORDS
 
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _LISTS = {
@@ -74,7 +75,8 @@ def _entries(schema: Any, prefix: str) -> Iterator[Entry]:
     for field in fields(schema):
         if not is_dataclass(hint := hints[field.name]):
             default = _as_yaml(getattr(defaults, field.name))
-            yield Entry(prefix + field.name, default, _in_words(hint), meanings[field.name])
+            words = field.metadata.get(WORDS) or _in_words(hint)
+            yield Entry(prefix + field.name, default, words, meanings[field.name])
 
 
 def choices(schema: type[Any] = Config) -> str:
@@ -139,6 +141,9 @@ def allowed(option: str, schema: type[Any] = Config) -> str:
     hint: Any = schema
     for name in option.split("."):
         if is_dataclass(hint):  # and not a mapping, whose names are the user's
+            [field] = [each for each in fields(hint) if each.name == name]
+            if words := field.metadata.get(WORDS):
+                return str(words)
             hint = get_type_hints(hint)[name]
     if is_dataclass(hint):
         return f"set through its own options, such as {option}.{fields(hint)[0].name}"

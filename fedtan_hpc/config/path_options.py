@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-_PATHS = ("run_dir", "data.root", "resume", "launch.folder", "model.weights")
+_PATHS = ("run_dir", "data.root", "resume", "launch.folder", "model.weights", "algorithm.probe_run")
 _OPEN = ("data.options", "task.options")
 """The options whose names are the user's."""
 _SWEEP_FLAGS = ("-m", "--multirun")

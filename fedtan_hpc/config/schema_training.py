@@ -6,6 +6,12 @@ from typing import Any
 
 from . import enums
 
+WORDS = "words"
+"""Key in the metadata of an option whose type does not say which values are allowed."""
+
+EVERY = {WORDS: "a whole number, auto or null"}
+LAYERS = {WORDS: "all, auto, a list of names or null"}
+
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
@@ -15,8 +21,18 @@ class AlgorithmConfig:
     """Federated algorithm; docs/methods.md says what each normalises with and averages."""
     synchronised_steps: int | None = None
     """Local steps with global statistics, from a round's first. Only for fedtan; default 1."""
-    synchronise_every: int | None = None
-    """Rounds from one with synchronised steps to the next. Only for fedtan; default 1."""
+    synchronise_every: Any = field(default=None, metadata=EVERY)
+    """Rounds between synchronised ones; auto: as a probe decides. Only for fedtan; default 1."""
+    deviation_limit: float | None = None
+    """Gradient deviation up to which synchronise_every=auto waits longer. Default 0.5."""
+    layers: Any = field(default=None, metadata=LAYERS)
+    """BN layers that are synchronised; auto: a probe chooses. Only for fedtan; default all."""
+    fraction: float | None = None
+    """Share of the BN layers that layers=auto chooses. Default 0.5."""
+    choosing_rounds: int | None = None
+    """First rounds, with all layers, whose probe chooses for layers=auto. Default 3."""
+    probe_run: str | None = None
+    """Folder of a run whose probe.jsonl chooses for layers=auto, before the first round."""
     switch_round: int | None = None
     """First round with frozen statistics. Only for fixbn; default: after half of the rounds."""
     groups: int | None = None

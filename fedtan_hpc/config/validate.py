@@ -13,6 +13,7 @@ from .validation.bounds import BOUNDS, beyond, within
 from .validation.data import data_mistakes
 from .validation.optimizing import optimizing_mistakes
 from .validation.resume import resume_mistakes
+from .validation.synchronising import synchronising_mistakes
 from .validation.task import task_mistakes
 from .validation.tracking import tracking_mistakes
 from .validation.training import is_import_path, training_mistakes
@@ -24,6 +25,7 @@ _USERS: dict[str, dict[str, Sequence[enums.Choice]]] = {
     "algorithm.name": {
         "algorithm.synchronised_steps": [enums.AlgorithmName.fedtan],
         "algorithm.synchronise_every": [enums.AlgorithmName.fedtan],
+        "algorithm.layers": [enums.AlgorithmName.fedtan],
         "algorithm.switch_round": [enums.AlgorithmName.fixbn],
     },
     "data.name": {
@@ -60,6 +62,7 @@ def check(config: Config) -> None:
         *_rounds(config),
         *data_mistakes(config),
         *training_mistakes(config),
+        *synchronising_mistakes(config),
         *task_mistakes(config),
         *optimizing_mistakes(config),
         *resume_mistakes(config),

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..batchnorm.conversion import batchnorm_layers, convert_batchnorm
-from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup, plan
+from ..config.algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup, mixes_batches
 from ..config.enums import CohortMode, ModelSource, NormName, TaskName
 from ..config.errors import ConfigError, format_option_error, one_line
 from ..config.schema import Config
@@ -23,6 +23,7 @@ from ..models.copies import copy_error
 from ..models.freezing import freeze
 from ..models.norms import with_norm_of
 from ..models.outputs import applied
+from ..probing.schedule import Schedule
 from ..runtime import global_random
 from ..tasks.objective import Objective
 from ..training.client_runners import needs_copies
@@ -87,6 +88,7 @@ def dry_run(config: Config, ranks: int = 1, dataset: Dataset | None = None) -> l
             raise _network_error(config, allowed, one_line(error)) from error
         told = [weights.load(module, config.model.weights)] if config.model.weights else []
         module = freeze(module, config.model.freeze)
+        Schedule(config, list(batchnorm_layers(module)))  # finds names that no BN layer has
         description = _check_run(config, module, example)
         _check_stack(config, module, example)
         _check_copies(config, module, ranks)
@@ -191,15 +193,11 @@ def _note_single_values(
 
 def _check_single_samples(config: Config, layer: str) -> None:
     """Checks that ``layer`` never needs the variance of one value, that of one client's sample."""
-    rounds = {1, min(2, config.rounds), config.rounds}
-    plans = [plan(config, number) for number in rounds]
-    has_local_batches = any(
-        each.normaliser is Normaliser.batch and each.synchronised_steps < config.local_steps
-        for each in plans
-    )
-    if has_local_batches:
+    if not mixes_batches(config):
         remedy = "set batch_size=2, or use algorithm=centralised or fedavg_gn"
-    elif (config.clients_per_round or config.clients) > 1 or not plans[0].synchronised_steps:
+    elif (config.clients_per_round or config.clients) > 1 or ALGORITHMS[
+        config.algorithm.name
+    ].synchronised_steps == 0:
         return
     else:
         remedy = "set batch_size=2, or use more clients"

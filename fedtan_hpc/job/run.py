@@ -23,6 +23,7 @@ from ..evaluation.best_model import BestModelFile
 from ..evaluation.callbacks import RoundCallback, RunInfo
 from ..evaluation.loggers import Display, ProbeFile, RoundsFile, show_result
 from ..evaluation.records import Summary
+from ..probing import schedule
 from ..runtime import device, import_path, launcher_env, malloc, signals
 from ..runtime.device import tensor_float
 from ..runtime.global_random import preserved
@@ -189,7 +190,9 @@ def _opened(run: RunContext) -> tuple[RunContext, OpenedData, list[str]]:
 
     Returns the run with the options that the data decide, and lines that say what was found.
     """
+    probes = _agreed(run.is_first, lambda: schedule.read_saved(run.config))
     config, opened = open_data(run.config, run.placement)
+    opened = replace(opened, saved_probes=collectives.broadcast_object(probes))
     notes = [opened.note] if opened.note else []
     if opened.dataset is not None or config.model.weights is not None:
         ranks = run.rank_info.world_size
@@ -215,7 +218,7 @@ def _train(
         trainer = prepare(run.config, run.placement, opened)
     trainer.stop = stop
     resumption = resume.restore(resumption, trainer.cohort)
-    trainer.probes += resumption.probes
+    trainer.schedule.go_on(resumption.probes, len(resumption.history))
     startup_seconds = time.perf_counter() - run.started
     counters.progress.round = rounds_done = len(resumption.history)
     began = run.started - resumption.seconds

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batchnorm.conversion import convert_batchnorm
+from ..batchnorm.conversion import batchnorm_layers, convert_batchnorm
 from ..batchnorm.running_norm import normalise_by_running
 from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, plan
 from ..config.dataset_info import DatasetInfo
@@ -28,11 +28,13 @@ from ..data.own import datasets as own_datasets
 from ..distributed import collectives, process_group, structure
 from ..distributed.model_average import model_tensors, named_tensors
 from ..evaluation.evaluator import Evaluator
+from ..evaluation.probe_records import ProbeRecord
 from ..models import factory, weights
 from ..models.freezing import freeze
 from ..models.norms import with_norm_of
 from ..models.parameter_groups import TensorFilter
 from ..probing.probe import Probe
+from ..probing.schedule import Schedule
 from ..runtime import free_memory, global_random
 from ..runtime.device import DevicePlacement
 from ..training import compile_step
@@ -57,6 +59,8 @@ class OpenedData:
     is_streamed: bool
     note: str
     """A line for the user; empty where all is as ever."""
+    saved_probes: Sequence[ProbeRecord] = ()
+    """Those of ``algorithm.probe_run``."""
 
 
 def open_data(config: Config, placement: DevicePlacement) -> tuple[Config, OpenedData]:
@@ -189,7 +193,8 @@ def prepare(
     cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)
     evaluator = Evaluator(cohort, dataset, store, config)
     probe = Probe(cohort.runner.models, store.dummy(), cohort.runner.budget)
-    return Trainer(config, store, cohort, evaluator, probe)
+    schedule = Schedule(config, list(batchnorm_layers(model)), opened.saved_probes)
+    return Trainer(config, store, cohort, evaluator, probe, schedule)
 
 
 def with_steps(config: Config, sizes: Sequence[int]) -> Config:

@@ -19,6 +19,7 @@ from ..evaluation.evaluator import EvaluationResult, Evaluator
 from ..evaluation.probe_records import ProbeRecord
 from ..evaluation.records import RoundRecord
 from ..probing.probe import Measured, Probe
+from ..probing.schedule import Schedule
 from ..runtime import signals
 from ..runtime.signals import StopRequest
 from ..training.client_sampling import assign, draw
@@ -37,10 +38,9 @@ class Trainer:
     cohort: Cohort
     evaluator: Evaluator
     probe: Probe
+    schedule: Schedule
     stop: StopRequest = field(default_factory=StopRequest)
     """Signals that this rank has received; the ranks agree on one at the end of each round."""
-    probes: list[ProbeRecord] = field(default_factory=list)
-    """What the probe has found, also before an interruption."""
 
     def __post_init__(self) -> None:
         self.store.read_ahead(self._batch_order)
@@ -70,8 +70,9 @@ class Trainer:
                 records.append(self.round(number))
                 best.add(records[-1])
                 # 8. Report: files, display, a checkpoint if it is due, and the user's callbacks.
-                if self.probes and self.probes[-1].round == number:
-                    tell(callbacks, "round_probed", self.probes[-1], self.stop)
+                for record in self.schedule.probes[-1:]:
+                    if record.round == number:
+                        tell(callbacks, "round_probed", record, self.stop)
                 tell(callbacks, "round_ended", records[-1], self.stop)
                 # 9. Stop if a signal has asked for it, unless the run ends here.
                 is_over = number == self.config.rounds or best.reason_to_stop()
@@ -101,7 +102,7 @@ class Trainer:
         traffic = counters.training_traffic.since(traffic)
         if measured is not None:
             start += measured.cost.seconds
-            self.probes.append(self.probe.finish(measured, context))
+            self.schedule.note(self.probe.finish(measured, context))
         # 5. Check that all ranks hold the same model.
         if self._is_due(number, self.config.check_every or self.config.eval_every):
             self._check_agreement(number)
@@ -139,12 +140,12 @@ class Trainer:
         self, number: int, clients: Sequence[Client], weights: dict[int, float]
     ) -> tuple[RoundContext, Measured | None]:
         """Returns the facts of a round, and what the probe measures before it, if that is due."""
-        rate, this_plan = self._learning_rate(number), plan(self.config, number)
-        every = self.config.probe.every
-        if every is None or number % every != 0:
+        rate, this_plan = self._learning_rate(number), self.schedule.plan(number)
+        causes = self.schedule.causes(number)
+        if not causes:
             return RoundContext(number, rate, this_plan), None
         context = RoundContext(number, rate, this_plan, GradientSum(self.model))
-        return context, self.probe.measure(clients, context, [*weights])
+        return context, self.probe.measure(clients, context, [*weights], causes)
 
     def _participants(self, number: int) -> dict[int, float]:
         config = self.config
@@ -171,7 +172,7 @@ class Trainer:
         if number > self.config.rounds:
             return None
         clients = self._assigned(self._participants(number))[process_group.rank()]
-        steps, this_plan = self.store.steps, plan(self.config, number)
+        steps, this_plan = self.store.steps, plan(self.config, number)  # if no probe changes it
         hosted = [steps[client] for client in clients]
         together = self.cohort.runner.steps_together(hosted, this_plan)
         return chain(

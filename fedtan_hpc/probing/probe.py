@@ -50,8 +50,11 @@ class Measured:
     """The passes of a probe on this rank, before the ranks add up what they have found."""
 
     sums: dict[Halves, GradientSum]
-    distances_LK3: Tensor
+    causes: Sequence[str]
+    layers: list[str]
+    """BN layers with distances; none if the pass that finds them has not run."""
     clients: list[int]
+    distances_LK3: Tensor
     cost: _Cost
 
 
@@ -65,13 +68,21 @@ class Probe:
     budget: MemoryBudget
 
     def measure(
-        self, clients: Sequence[Client], context: RoundContext, participants: Sequence[int]
+        self,
+        clients: Sequence[Client],
+        context: RoundContext,
+        participants: Sequence[int],
+        causes: Sequence[str] = tuple(CAUSES),
     ) -> Measured:
         """Runs the passes that training's first step does not give, three at most.
 
+        Where that step is global in some layers only, it gives none, and the last of three
+        ``causes`` is left out.
+
         Raises ``RunError`` if the clients of this rank do not fit in memory together.
         """
-        return self._measured(clients, context, participants, _passes(context.plan))
+        passes = _passes(context.plan, causes)
+        return self._measured(clients, context, participants, passes, causes)
 
     def finish(self, measured: Measured, context: RoundContext) -> ProbeRecord:
         """Adds up what all ranks have found, in one message; returns the same on every rank."""
@@ -85,8 +96,9 @@ class Probe:
 
         Returns the same on every rank; raises as ``measure``.
         """
-        passes = [GLOBAL, *CAUSES.values()]
-        return self._record(self._measured(clients, context, participants, passes), context, None)
+        passes, causes = [GLOBAL, *CAUSES.values()], tuple(CAUSES)
+        measured = self._measured(clients, context, participants, passes, causes)
+        return self._record(measured, context, None)
 
     def _measured(
         self,
@@ -94,6 +106,7 @@ class Probe:
         context: RoundContext,
         participants: Sequence[int],
         passes: Sequence[Halves],
+        causes: Sequence[str],
     ) -> Measured:
         cost, count = _Cost(), max(1, len(clients))
         with _apart(cost), self.budget.spent_on(count + 1, count, context.number):
@@ -103,9 +116,10 @@ class Probe:
             losses = self._losses(replicas, clients, context)
             weights = [client.weight for client in clients] or [0.0]
             listed = sorted(participants)[:_MOST_CLIENTS]
-            layers = len(batchnorm_layers(replicas[0]))
-            distances_LK3 = torch.zeros(layers, len(listed), len(DISTANCES)).double()
             sums = {}
+            finds = CAUSES["backward"] in passes
+            layers = list(batchnorm_layers(replicas[0])) if finds else []
+            distances_LK3 = torch.zeros(len(layers), len(listed), len(DISTANCES)).double()
             for halves in passes:
                 contexts = _run(replicas, losses, weights, halves)
                 sums[halves] = GradientSum(replicas[0])
@@ -117,7 +131,7 @@ class Probe:
                             position = listed.index(client.number)
                             distances_LK3[:, position] = mixed.mean_distances()
             self.models.replicas(1)  # frees the copies
-        return Measured(sums, distances_LK3, listed, cost)
+        return Measured(sums, causes, layers, listed if finds else [], distances_LK3, cost)
 
     def _record(
         self, measured: Measured, context: RoundContext, trained: GradientSum | None
@@ -134,10 +148,10 @@ class Probe:
         gradients = {halves: list(each.tensors.values()) for halves, each in sums.items()}
         found = {name: gradients[halves] for name, halves in CAUSES.items() if halves in gradients}
         if trained is not None:
-            found["trained"] = gradients.setdefault(own, list(trained.tensors.values()))
-            if own == CAUSES["both"]:
+            found["trained"] = list(trained.tensors.values())
+            if own == CAUSES["both"] and "both" in measured.causes:
                 found["both"] = found["trained"]
-        reference = gradients[GLOBAL]
+        reference = gradients[GLOBAL] if GLOBAL in gradients else found["trained"]
         compared = {name: deviations(each, reference) for name, each in found.items()}
         L, K, _ = distances_LK3.shape
         by_distance = (
@@ -145,7 +159,7 @@ class Probe:
         )
         record = ProbeRecord(
             round=context.number,
-            layers=list(batchnorm_layers(self.models.model)),
+            layers=measured.layers,
             clients=measured.clients,
             **dict(zip(DISTANCES, by_distance, strict=True)),
             parameters=list(kinds[0].tensors),
@@ -187,14 +201,17 @@ def _seeded_loss(run: LocalRun, batch: Samples) -> Tensor:
     return run.loss_function(run.model, batch, eager=True)
 
 
-def _halves_of(plan: RoundPlan) -> Halves:
-    """Returns by which statistics the first step of a round trains."""
-    return GLOBAL if plan.synchronised_steps else CAUSES["both"]
+def _halves_of(plan: RoundPlan) -> Halves | None:
+    """Returns by which statistics the first step of a round trains; None if layers differ."""
+    if not plan.synchronised_steps:
+        return CAUSES["both"]
+    return GLOBAL if plan.layers is None else None
 
 
-def _passes(plan: RoundPlan) -> list[Halves]:
-    """Returns the combinations of statistics that training's first step does not have."""
-    return [each for each in (GLOBAL, *CAUSES.values()) if each != _halves_of(plan)]
+def _passes(plan: RoundPlan, causes: Sequence[str]) -> list[Halves]:
+    """Returns the first three combinations that training's first step does not have."""
+    wanted = (GLOBAL, *(CAUSES[cause] for cause in causes))
+    return [each for each in wanted if each != _halves_of(plan)][:3]
 
 
 def _run(

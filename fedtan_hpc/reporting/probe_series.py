@@ -44,14 +44,17 @@ class ProbeSeries:
 def of_records(records: Iterable[ProbeRecord]) -> ProbeSeries | None:
     """Returns the series of a run, ascending by round; None if there is no record.
 
-    Records with other layers or tensors than the last one are left out.
+    Records with other tensors than the last one, or other layers, are left out; a record may have
+    no layers, where the probe has not measured their distances.
     """
     rows: dict[int, _Row] = {}
     layers: list[str] = []
     parameters: list[str] = []
     for record in records:
-        if (record.layers, record.parameters) != (layers, parameters):
-            layers, parameters, rows = record.layers, record.parameters, {}
+        is_other = layers and record.layers and record.layers != layers
+        if is_other or record.parameters != parameters:
+            layers, parameters, rows = [], record.parameters, {}
+        layers = record.layers or layers
         rows[record.round] = _Row.of(record)
     if not rows:
         return None
@@ -81,7 +84,8 @@ class _Row:
         values: dict[str, list[Value]] = {}
         for distance in DISTANCES:
             means = record.layer_means(distance)
-            values[distance] = [means.get(name) for name in record.layers]
+            if record.layers:
+                values[distance] = [means.get(name) for name in record.layers]
         totals = {}
         for kind in KINDS:
             for cause, of_tensors in getattr(record, kind).items():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..batchnorm.context import federated_backward
@@ -114,22 +115,25 @@ class LockstepRunner(ClientRunner):
         pairs = zip(replicas, clients or [Client(0, 0.0, self.dummy)], strict=True)
         runs = [models.start(replica, client, context) for replica, client in pairs]
         for _ in range(plan.synchronised_steps):
-            self._synchronised_step(runs, plan.pooled_gradients)
+            self._synchronised_step(runs, plan)
         if not clients:
             models.pooled.keep_of(runs[0], plan)
             return []
         return [models.finish(run, context, model_sum) for run in runs]
 
-    def _synchronised_step(self, runs: Sequence[LocalRun], pooled: bool) -> None:
+    def _synchronised_step(self, runs: Sequence[LocalRun], plan: RoundPlan) -> None:
         """Takes one step of all clients; the dummy moves only with pooled gradients."""
         replicas, weights = [run.model for run in runs], [run.client.weight for run in runs]
         losses = [partial(run.loss, eager=not self.compiles_synchronised) for run in runs]
         is_dummy = runs[0].client.samples is self.dummy
         if is_dummy:
             replicas[0].zero_grad()
-            losses = [partial(self.models.loss, replicas[0], self.dummy, eager=True)]
-        values = federated_backward(replicas, losses, weights)
-        if pooled:
+            sample = self.dummy
+            if plan.layers is not None:  # a layer with local statistics needs two values
+                sample = sample[torch.zeros(2, dtype=torch.int64, device=sample.device)]
+            losses = [partial(self.models.loss, replicas[0], sample, eager=True)]
+        values = federated_backward(replicas, losses, weights, layers=plan.layers)
+        if plan.pooled_gradients:
             pool_gradients(replicas, weights)
         elif is_dummy:
             replicas[0].zero_grad()
@@ -158,7 +162,7 @@ class StackedRunner(ClientRunner):
                 models.states.load(client.number, replica)
                 stack.load_client(client_index, replica)
         for _ in range(plan.synchronised_steps):
-            stack.synchronised_step(plan.pooled_gradients)
+            stack.synchronised_step(plan.pooled_gradients, plan.layers)
         if self.all_steps:
             for _ in range(min(run.steps for run in runs) - plan.synchronised_steps):
                 stack.local_step(self.max_stacked)

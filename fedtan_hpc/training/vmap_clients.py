@@ -11,7 +11,7 @@ Shapes: K clients, N samples of the largest batch, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
-from ..batchnorm.context import model_tag, normalised_by
+from ..batchnorm.context import chosen_layers, model_tag, normalised_by
 from ..batchnorm.conversion import batchnorm_layers
 from ..batchnorm.layer import FedTANBatchNorm
-from ..batchnorm.local_statistics import LocalStatistics, RunningStatistics, move_stacks
-from ..batchnorm.statistics_call import GlobalStatistics
+from ..batchnorm.local_statistics import (
+    LocalStatistics,
+    PartlyGlobal,
+    RunningStatistics,
+    move_stacks,
+)
+from ..batchnorm.statistics_call import BatchNormContext, GlobalStatistics
 from ..models.outputs import arguments
 from ..runtime.transfer import constant, copy_all
 from .local_step import LocalRun, ProximalTerm
@@ -86,21 +91,30 @@ class Stack:
         for running, layer in zip(self._running, layers, strict=True):
             running.copy_from(layer, client_index)
 
-    def synchronised_step(self, pooled: bool = False) -> None:
-        """Takes a step with global statistics; with ``pooled`` along the mean of all gradients."""
+    def synchronised_step(self, pooled: bool = False, names: Collection[str] | None = None) -> None:
+        """Takes a step with global statistics in the BN layers of ``names``, or in all.
+
+        With ``pooled`` it follows the mean of all gradients.
+        """
         batch, layers = self._next_batch(), batchnorm_layers(self._model)
+        chosen = chosen_layers(self._model, names)
+        running = dict(zip(layers, self._running, strict=True))
         statistics = self._statistics_class(
             weights=[run.client.weight for run in self._runs],
             group=None,
-            layers=list(layers),
-            model_tag=self._tag_of(layers),
+            layers=list(chosen),
+            model_tag=self._tag_of(chosen),
             mask_KN=batch.mask,
             sizes=batch.sizes,
             move=move_stacks,
-            owners=self._running,
+            owners=[running[name] for name in chosen],
             is_stacked=True,
         )
-        with normalised_by(self._model, statistics):
+        context: BatchNormContext = statistics
+        if len(chosen) < len(layers):
+            own = LocalStatistics(self._running, slice(None), batch.mask, batch.sizes)
+            context = PartlyGlobal(statistics, own, list(layers), list(chosen))
+        with normalised_by(self._model, context):
             gradients, losses = self._gradients(self._values, batch)
             statistics.close()
         if pooled:

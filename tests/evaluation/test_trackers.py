@@ -20,10 +20,10 @@ from tensorboard.plugins.hparams.backend_context import Context
 
 from fedtan_hpc.config.enums import TrackerName
 from fedtan_hpc.config.errors import ConfigError
-from fedtan_hpc.config.schema import Config, OptimizerConfig, TrackingConfig, to_dict
+from fedtan_hpc.config.schema import Config, OptimizerConfig, ProbeConfig, TrackingConfig, to_dict
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.config.validation import tracking as validation
-from fedtan_hpc.evaluation import trackers
+from fedtan_hpc.evaluation import probe_records, trackers
 from fedtan_hpc.evaluation.callbacks import RunInfo
 from fedtan_hpc.evaluation.loggers import RoundsFile
 from fedtan_hpc.evaluation.records import RoundRecord
@@ -86,6 +86,19 @@ def _experiment(multiplexer: EventMultiplexer, folder: Path) -> Any:
     backend = Context(tensorboard)
     content = backend.hparams_metadata(context, "")
     return backend.experiment_from_metadata(context, "", True, content, [])
+
+
+def test_tensorboard_has_curves_of_the_probe(tmp_path: Path) -> None:
+    config = config_of("fedavg", tmp_path, probe=ProbeConfig(every=2))
+    run(config)
+    multiplexer = EventMultiplexer().AddRun(str(tmp_path), "a")
+    multiplexer.Reload()
+    events = multiplexer.GetAccumulator("a")
+    records = {record.round: record for record in probe_records.read(tmp_path)}
+    assert sorted(records) == [2, 4, 6]
+    for name in records[2].scalars():
+        curve = {each.step: float(each.tensor_proto.float_val[0]) for each in events.Tensors(name)}
+        assert curve == pytest.approx({n: each.scalars()[name] for n, each in records.items()})
 
 
 def test_a_table_has_the_rounds_of_an_interrupted_run_once(tmp_path: Path) -> None:

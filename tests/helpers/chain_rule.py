@@ -5,7 +5,7 @@ Nothing of the package's arithmetic is used: moments, derivatives by moments, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,8 @@ class Pass:
     model: nn.Sequential
     batches: Sequence[Samples]
     weights: Sequence[float]
-    forward_is_global: bool
+    forward_is_global: bool | Collection[int]
+    """In all BN layers or none, or in those with these indices in the model."""
     saved: list[tuple[list[Tensor], ...]] = field(default_factory=list)
 
     def mean(self, values: Sequence[Tensor]) -> Tensor:
@@ -32,11 +33,11 @@ class Pass:
         """sum_k p_k F_k, the mean cross-entropy of each batch."""
         xs = [batch.inputs for batch in self.batches]
         self.saved = []
-        for layer in self.model:
+        for index, layer in enumerate(self.model):
             means: list[Tensor] = []
             variances: list[Tensor] = []
             if isinstance(layer, nn.BatchNorm1d):
-                means, variances = self._moments(xs)
+                means, variances = self._moments(xs, _is_in(index, self.forward_is_global))
             self.saved.append((xs, means, variances))
             xs = [self._forward(layer, *each) for each in _by_client(xs, means, variances)]
         self.outputs = xs
@@ -46,9 +47,9 @@ class Pass:
         ]
         return float(self.mean(each))
 
-    def _moments(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _moments(self, xs: Sequence[Tensor], are_global: bool) -> tuple[list[Tensor], list[Tensor]]:
         means = [x.mean(0) for x in xs]
-        if not self.forward_is_global:
+        if not are_global:
             return means, [(x - m).square().mean(0) for x, m in zip(xs, means, strict=True)]
         mean = self.mean(means)
         variance = self.mean([(x - mean).square().mean(0) for x in xs])
@@ -61,7 +62,7 @@ class Pass:
         mean, variance = moments
         return layer.weight * (x - mean) / (variance + layer.eps).sqrt() + layer.bias
 
-    def gradients(self, backward_is_global: bool) -> dict[str, Tensor]:
+    def gradients(self, backward_is_global: bool | Collection[int]) -> dict[str, Tensor]:
         """sum_k p_k g_k by parameter name, g_k of client k's own chain rule."""
         self.loss()
         found: dict[str, Tensor] = {}
@@ -83,7 +84,8 @@ class Pass:
                 pairs = zip(gs, centred, rs, strict=True)
                 found[f"{index}.weight"] = self.mean([(g * c * r).sum(0) for g, c, r in pairs])
                 found[f"{index}.bias"] = self.mean([g.sum(0) for g in gs])
-                gs = self._through_moments(layer, gs, centred, rs, backward_is_global)
+                are_global = _is_in(index, backward_is_global)
+                gs = self._through_moments(layer, gs, centred, rs, are_global)
         return found
 
     def _through_moments(
@@ -108,6 +110,10 @@ class Pass:
                 gs, centred, rs, by_mean, by_variance, strict=True
             )
         ]
+
+
+def _is_in(index: int, where: bool | Collection[int]) -> bool:
+    return where if isinstance(where, bool) else index in where
 
 
 def _pairs(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -41,7 +41,7 @@ def tells(config: Config) -> str:
 
 
 def job(
-    model: ModelConfig, algorithm: str = "fedavg", shape: tuple[int, ...] = SHAPE, **options: int
+    model: ModelConfig, algorithm: str = "fedavg", shape: tuple[int, ...] = SHAPE, **options: Any
 ) -> Config:
     return Config(
         model=model,

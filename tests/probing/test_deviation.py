@@ -66,7 +66,7 @@ def clients_of(trainer: Trainer) -> tuple[list[Client], RoundContext]:
 def probed_record(options: Config) -> ProbeRecord:
     trainer = prepare(options, CPU)
     trainer.train([])
-    [record] = trainer.probes
+    [record] = trainer.schedule.probes
     return record
 
 

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedtan_hpc.reporting import compare, pictures, probe_plots, probe_series
 from fedtan_hpc.reporting.probe_plots import Scale, short
 from fedtan_hpc.reporting.probe_series import CAUSES, ProbeSeries
 
+NOTHING = ("layers", "clients", *probe_records.DISTANCES)
 SHORT = ["rounds=4", "local_steps=1", "eval_every=4", "batch_size=16", "probe.every=2"]
 
 
@@ -73,6 +75,14 @@ def test_a_series_has_means_over_clients_in_the_order_of_rounds() -> None:
     assert found.values["mean_shift"] == [[2.0, 4.0]] * 2
     assert found.values["deviation both"] == [[0.1, 0.1], [0.2, 0.2]]
     assert found.totals["deviation forward"] == [1.0, 2.0]
+
+
+def test_a_record_without_distances_leaves_their_round_empty() -> None:
+    bare = ProbeRecord(**{**vars(record(2)), **{name: [] for name in NOTHING}})
+    found = series(bare, record(4), replace(bare, round=6))
+    assert found.rounds == [2, 4, 6]
+    assert found.values["mean_shift"] == [[None, 1.0, None]] * 2
+    assert found.totals["deviation both"] == [0.5] * 3
 
 
 def test_a_mean_over_seeds_has_their_common_rounds_and_known_values() -> None:

@@ -97,6 +97,24 @@ def test_the_paper_sends_three_messages_a_layer() -> None:
     assert len(methods["fedtan"].statistics) == 38
 
 
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [
+        (["algorithm.layers=auto", "algorithm.fraction=0.25"], 5),
+        (["algorithm.layers=auto", "algorithm.fraction=0"], 0),
+        (["algorithm.layers=[bn,blocks.0.*]"], 3),
+        (["algorithm.synchronise_every=auto"], 19),
+    ],
+)
+def test_only_synchronised_layers_send(words: list[str], layers: int) -> None:
+    """centralised synchronises all of them in any case."""
+    config = predict_scaling.parse([*SMALL, "model=resnet20", "data=synthetic", *words]).config
+    methods = methods_of(config, 8)
+    assert len(methods["fedtan"].statistics) == 2 * layers
+    assert len(methods["centralised"].statistics) == 38
+    assert methods["fedtan"].synchronise_every == 1
+
+
 def test_options_of_the_job_count(tmp_path: Path) -> None:
     words = ("network=ethernet25", "ranks=[4,8]")
     plain = predicted(tmp_path, *words)

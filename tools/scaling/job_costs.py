@@ -10,11 +10,13 @@ from torch import nn
 from bench import benchmark, rounds, timing
 from fedtan_hpc.batchnorm.conversion import batchnorm_layers
 from fedtan_hpc.batchnorm.messages import ClientWeights, pack
+from fedtan_hpc.config.algorithms import AUTO, synchronised_layers
 from fedtan_hpc.config.enums import AlgorithmName, PrecisionName
 from fedtan_hpc.config.schema import AlgorithmConfig, Config
 from fedtan_hpc.distributed import counters
 from fedtan_hpc.distributed.model_average import ModelSum
 from fedtan_hpc.job.setup import DTYPES, network
+from fedtan_hpc.probing.schedule import Schedule, automatic_layers
 from fedtan_hpc.training.pooled_gradients import pool_gradients
 from scaling.round_model import Load, Method
 
@@ -40,22 +42,38 @@ def methods(
     total = ModelSum(model, counters=True)
     total.add(model, 1.0)
     fedavg = Method("fedavg", (*_sent_by(total.all_reduce), 8 * (clients + 2)))
+    every = algorithm.synchronise_every
+    chosen = _synchronised(config, model)
     fedtan = replace(
         fedavg,
         name="fedtan",
-        statistics=tuple(_statistics(config, channels)),
+        statistics=tuple(_statistics(config, chosen)),
         synchronised_steps=algorithm.synchronised_steps or 1,
-        synchronise_every=algorithm.synchronise_every or 1,
+        synchronise_every=1 if every in (None, AUTO) else every,
     )
-    in_the_paper = tuple(4 * values for c in channels for values in (c, c, 2 * c))
+    in_the_paper = tuple(4 * values for c in chosen for values in (c, c, 2 * c))
     gradients = _sent_by(lambda: pool_gradients([model], [1.0]))
-    centralised = replace(fedtan, name="centralised", gradients=gradients)
+    everywhere = tuple(_statistics(config, channels))
+    centralised = replace(fedtan, name="centralised", statistics=everywhere, gradients=gradients)
     return [
         fedtan,
         replace(fedtan, name="three_messages", statistics=in_the_paper),
         fedavg,
         replace(centralised, synchronised_steps=None, synchronise_every=1),
     ]
+
+
+def _synchronised(config: Config, model: nn.Module) -> list[int]:
+    """Returns the channels of each BN layer that FedTAN synchronises.
+
+    Which ones a probe would choose is not known: they are taken to be the widest.
+    """
+    layers = batchnorm_layers(model)
+    if synchronised_layers(config.algorithm) == AUTO:
+        widest = sorted((layer.num_features for layer in layers.values()), reverse=True)
+        return widest[: automatic_layers(config, len(layers))]
+    names = Schedule(config, list(layers)).plan(1).layers
+    return [each.num_features for name, each in layers.items() if names is None or name in names]
 
 
 def _statistics(config: Config, channels: Sequence[int]) -> Iterator[int]:

@@ -84,6 +84,9 @@ BOUNDS: Mapping[str, Bound] = {
     "threads": _count(1, 4096),
     "algorithm.synchronised_steps": _count(0, example=1),
     "algorithm.synchronise_every": _count(),
+    "algorithm.deviation_limit": _positive(0.5),
+    "algorithm.fraction": Bound(0.0, 1.0, 0.5),
+    "algorithm.choosing_rounds": _count(example=3),
     "algorithm.switch_round": _count(2),
     "algorithm.groups": _count(1, 2**16),
     "client.proximal_mu": _not_negative(0.01),
@@ -160,7 +163,8 @@ def _beyond(options: object, bounds: Mapping[str, Bound], prefix: str) -> Iterat
 
 
 def _numbers(value: Any) -> list[float]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    """Returns the numbers of an option, which may also be null or a word."""
+    return value if isinstance(value, list) else [] if isinstance(value, str | None) else [value]
 
 
 def within(options: Options, bounds: Mapping[str, Bound]) -> Options:
@@ -172,6 +176,6 @@ def within(options: Options, bounds: Mapping[str, Bound]) -> Options:
         value = getattr(holder, field)
         if isinstance(value, list):
             setattr(holder, field, [bound.nearest(each) for each in value])
-        elif value is not None:
+        elif not isinstance(value, str | None):
             setattr(holder, field, bound.nearest(value))
     return changed
