@@ -6,6 +6,7 @@
 
 backends=[...]  backends of torch.distributed (default: the launcher's)
 compile=[...]   false, true or both (default [false])
+shared=[...]    ranks of a client, such as [2,4], in more variants of both (default none)
 repeats=N       counted rounds of each variant, alternating (default 9)
 
 All other words are options of the job.  Every rank has one client with random samples of the data
@@ -14,6 +15,7 @@ set's shape.  Variants:
     plain         a loop as a user writes it: contiguous images, torch's BN and SGD, no collectives
     convolutions  the network's convolutions, forward and backward, and nothing else
     local         this package without collectives
+    alone         the same on rank 0 while the others wait; only with shared
     fedavg        this package
     fedtan        this package
     ddp           torch's SyncBatchNorm and DistributedDataParallel, on GPUs with a launcher: every
@@ -31,6 +33,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench import benchmark
+from fedtan_hpc.config.errors import ConfigError, format_option_error
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.reporting import options
@@ -39,7 +42,7 @@ from fedtan_hpc.runtime import launcher_env
 if TYPE_CHECKING:
     from fedtan_hpc.runtime.device import DevicePlacement
 
-OPTIONS = ("backends", "compile", "repeats")
+OPTIONS = ("backends", "compile", "shared", "repeats")
 _COMPILE_WARMUPS = 3
 """Warm-up repeats with compiled steps: compiling a variant drops the compiled code of those before
 it, and CUDA graphs are recorded in a second run."""
@@ -64,18 +67,28 @@ def run(words: Sequence[str]) -> None:
     config = options.composed([*benchmark.DEFAULTS, *job_words])
     compiling = options.values(tool_options.get("compile", "compile=[false]"), "[false,true]")
     repeats = benchmark.repeats(tool_options, 9)
-    config.clients = launcher_env.detect().world_size
+    config.clients = ranks = launcher_env.detect().world_size
     check(config)
-    results = measure(config, benchmark.backends(tool_options), compiling, repeats)
+    shared = (
+        benchmark.whole_numbers(tool_options["shared"], "[2,4]") if "shared" in tool_options else []
+    )
+    if wrong := [size for size in shared if ranks % size]:
+        allowed, remedy = f"divisors of the number of ranks, {ranks}", "start more ranks"
+        raise ConfigError(format_option_error("shared", wrong[0], allowed, remedy))
+    results = measure(config, benchmark.backends(tool_options), compiling, repeats, shared)
     if launcher_env.rank_hint() == 0:
         _print_table(results)
         benchmark.print_json(_setting(config, repeats), results)
 
 
 def measure(
-    config: Config, backends: Sequence[str], compiling: Sequence[bool], repeats: int
+    config: Config,
+    backends: Sequence[str],
+    compiling: Sequence[bool],
+    repeats: int,
+    shared: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """Returns a row for each variant: its times, and their ratios to plain, local and FedAvg."""
+    """Returns a row for each variant: its times, and their ratios to other variants."""
     from bench import timing  # torch loads here
 
     benchmark.prepare_process(config)
@@ -88,6 +101,7 @@ def measure(
             with benchmark.process_group(config, placement):
                 if repeat == 1 - warmups:
                     built += _variants(config, placement, compiling)
+                    built += _shared_variants(config, placement, shared)
                     seconds += [[] for _ in range(len(built) - len(seconds))]
                 for variant, times in zip(built, seconds, strict=True):
                     if variant.backend == placement.backend:
@@ -114,6 +128,21 @@ def _variants(
         yield Variant("ddp", backend, False, parallel, parallel.begin)
 
 
+def _shared_variants(
+    config: Config, placement: DevicePlacement, shared: Sequence[int]
+) -> Iterator[Variant]:
+    from bench import rounds
+
+    backend, device = placement.backend, placement.device
+    if shared:
+        alone = rounds.on_rank_0(rounds.build(config, "local", False, device))
+        yield Variant("alone", backend, False, alone)
+    for size in shared:
+        for name in ("fedavg", "fedtan"):
+            run = rounds.SharedClientRound(config, name, size, device)
+            yield Variant(f"{name}, {size} ranks a client", backend, False, run, run.begin)
+
+
 def _rows(variants: Sequence[Variant], seconds: list[list[float]]) -> Iterator[dict[str, Any]]:
     keys = [(variant.name, variant.backend, variant.compiled) for variant in variants]
     times_of = dict(zip(keys, seconds, strict=True))
@@ -132,6 +161,7 @@ def _rows(variants: Sequence[Variant], seconds: list[list[float]]) -> Iterator[d
             "round_ms": 1000 * statistics.median(times),
             "to_plain": ratio(times, "plain", backend, False),
             "to_local": None if is_lower_bound else ratio(times, "local", backend, compiled),
+            "to_alone": None if is_lower_bound else ratio(times, "alone", backend, False),
             "to_fedavg": None if is_lower_bound else ratio(times, "fedavg", backend, compiled),
             "all_ms": [1000 * t for t in times],
         }
@@ -143,7 +173,7 @@ def _print_table(results: Sequence[Mapping[str, Any]]) -> None:
     rows = [dict(row) for row in results]
     for row in rows:
         row["compile"] = str(row["compile"]).lower()
-        for name in ("to_plain", "to_local", "to_fedavg"):
+        for name in ("to_plain", "to_local", "to_alone", "to_fedavg"):
             row[name] = "" if row[name] is None else f"{row[name]:.3f}"
             columns[name.replace("_", " ")] = f"{{{name}}}"
     benchmark.print_table(rows, columns)

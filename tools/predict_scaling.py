@@ -8,7 +8,8 @@ network=[...]        nvlink_ndr, ethernet25, wan50ms, or files of tools/fit_netw
                      (default [nvlink_ndr,ethernet25,wan50ms])
 ranks=[...]          numbers of ranks (default [8,64,1024,4096])
 clients_per_rank=N   clients of each rank, for any number of ranks (default 1); clients=N instead
-                     divides the job's clients among the ranks
+                     divides the job's clients among the ranks.  With ranks_per_client=R each R
+                     ranks count as one, and a step takes 1 / R of its time
 compute_seconds=S    seconds of a local step of one client (default: measured on this machine, with
                      random samples)
 out=DIR              folder for prediction.json, .md and .png (default prediction)
@@ -58,10 +59,11 @@ class Request:
 
     def clients(self, ranks: int) -> tuple[int, int]:
         """Returns a round's clients on the busiest rank, and on all ranks."""
+        groups = ranks // self.config.ranks_per_client
         if self.clients_per_rank is not None:
-            return self.clients_per_rank, self.clients_per_rank * ranks
+            return self.clients_per_rank, self.clients_per_rank * groups
         participants = self.config.clients_per_round or self.config.clients
-        return math.ceil(participants / ranks), participants
+        return math.ceil(participants / groups), participants
 
 
 def run(words: Sequence[str]) -> None:
@@ -88,6 +90,10 @@ def parse(words: Sequence[str]) -> Request:
         allowed, remedy = "without clients_per_rank", "leave one of them out"
         raise ConfigError(format_option_error("clients", config.clients, allowed, remedy))
     ranks = benchmark.whole_numbers(tool_options.get("ranks", "ranks=[8,64,1024,4096]"), "[8,64]")
+    size = config.ranks_per_client
+    if wrong := [number for number in ranks if number % size]:
+        allowed, remedy = f"multiples of ranks_per_client, {size}", f"try ranks=[{size},{8 * size}]"
+        raise ConfigError(format_option_error("ranks", wrong[0], allowed, remedy))
     per_rank = tool_options.get("clients_per_rank", "clients_per_rank=1")
     [clients] = benchmark.whole_numbers(per_rank, "1")[:1]
     return Request(
@@ -142,6 +148,7 @@ def predict(request: Request) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         load = job_costs.measured_load(config)
     else:
         load = Load(step, config.local_steps, config.batch_size, 1)
+    load = load.divided(config.ranks_per_client)
     cases = [(*request.clients(ranks), ranks) for ranks in request.ranks]
     rows = [
         _row(method, replace(load, clients=busiest), network, ranks)

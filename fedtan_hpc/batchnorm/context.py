@@ -80,6 +80,18 @@ def federated_backward(
     return backward_with(statistics, losses, group)
 
 
+def statistics_of_client(
+    module: nn.Module, names: Collection[str], share: float, group: process_group.Group
+) -> AbstractContextManager[None]:
+    """Gives the BN layers of ``names`` the statistics of a client that the ranks of ``group`` hold.
+
+    This rank's batch is a ``share`` of the client's.  Modules are copies of one model on all ranks.
+    """
+    chosen = chosen_layers(module, names)
+    tag = model_tag(chosen, group, are_copies=True)
+    return _global_statistics(module, chosen, share, group, None, tag)
+
+
 def backward_with(
     statistics: Callable[[int, Lockstep[Tensor] | None], AbstractContextManager[None]],
     losses: Sequence[Callable[[], Tensor]],

@@ -1,6 +1,6 @@
 """Local steps of stacked clients: each client has the statistics of its batch.
 
-``training.vmap_clients`` uses what has no underscore, in the stack of a rank.
+``training.stacked`` uses what has no underscore, in the stack of a rank.
 
 Shapes: K clients, N samples of the largest batch, C channels.
 """

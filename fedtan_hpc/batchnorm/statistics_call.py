@@ -3,7 +3,7 @@
 A ``GlobalStatistics`` serves the layers during one synchronised step.  It gives each use of a layer
 a ``GlobalStatisticsCall``, which packs the message of this rank (``messages``), sums it over all
 clients and reads the sum.  All running statistics move together when the context ends.  ``context``
-and ``training.vmap_clients`` open it; ``global_kernels`` and ``compile_ops`` use its calls.
+and ``training.stacked`` open it; ``global_kernels`` and ``compile_ops`` use its calls.
 
 Shapes: K clients that this rank stacks (1 if it does not), C channels.
 """

@@ -13,6 +13,8 @@ from .schema_training import AlgorithmConfig
 
 ALL, AUTO = "all", "auto"
 """Words in place of the names of layers, and of a number of rounds: the probe decides."""
+FRACTION, CHOOSING_ROUNDS, DEVIATION_LIMIT = 0.5, 3, 0.5
+"""Defaults of three options of ``algorithm``."""
 
 
 class ParameterGroup(Enum):

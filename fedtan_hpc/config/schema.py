@@ -119,6 +119,8 @@ class Config:
     """Number of clients, on any number of ranks; with partition=natural that of your data."""
     clients_per_round: int | None = None
     """Clients that take part in a round, drawn from seed and round; null: all."""
+    ranks_per_client: int = 1
+    """Consecutive ranks that hold one client at a time; the number of ranks is a multiple of it."""
     participation: enums.ParticipationName = enums.ParticipationName.uniform
     """uniform: equal chances, weights p_k renormalised; weighted: chances p_k, equal weights."""
     rounds: int = 100

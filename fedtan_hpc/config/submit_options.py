@@ -66,11 +66,16 @@ class SubmitConfig(Config):
         return Config(**{each.name: getattr(self, each.name) for each in fields(Config)})
 
 
-def check_launch(launch: LaunchConfig) -> None:
-    """Raises ``ConfigError`` with one line for each mistake."""
+def check_launch(launch: LaunchConfig, ranks_per_client: int = 1) -> None:
+    """Raises ``ConfigError`` with one line for each mistake in ``launch``."""
     numbers = beyond(launch, LAUNCH_BOUNDS, "launch.")
     possible = _mistakes(within(launch, LAUNCH_BOUNDS))
     others = [line for line in possible if line.partition("=")[0] not in numbers]
+    ranks, size = launch.nodes * launch.tasks_per_node, ranks_per_client
+    if not numbers and ranks % max(size, 1):
+        allowed = f"a divisor of launch.nodes times launch.tasks_per_node, {ranks}"
+        remedy = f"set launch.tasks_per_node={size}, or a multiple of it"
+        others.append(format_option_error("ranks_per_client", size, allowed, remedy))
     if numbers or others:
         raise ConfigError(*numbers.values(), *others)
 

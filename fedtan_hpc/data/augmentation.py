@@ -76,15 +76,18 @@ class AugmentationParams:
         offsets = None if self.offsets_EB2 is None else send(self.offsets_EB2, device)
         return AugmentationParams(self.padding, flips, offsets)
 
-    def apply(self, step: int, inputs_BCHW: Tensor, value: float = 0) -> Tensor:
+    def apply(
+        self, step: int, inputs_BCHW: Tensor, value: float = 0, part: slice = slice(None)
+    ) -> Tensor:
         """Returns the batch of step ``step``, 0 to E - 1, flipped and cropped.
 
-        ``value`` is that of the pixels around an image.
+        ``value`` is that of the pixels around an image; the inputs are ``part`` of the batch.
         """
         if self.flips_EB is not None:
-            inputs_BCHW = _mirrored(inputs_BCHW, self.flips_EB[step])
+            inputs_BCHW = _mirrored(inputs_BCHW, self.flips_EB[step, part])
         if self.offsets_EB2 is not None:
-            inputs_BCHW = crop_images(inputs_BCHW, self.offsets_EB2[step], self.padding, value)
+            offsets_B2 = self.offsets_EB2[step, part]
+            inputs_BCHW = crop_images(inputs_BCHW, offsets_B2, self.padding, value)
         return inputs_BCHW
 
 

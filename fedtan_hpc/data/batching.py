@@ -38,6 +38,28 @@ class Draw(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Part:
+    """The part of each batch that one of the ranks of a client takes."""
+
+    member: int = 0
+    members: int = 1
+
+    def of(self, samples: int) -> slice:
+        """Returns the positions of the part in a batch; the first one if the part is empty."""
+        begin, end = (samples * each // self.members for each in (self.member, self.member + 1))
+        return slice(begin, end) if end > begin else slice(0, 1)
+
+    def share(self, samples: int) -> float:
+        """Returns the size of the part over that of the batch."""
+        begin, end = (samples * each // self.members for each in (self.member, self.member + 1))
+        return (end - begin) / samples
+
+
+WHOLE = Part()
+"""The part of a rank that holds clients by itself."""
+
+
+@dataclass(frozen=True)
 class Samples:
     """Inputs in a floating-point type and labels on one device.
 
@@ -204,6 +226,11 @@ class BatchSampler:
         """Returns the sampler that the options describe."""
         size, steps = config.batch_size, config.local_steps
         return cls(size, steps, config.seed, config.sampling, config.local_epochs)
+
+    def size_of(self, samples: int) -> int:
+        """Returns the size of each batch of a client with this number of samples."""
+        is_drawn_anew = self.sampling is SamplingName.replacement
+        return self.batch_size if is_drawn_anew else min(self.batch_size, samples)
 
     def steps_of(self, samples: int) -> int:
         """Returns E of a client with this number of samples."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.enums import PartitionName
 from ..config.schema import Config
-from .batching import BatchSampler, ClientSamples, Dataset, Draw, Samples
+from .batching import WHOLE, BatchSampler, ClientSamples, Dataset, Draw, Part, Samples
 from .feature_shift import clients_of_test, shift_of
 from .loading import EvaluationSamples, Reader, ReadSamples, Request
 from .partition import Indices
@@ -44,9 +44,10 @@ class ClientStore:
         reader: Reader,
         config: Config,
         is_streamed: bool = False,
+        part: Part = WHOLE,
     ) -> None:
         self._dataset, self._reader, self._config = dataset, reader, config
-        self._is_streamed = is_streamed
+        self._is_streamed, self._part = is_streamed, part
         self.partition = partition
         """Training samples of each client, as indices into the data set."""
         self.shift = shift_of(config.partition, len(partition))
@@ -172,7 +173,8 @@ class ClientStore:
         for client, step in order:
             if step == 0:
                 batches[client] = self._batches(client, number)
-            yield Request(next(batches[client]), Draw(client, number, step))
+            batch = next(batches[client])
+            yield Request(batch[self._part.of(len(batch))], Draw(client, number, step))
             if step == self.steps[client] - 1:
                 del batches[client]
 

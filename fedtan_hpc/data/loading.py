@@ -231,7 +231,7 @@ class Need:
     def bytes(self, config: Config, ranks: int) -> int:
         """Returns the bytes on the rank that needs the most."""
         drawn = config.clients_per_round or config.clients
-        hosted = -(-drawn // ranks)
+        hosted = -(-drawn // max(1, ranks // config.ranks_per_client))
         if drawn < config.clients:  # those of the last round stay
             hosted = min(2 * hosted, config.clients)
         sizes = self.sizes or [-(-self.info.train // config.clients)] * hosted

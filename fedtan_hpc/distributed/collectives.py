@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import collective_timer, different_calls
 from .counters import MAX_EXCHANGE_BYTES, collective, training_traffic, waiting
-from .process_group import Group, is_started, world_size
+from .process_group import Group, holds_client, is_started, world_size
 
 
 def sum_for_training(
@@ -35,6 +35,8 @@ def sum_for_training(
     if the ranks' messages have different lengths.
     """
     traffic = training_traffic
+    if holds_client(group):
+        return sum_for_client(message, group, call)
     if is_payload:
         traffic.payload_messages += 1
         traffic.payload_bytes += message.nbytes
@@ -46,10 +48,20 @@ def sum_for_training(
     return message
 
 
+def sum_for_client(message: Tensor, group: Group, call: str = "another call") -> Tensor:
+    """Sums ``message`` in place over the ranks that hold one client; it is counted apart."""
+    traffic = training_traffic
+    traffic.client_messages += 1
+    traffic.client_bytes += message.nbytes
+    with collective_timer.timed(message.device, traffic.add_client_seconds):
+        sum_at(call, message, group)
+    return message
+
+
 def sum_at(call: str, message: Tensor, group: Group) -> Tensor:
     """Sums ``message`` over the ranks in place, uncounted; errors name the place ``call``."""
     try:
-        _join(_sum, message, group)
+        _join(_sum, message, group, of_client=holds_client(group))
     except RuntimeError as error:
         if different_calls.are_meant(error) or different_calls.left_by_another(group):
             raise different_calls.different_calls(call, group) from error
@@ -82,9 +94,11 @@ def _sum(message: Tensor, group: Group = None) -> None:
     message.detach().copy_(rows.sum(0, dtype=message.dtype).view(message.shape))
 
 
-def _join(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+def _join(
+    function: Callable[..., Any], *arguments: Any, of_client: bool = False, **options: Any
+) -> None:
     if is_started():
-        with collective():
+        with collective(of_client=of_client):
             function(*arguments, **options)
 
 

@@ -34,6 +34,16 @@ class CommCounters:
     """Time in collectives of BN statistics."""
     average_seconds: float = 0.0
     """Time in collectives of models, gradients and private states."""
+    client_messages: int = 0
+    """Calls between the ranks that hold one client, which the other counters leave out."""
+    client_bytes: int = 0
+    """Bytes of the calls in ``client_messages``."""
+    client_seconds: float = 0.0
+    """Time in these calls."""
+
+    def add_client_seconds(self, seconds: float) -> None:
+        """Adds the time of a collective between the ranks of one client."""
+        self.client_seconds += seconds
 
     def add_seconds(self, of_models: bool, seconds: float) -> None:
         """Adds the time of a collective of models, gradients and states, or of statistics."""
@@ -61,7 +71,11 @@ class Progress:
     round: int = 0
     """Number of the current round; 0 before the first."""
     collectives: int = 0
-    """Collectives that this rank has begun; equal on all ranks at the same point of the program."""
+    """Collectives of all ranks that it has begun; equal on all at one point of the program."""
+    client_collectives: int = 0
+    """Collectives that it has begun with the other ranks of its client."""
+    client: int | None = None
+    """The client whose local steps this rank takes."""
     waiting_since: float | None = None
     """Time on ``time.monotonic``'s clock since which this rank waits for others, or None."""
 
@@ -86,8 +100,11 @@ def waiting() -> Iterator[None]:
 
 
 @contextmanager
-def collective() -> Iterator[None]:
+def collective(of_client: bool = False) -> Iterator[None]:
     """Counts the collective in the block as begun, and marks this rank as waiting."""
-    progress.collectives += 1
+    if of_client:
+        progress.client_collectives += 1
+    else:
+        progress.collectives += 1
     with waiting():
         yield

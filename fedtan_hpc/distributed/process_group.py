@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -32,8 +33,20 @@ _start_numbers = itertools.count(1)
 _stores: dict[tuple[str, int], Any] = {}
 """The stores of this process by address and port, kept until the process ends.  Where rank 0 serves
 one, a rank that is already at its next start may be connected to it."""
+_groups: WeakKeyDictionary[Any, dict[int, Group]] = WeakKeyDictionary()
+"""This rank's group of consecutive ranks by its size, for each process group."""
+_client_ranks = [1]
+"""Ranks that hold one client together, in the present job."""
+_limit: timedelta | None = None
+"""The time-out of collectives; torch's default in a process group that the user has started."""
 channel: Channel | None = None
 """The channel of the job's current start, or of its last one."""
+
+
+def begin_job() -> None:
+    """Forgets what an earlier job of this process has noted."""
+    progress.round, progress.client = 0, None
+    _client_ranks[0] = 1
 
 
 def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> Channel:
@@ -45,10 +58,11 @@ def start(rank: int, world_size: int, backend: str, timeout_seconds: float) -> C
     A process may start and stop several times, as in a sweep, and torchrun may restart it.  So each
     start uses its own keys of the store, which still holds the addresses of earlier starts.
     """
-    global channel
-    progress.round = progress.collectives = 0
+    global channel, _limit
+    begin_job()
+    progress.collectives = progress.client_collectives = 0
     rendezvous.use_loopback()
-    limit = timedelta(seconds=_TIMEOUT_FACTOR * timeout_seconds)
+    limit = _limit = timedelta(seconds=_TIMEOUT_FACTOR * timeout_seconds)
     prefix = f"fedtan_hpc/restart{launcher_env.restart_count()}/start{next(_start_numbers)}"
     store = _store(rank, backend, limit)
     if backend == "mpi":
@@ -153,6 +167,37 @@ def world_size(group: Group = None) -> int:
 def ranks(group: Group = None) -> list[int]:
     """Returns the global ranks in ``group``; only 0 without a process group."""
     return dist.get_process_group_ranks(group or dist.group.WORLD) if is_started() else [0]
+
+
+def consecutive_groups(size: int) -> Group:
+    """Lets ``size`` consecutive ranks hold clients together; returns their group, or None for one.
+
+    All ranks call it together; the groups are made once for each process group.
+    """
+    _client_ranks[0] = size
+    if size == 1:
+        return None
+    known = _groups.setdefault(dist.group.WORLD, {})
+    if size not in known:
+        starts = range(0, world_size(), size)
+        members = [list(range(start, start + size)) for start in starts]
+        groups = [dist.new_group(each, timeout=_limit) for each in members]
+        known[size] = groups[rank() // size]
+    return known[size]
+
+
+def ranks_of_client(member: int) -> list[int]:
+    """Returns the ranks that hold clients together with rank ``member``, itself included."""
+    size = _client_ranks[0] if is_started() else 1
+    begin = member // size * size
+    return list(range(begin, begin + size))
+
+
+def holds_client(group: Group) -> bool:
+    """Returns whether ``group`` is one that ``consecutive_groups`` has made."""
+    if group is None or not _groups:
+        return False
+    return any(group is each for each in _groups.get(dist.group.WORLD, {}).values())
 
 
 def barrier() -> None:

@@ -82,7 +82,8 @@ def agree(
     if digest not in known:
         rows = _gather([digest, *numbers], call, group, device)
         if any(row[0] != digest for row in rows):
-            raise ValueError(_differences(what, collectives.all_gather_object(structure, group)))
+            structures = collectives.all_gather_object(structure, group)
+            raise ValueError(_differences(what, structures, process_group.ranks(group)))
         known[digest] = Agreement(digest, [row[1:] for row in rows])
     return known[digest]
 
@@ -104,13 +105,13 @@ def _gather(
     return [[int(number) for number in row] for row in total[2:].view(ranks, -1).tolist()]
 
 
-def _differences(what: str, structures: Sequence[Mapping[str, str]]) -> str:
+def _differences(what: str, structures: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str:
     first, found = structures[0], list[str]()
-    for rank, other in enumerate(structures):
+    for rank, other in zip(ranks, structures, strict=True):
         for name in sorted(first.keys() | other.keys()):
             mine, theirs = first.get(name, "absent"), other.get(name, "absent")
             if mine != theirs:
-                found.append(f"{name} is {theirs} on rank {rank} and {mine} on rank 0")
+                found.append(f"{name} is {theirs} on rank {rank} and {mine} on rank {ranks[0]}")
     shown = "; ".join(found[:_MOST_DIFFERENCES])
     more = len(found) - _MOST_DIFFERENCES
     return f"the ranks' {what} differ: {shown}{f'; and {more} more' if more > 0 else ''}"

@@ -73,7 +73,8 @@ class Watchdog:
         self._pause = min(1.0, timeout_seconds / _CHECKS)
         self._rank, self._world_size = process_group.rank(), process_group.world_size()
         self._ended = threading.Event()
-        self._posted = 0
+        self._posted = 0, 0
+        """Collectives of all ranks, and of those of its client, that this one has noted."""
         self._leaves = threading.Lock()
         self.processes: Sequence[Process | None] = ()
         """The processes of all ranks, by rank, once they are known."""
@@ -112,9 +113,10 @@ class Watchdog:
             self._exit_with(f"round {number}: {suspect} hangs, is gone or cannot be reached", [0])
 
     def _check_ranks(self) -> None:
-        if counters.progress.collectives != self._posted:
-            self._posted = counters.progress.collectives
-            self._channel.write(f"collectives/{self._rank}", str(self._posted))
+        progress = counters.progress
+        if (begun := (progress.collectives, progress.client_collectives)) != self._posted:
+            self._posted = begun
+            self._channel.write(f"collectives/{self._rank}", f"{begun[0]} {begun[1]}")
         if verdict := self._channel.read("verdict"):
             self._exit_with(f"rank {self._rank} ends: {verdict}", self._behind())
         # All ranks must read the verdict before the time-out, after which ``_check_clock`` acts.
@@ -132,11 +134,26 @@ class Watchdog:
     def _behind(self) -> list[int]:
         """Returns the ranks that have begun fewer collectives than this one.
 
-        Ranks that wait wrote their counts long ago; other counts may be one check old.
+        Ranks that wait wrote their counts long ago; other counts may be one check old.  A rank that
+        waits for another one of its client is late too, and not to blame.
         """
-        ranks = range(self._world_size)
-        counts = [self._channel.read(f"collectives/{rank}") or 0 for rank in ranks]
-        return [rank for rank in ranks if int(counts[rank]) < counters.progress.collectives]
+        own = counters.progress.collectives, counters.progress.client_collectives
+        counts = [self._begun(rank) for rank in range(self._world_size)]
+        mates = process_group.ranks_of_client(self._rank)
+        late = [
+            rank
+            for rank, begun in enumerate(counts)
+            if begun[0] < own[0] or (rank in mates and begun < own)
+        ]
+        return [rank for rank in late if not self._waits_for_another(rank, counts)]
+
+    def _begun(self, rank: int) -> tuple[int, int]:
+        words = (self._channel.read(f"collectives/{rank}") or "0 0").split()
+        return int(words[0]), int(words[-1]) if len(words) > 1 else 0
+
+    def _waits_for_another(self, rank: int, counts: Sequence[tuple[int, int]]) -> bool:
+        mates = process_group.ranks_of_client(rank)
+        return any(counts[mate] < counts[rank] for mate in mates)
 
     def _verdict(self, behind: Sequence[int]) -> str:
         """Says which ranks hang."""
@@ -146,6 +163,9 @@ class Watchdog:
         if not behind:
             return f"{when}: the ranks do not reach each other over the network; {waited}"
         ranks = f"rank {behind[0]} hangs" if len(behind) == 1 else f"ranks {behind[:20]} hang"
+        mates = process_group.ranks_of_client(behind[0])
+        if len(behind) == 1 and len(mates) > 1:
+            ranks = f"rank {behind[0]} of the client on ranks {mates[0]} to {mates[-1]} hangs"
         return f"{ranks} {when}, or cannot be reached; {waited}"
 
     def _exit_with(self, verdict: str, hanging: Sequence[int] = ()) -> NoReturn:

@@ -57,6 +57,12 @@ class RoundRecord:
     """Clients that took part."""
     statistics_seconds: float = 0.0
     """The part of ``round_seconds`` in collectives of BN statistics, on rank 0's host."""
+    client_messages: int = 0
+    """Collectives between the ranks that hold one client, on rank 0; only with ranks_per_client."""
+    client_bytes: int = 0
+    """Bytes that rank 0 puts into these collectives."""
+    client_seconds: float = 0.0
+    """The part of ``round_seconds`` in these collectives, on rank 0's host."""
     average_seconds: float = 0.0
     """The part of ``round_seconds`` in collectives of models, gradients and private states."""
     evaluation_seconds: float = 0.0

@@ -47,6 +47,7 @@ def options(run: SavedRun, out: Path, changed: Mapping[str, Any]) -> Config:
         model=replace(saved.model, weights=None),  # model.pt has the values
         run_dir=str(out),  # where a failure is noted
         compile=False,
+        ranks_per_client=1,
         callbacks=[],
         resume="auto",
         resume_change=[],

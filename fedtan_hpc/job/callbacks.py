@@ -47,6 +47,8 @@ def tell(
     ``stop`` is agreed on: Ctrl-C ends the reader too, and the round is still to be saved.
     """
     for callback in callbacks:
+        if event == "round_probed" and not hasattr(callback, event):  # one that is no RoundCallback
+            continue
         kind = type(callback)
         source = f"callback {kind.__module__}.{kind.__qualname__}.{event}: "
         if isinstance(callback, CheckpointWriter):  # no other callback communicates with ranks
@@ -88,6 +90,10 @@ def as_run_error(source: str = "") -> Iterator[None]:
         if isinstance(error, RunError | ConfigError) and not source:
             raise
         where = f"rank {process_group.rank()}, round {counters.progress.round}"
+        group = process_group.ranks_of_client(process_group.rank())
+        if len(group) > 1:
+            client, which = counters.progress.client, f"ranks {group[0]} to {group[-1]}"
+            where += f", group of {which}" if client is None else f", client {client} on {which}"
         if not source and process_group.is_lost_rank_error(error):
             what = f"another rank has ended ({str(error).splitlines()[0]})"
             raise process_group.LostRankError(f"{where}: {what}", on_all_ranks=False) from None

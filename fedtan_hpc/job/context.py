@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..config.errors import ConfigError, format_option_error
 from ..config.schema import Config
 from ..distributed import collectives, process_group
 from ..distributed.watchdog import Process, Watchdog
@@ -34,6 +35,8 @@ class RunContext:
     def of(cls, config: Config, started: float) -> "RunContext":
         """Finds out rank and device; raises ``ConfigError`` if the machine lacks what is asked for.
 
+        So it does if the ranks cannot be divided into those of clients.
+
         The ranks are those of a process group that the caller has started, else the launcher's.
         """
         if process_group.is_started():
@@ -41,6 +44,10 @@ class RunContext:
             rank_info = launcher_env.info_of_existing_group(rank, world_size)
         else:
             rank_info = launcher_env.detect()
+        if rank_info.world_size % (size := config.ranks_per_client):
+            allowed = f"a divisor of the number of ranks, {rank_info.world_size}"
+            remedy = f"start {size} ranks, or 2, 3, ... times as many"
+            raise ConfigError(format_option_error("ranks_per_client", size, allowed, remedy))
         placement = device.choose(config, rank_info)
         return cls(config, rank_info, placement, run_dir.name(config), started)
 
@@ -65,6 +72,7 @@ class RunContext:
         if self.placement.device.type == "cuda":
             torch.cuda.set_device(self.placement.device)
         if info.launcher == "none" or process_group.is_started():
+            process_group.begin_job()
             yield
             return
         channel = process_group.start(info.rank, info.world_size, self.placement.backend, seconds)

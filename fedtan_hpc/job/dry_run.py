@@ -28,7 +28,7 @@ from ..runtime import global_random
 from ..tasks.objective import Objective
 from ..training.client_runners import needs_copies
 from ..training.local_step import Loss, set_training_mode
-from ..training.vmap_trial import vmap_error
+from ..training.stacked.vmap_trial import vmap_error
 
 _SAMPLES = 2
 _FEDAVG = "use algorithm=fedavg, or a network with BN layers"
@@ -275,7 +275,7 @@ def _check_stack(config: Config, module: nn.Module, example: Example) -> None:
 
 def _check_copies(config: Config, module: nn.Module, ranks: int) -> None:
     """Checks that the network can be copied, if ranks will have several models."""
-    if needs_copies(config, ranks) and (error := copy_error(module)):
+    if needs_copies(config, ranks // config.ranks_per_client) and (error := copy_error(module)):
         allowed = "a network that can be copied, for a rank has several clients or their models"
         raise _network_error(config, allowed, f"copy.deepcopy refuses {error}")
 

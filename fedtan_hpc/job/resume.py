@@ -25,6 +25,7 @@ from ..evaluation.probe_records import ProbeRecord
 from ..evaluation.records import RoundRecord
 from ..files import atomic_files, reading
 from ..files.reading import FileError
+from ..probing import schedule
 from ..runtime import launcher_env
 from ..training.cohort import Cohort
 from . import checkpoint_format, run_dir
@@ -46,6 +47,8 @@ class Resumption:
     history: list[RoundRecord] = field(default_factory=list)
     probes: list[ProbeRecord] = field(default_factory=list)
     """Of those rounds that were probed."""
+    layers: list[str] | None = None
+    """What a saved probe has chosen, if one has."""
 
     @property
     def resumed_after(self) -> list[int]:
@@ -98,7 +101,7 @@ def load_checkpoint(folder: Path, config: Config, dataset: Dataset | None = None
         lines = "".join(json.dumps(record.line()) + "\n" for record in history)
         probes = probe_records.carried(source, folder, content["round"])
         atomic_files.replace_text(folder / "rounds.jsonl", lines)
-    return Resumption(path, content, history, probes)
+    return Resumption(path, content, history, probes, schedule.read_choice(source))
 
 
 def restore(resumption: Resumption, cohort: Cohort) -> Resumption:

@@ -190,7 +190,7 @@ def _opened(run: RunContext) -> tuple[RunContext, OpenedData, list[str]]:
 
     Returns the run with the options that the data decide, and lines that say what was found.
     """
-    probes = _agreed(run.is_first, lambda: schedule.read_saved(run.config))
+    probes = _agreed(run.is_first, lambda: schedule.read_saved(run.config, run.run_dir))
     config, opened = open_data(run.config, run.placement)
     opened = replace(opened, saved_probes=collectives.broadcast_object(probes))
     notes = [opened.note] if opened.note else []
@@ -218,7 +218,9 @@ def _train(
         trainer = prepare(run.config, run.placement, opened)
     trainer.stop = stop
     resumption = resume.restore(resumption, trainer.cohort)
-    trainer.schedule.go_on(resumption.probes, len(resumption.history))
+    trainer.schedule.go_on(resumption.probes, len(resumption.history), resumption.layers)
+    if run.is_first:
+        trainer.schedule.save_choice(run.run_dir)
     startup_seconds = time.perf_counter() - run.started
     counters.progress.round = rounds_done = len(resumption.history)
     began = run.started - resumption.seconds

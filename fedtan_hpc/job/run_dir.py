@@ -2,7 +2,8 @@
 
 config.yaml    the options, resolved
 rounds.jsonl   one line for each round (``records.RoundRecord``)
-probe.jsonl    one line for each probed round (``probe_records.ProbeRecord``); only with probe.every
+probe.jsonl    one line for each probed round (``probe_records.ProbeRecord``), if any is
+layers.json    the BN layers that algorithm.probe_run has chosen
 probe/         what tools/probe.py has found on the final model
 summary.json   the result (``records.Summary``); only a finished run has it
 model.pt       state_dict of the final global model
@@ -58,7 +59,7 @@ _MODES = {RunDirMode.private: folders.PRIVATE, RunDirMode.group: folders.GROUP}
 _MODELS = ("model.pt", "best.pt", "clients.pt")
 _RECORDS = (
     *("config.yaml", saved_records.ROUNDS, probe_records.NAME),
-    *("rounds.csv", "trackers.json"),
+    *("layers.json", "rounds.csv", "trackers.json"),
 )
 _OTHERS = (saved_records.SUMMARY, "failure.json", "submitted.json", "best.abandoned")
 _HOW_READ = ("data.loading", "data.workers")

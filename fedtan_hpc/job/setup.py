@@ -4,9 +4,11 @@
 """
 
 import math
+import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from ..batchnorm.running_norm import normalise_by_running
 from ..config.algorithms import ALGORITHMS, Normaliser, ParameterGroup, plan
 from ..config.dataset_info import DatasetInfo
 from ..config.enums import LoadingName, ModelSource, PartitionName, PrecisionName, TaskName
-from ..config.errors import ConfigError
+from ..config.errors import ConfigError, printable
 from ..config.schema import Config
 from ..config.validation.data import own_data_mistakes, partition_mistakes
 from ..config.validation.optimizing import epoch_mistakes
@@ -38,6 +40,7 @@ from ..probing.schedule import Schedule
 from ..runtime import free_memory, global_random
 from ..runtime.device import DevicePlacement
 from ..training import compile_step
+from ..training.client_ranks import ALONE, ClientRanks
 from ..training.client_runners import ClientModels, make_runners
 from ..training.client_state import PrivateStates
 from ..training.cohort import Cohort
@@ -129,7 +132,7 @@ def _most_values(config: Config) -> int:
 def _states_on_rank(config: Config, ranks: int) -> int:
     """Returns how many clients' states a rank has in the end."""
     drawn = min(config.clients, config.rounds * (config.clients_per_round or config.clients))
-    return -(-drawn // ranks)
+    return -(-drawn // max(1, ranks // config.ranks_per_client))  # the first rank of a group
 
 
 def _model_bytes(config: Config, model: nn.Module, ranks: int) -> dict[str, int]:
@@ -181,7 +184,9 @@ def prepare(
     config = with_steps(config, [len(each) for each in indices])
     workers = loading.workers_of(config) if opened.is_streamed else 0
     reader = Reader(dataset, device, dtype, workers)
-    store = ClientStore(dataset, indices, reader, config, opened.is_streamed)
+    ranks = ClientRanks.of(config.ranks_per_client)
+    _warn_of_nodes(config)
+    store = ClientStore(dataset, indices, reader, config, opened.is_streamed, ranks.part)
     model = network(config, dataset.shape, dataset.classes).to(device, dtype)
     if config.model.weights is not None:
         weights.load(model, config.model.weights)
@@ -190,11 +195,29 @@ def prepare(
     collectives.broadcast_tensors(model_tensors(model))
     one_each = _one_client_per_rank(config, store)
     batch = store.example(config.batch_size) if config.compile else None
-    cohort = host(config, model, store.dummy(), placement.ranks_per_device, one_each, batch)
+    hosting = Hosting(ranks, placement.ranks_per_device, one_each)
+    cohort = host(config, model, store.dummy(), hosting, batch)
     evaluator = Evaluator(cohort, dataset, store, config)
     probe = Probe(cohort.runner.models, store.dummy(), cohort.runner.budget)
     schedule = Schedule(config, list(batchnorm_layers(model)), opened.saved_probes)
     return Trainer(config, store, cohort, evaluator, probe, schedule)
+
+
+def _warn_of_nodes(config: Config) -> None:
+    """Says on rank 0 if a client's ranks are on several nodes, between which sums are slow."""
+    size = config.ranks_per_client
+    if size == 1:
+        return
+    nodes = collectives.all_gather_object(platform.node())
+    for start in range(0, len(nodes), size):
+        names = sorted(set(nodes[start : start + size]))
+        if len(names) > 1 and process_group.rank() == 0:
+            which = f"ranks {start} to {start + size - 1}, which hold one client,"
+            where = f"are on the nodes {', '.join(names[:5])}"
+            why = "number ranks node by node, so that a client's sums stay on one node"
+            line = f"ranks_per_client={size}: {which} {where}: {why}"
+            print(printable(line), file=sys.stderr, flush=True)
+            return
 
 
 def with_steps(config: Config, sizes: Sequence[int]) -> Config:
@@ -217,12 +240,21 @@ def _one_client_per_rank(config: Config, store: ClientStore) -> bool:
     return per_round == process_group.world_size() and min(store.sizes) >= config.batch_size
 
 
+class Hosting(NamedTuple):
+    """How the clients of a job are spread over ranks and devices."""
+
+    ranks: ClientRanks = ALONE
+    ranks_per_device: int = 1
+    """Ranks that share the device's memory."""
+    one_client_per_rank: bool = False
+    """Whether every rank has one client with whole batches in every round."""
+
+
 def host(
     config: Config,
     model: nn.Module,
     dummy: Samples,
-    ranks_per_device: int = 1,
-    one_client_per_rank: bool = False,
+    hosting: "Hosting | None" = None,
     example: Samples | None = None,
 ) -> Cohort:
     """Makes the cohort, which trains ``model`` with the clients of this rank.
@@ -231,25 +263,25 @@ def host(
         config: the options of the job.
         model: the global model, with the algorithm's normalization layers.
         dummy: a single sample, for ranks without a client.
-        ranks_per_device: ranks that share the device's memory.
-        one_client_per_rank: whether every rank has one client with whole batches in every round.
+        hosting: which ranks hold clients; by default each by itself, with a device of its own.
         example: a batch like those of the clients; only needed if steps are compiled.
     """
-    loss = Loss.of(config)
+    loss, hosting = Loss.of(config), hosting or Hosting()
     if config.compile:
         assert example is not None, "steps are compiled for batches like an example"
         plans = plan(config, 1), plan(config, config.rounds)
-        synchronised = one_client_per_rank and plans[0].synchronised_steps > 0
+        synchronised = hosting.one_client_per_rank and plans[0].synchronised_steps > 0
         local = [each for each in plans if each.synchronised_steps < config.local_steps]
         loss = compile_step.compiled(loss, model, example, local, synchronised)
     private = ALGORITHMS[config.algorithm.name].private
-    budget = MemoryBudget(model, dummy, config, ranks_per_device, loss.objective)
+    budget = MemoryBudget(model, dummy, config, hosting.ranks_per_device, loss.objective)
     states = PrivateStates(model, private, budget.leaves_room_for)
-    models = ClientModels(model, config, loss, states)
+    models = ClientModels(model, config, loss, states, hosting.ranks)
     untrained = {ParameterGroup.statistics, ParameterGroup.buffers}
     trained = TensorFilter(model, set(ParameterGroup) - untrained - private)
     server = ServerOptimizer(config.server, trained)
-    return Cohort(models, server, make_runners(models, dummy, budget, one_client_per_rank))
+    runners = make_runners(models, dummy, budget, hosting.one_client_per_rank)
+    return Cohort(models, server, runners)
 
 
 def network(config: Config, shape: Any, classes: int) -> nn.Module:

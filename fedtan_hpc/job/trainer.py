@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from ..config.algorithms import plan
+from ..config.algorithms import AUTO, plan
 from ..config.errors import RunError, Stopped
 from ..config.schema import Config
 from ..data.client_store import Client, ClientStore
@@ -123,6 +123,9 @@ class Trainer:
             payload_bytes=traffic.payload_bytes,
             statistics_seconds=traffic.statistics_seconds,
             average_seconds=traffic.average_seconds,
+            client_messages=traffic.client_messages,
+            client_bytes=traffic.client_bytes,
+            client_seconds=traffic.client_seconds,
             **figures,
         )
 
@@ -154,15 +157,22 @@ class Trainer:
 
     def _hosted(self, weights: dict[int, float]) -> list[Client]:
         """Returns this rank's participants, with the private states that they have."""
-        hosted = self._assigned(weights)
-        self.cohort.states.move(hosted)
-        return self.store.host({client: weights[client] for client in hosted[process_group.rank()]})
+        groups, ranks = self._assigned(weights), self.cohort.ranks
+        size = ranks.part.members
+        hosts = (clients if member == 0 else [] for clients in groups for member in range(size))
+        self.cohort.states.move([*hosts])
+        clients = groups[ranks.number]
+        self.cohort.states.lend(clients, ranks)
+        return self.store.host({client: weights[client] for client in clients})
 
     def _assigned(self, weights: dict[int, float]) -> list[list[int]]:
-        """Returns the participants by rank; the cost of a client is the samples of its batches."""
+        """Returns the participants by group of ranks that hold a client together.
+
+        The cost of a client is the samples of its batches.
+        """
         batch, sizes = self.config.batch_size, self.store.sizes
         costs = {client: min(batch, sizes[client]) * self.store.steps[client] for client in weights}
-        return assign(costs, process_group.world_size())
+        return assign(costs, process_group.world_size() // self.cohort.ranks.part.members)
 
     def _batch_order(self, number: int) -> Iterator[tuple[int, int]] | None:
         """Returns (client, step) of this rank's batches in a round in the order of their use.
@@ -171,10 +181,13 @@ class Trainer:
         """
         if number > self.config.rounds:
             return None
-        clients = self._assigned(self._participants(number))[process_group.rank()]
-        steps, this_plan = self.store.steps, plan(self.config, number)  # if no probe changes it
+        clients = self._assigned(self._participants(number))[self.cohort.ranks.number]
+        steps = self.store.steps
         hosted = [steps[client] for client in clients]
-        together = self.cohort.runner.steps_together(hosted, this_plan)
+        together = 0
+        if self.config.algorithm.synchronise_every != AUTO:  # else the plan is not known yet
+            this_plan = plan(self.config, number)
+            together = self.cohort.runner.steps_together(hosted, this_plan)
         return chain(
             ((client, step) for step in range(together) for client in clients),
             ((client, step) for client in clients for step in range(together, steps[client])),

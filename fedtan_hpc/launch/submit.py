@@ -29,7 +29,9 @@ def main() -> None:
         if not configs:  # a flag such as --cfg, with which hydra only shows something
             return
         jobs = (partial(check, config.job()) for config in configs)
-        launches = (partial(check_launch, config.launch) for config in configs)
+        launches = (
+            partial(check_launch, config.launch, config.ranks_per_client) for config in configs
+        )
         check_together([*jobs, *launches])
         cli.check_folders(configs)
         from . import submitit_jobs  # loads submitit, after everything that can fail without it

@@ -4,31 +4,46 @@
 have the same records, and so the same plans; a run that goes on replays its records.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..config import path_options
-from ..config.algorithms import AUTO, RoundPlan, plan, synchronised_layers
+from ..config.algorithms import (
+    AUTO,
+    CHOOSING_ROUNDS,
+    DEVIATION_LIMIT,
+    FRACTION,
+    RoundPlan,
+    plan,
+    synchronised_layers,
+)
 from ..config.errors import ConfigError, format_option_error
 from ..config.schema import Config
 from ..distributed.model_average import matches
 from ..evaluation import probe_records
 from ..evaluation.probe_records import ProbeRecord
+from ..files import atomic_files, reading
+from ..files.typed_values import fits
 
-FRACTION, CHOOSING_ROUNDS, DEVIATION_LIMIT = 0.5, 3, 0.5
-"""Defaults of three options of ``algorithm``."""
 _LONGEST_GAP = 64
 """Most rounds from a synchronised one to the next, with synchronise_every=auto."""
 _CAUSES = ("forward", "backward", "both")
 
 
-def read_saved(config: Config) -> list[ProbeRecord]:
+CHOICE = "layers.json"
+"""The layers that a run synchronises, if those of ``algorithm.probe_run`` have decided."""
+
+
+def read_saved(config: Config, folder: Path) -> list[ProbeRecord]:
     """Returns the records of the option ``algorithm.probe_run``; none without it.
 
-    Raises ``ConfigError`` if there are none, and ``FileError`` for a damaged file.
+    None either if the run in ``folder`` has chosen before: a choice stays.  Raises ``ConfigError``
+    if there are none, and ``FileError`` for a damaged file.
     """
     name = config.algorithm.probe_run
-    if name is None:
+    if name is None or (config.resume != "never" and (folder / CHOICE).exists()):
         return []
     records = [*probe_records.read(path_options.expanded(name))]
     if not any(record.layers and record.clients for record in records):
@@ -44,6 +59,17 @@ def automatic_layers(config: Config, layers: int) -> int:
     return int((FRACTION if fraction is None else fraction) * layers + 0.5)
 
 
+def read_choice(folder: Path) -> list[str] | None:
+    """Returns the layers that the run in ``folder`` has chosen by a saved probe; None if not."""
+    try:
+        names = reading.read_json(folder / CHOICE)
+    except FileNotFoundError:
+        return None
+    if not fits(names, list[str]):
+        raise reading.unusable(folder / CHOICE, "it is no list of names")
+    return list(names)
+
+
 class Schedule:
     """The plans of a run's rounds, for a model whose BN layers have the names ``layers``."""
 
@@ -56,7 +82,6 @@ class Schedule:
         self._config, self._layers = config, layers
         self._wanted = synchronised_layers(config.algorithm)
         self._limit = config.algorithm.deviation_limit or DEVIATION_LIMIT
-        self._is_adaptive = config.algorithm.synchronise_every == AUTO
         self._due, self._gap = 1, 1
         """The next synchronised round, and the rounds from the last one to it."""
         self._chosen: frozenset[str] | None = None
@@ -67,6 +92,9 @@ class Schedule:
             self._chosen = frozenset(self._matching(self._wanted))
         elif self._wanted == AUTO:
             self._begin_choosing(saved)
+        is_auto = config.algorithm.synchronise_every == AUTO
+        self._is_adaptive = is_auto and plan(config, 1).synchronised_steps > 0
+        self._is_adaptive &= self._chosen is None or bool(self._chosen)
 
     def plan(self, number: int) -> RoundPlan:
         """Returns the plan of round ``number``; those of earlier rounds must have been noted."""
@@ -105,11 +133,21 @@ class Schedule:
         if record.round == self._choosing_rounds:
             self._choose(self.probes)
 
-    def go_on(self, records: Sequence[ProbeRecord], rounds_done: int) -> None:
-        """Takes the records of a run that goes on after ``rounds_done`` rounds.
+    def save_choice(self, folder: Path) -> None:
+        """Writes what a saved probe has chosen, so that the run goes on with the same layers."""
+        if self._config.algorithm.probe_run is not None and self._chosen is not None:
+            names = json.dumps(sorted(self._chosen))
+            atomic_files.replace_text(folder / CHOICE, names + "\n")
+
+    def go_on(
+        self, records: Sequence[ProbeRecord], rounds_done: int, choice: Sequence[str] | None = None
+    ) -> None:
+        """Takes the records of a run that goes on after ``rounds_done`` rounds, and its choice.
 
         Raises ``ConfigError`` on all ranks if one is missing that decides.
         """
+        if choice is not None and self._config.algorithm.probe_run is not None:
+            self._chosen, self._choosing_rounds = frozenset(choice), 0
         known = {record.round for record in records if record.layers}
         first = range(1, min(self._choosing_rounds, rounds_done) + 1)
         missing = [number for number in first if number not in known]

@@ -1,12 +1,13 @@
 """How a rank runs its clients in a round: in lock-step, stacked, or one after another.
 
 ``job.setup`` makes the runners once; the round loop calls ``ClientRunners.run``.  The steps
-themselves are in ``local_step`` (one client) and ``vmap_clients`` (a stack).
+themselves are in ``local_step`` (one client) and ``stacked`` (a stack).
 """
 
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,16 +21,17 @@ from ..config.errors import one_line
 from ..config.schema import Config
 from ..data.batching import Samples
 from ..data.client_store import Client
-from ..distributed import process_group
+from ..distributed import counters, process_group
 from ..distributed.model_average import ModelSum, model_tensors
 from ..models.copies import copied
 from ..runtime.transfer import copy_all
+from .client_ranks import ALONE, ClientRanks
 from .client_state import PrivateStates
 from .local_step import LocalRun, Loss, RoundContext, set_training_mode
 from .memory_budget import MemoryBudget
 from .pooled_gradients import PooledState, pool_gradients
-from .vmap_clients import Stack
-from .vmap_trial import vmap_error
+from .stacked.vmap_clients import Stack
+from .stacked.vmap_trial import vmap_error
 
 _SMALL_PASS = 4_000_000
 """Bytes that a client's pass keeps.  Below, the mlp, the cnn on 16x16 images and ResNet-20 on 8x8
@@ -49,6 +51,8 @@ class ClientModels:
     config: Config
     loss: Loss
     states: PrivateStates
+    ranks: ClientRanks = ALONE
+    """The ranks that hold a client together with this one."""
     pooled: PooledState = field(default_factory=PooledState)
     _copies: list[nn.Module] = field(default_factory=list, init=False)
 
@@ -67,7 +71,7 @@ class ClientModels:
 
     def start(self, replica: nn.Module, client: Client, context: RoundContext) -> LocalRun:
         """Prepares the steps of ``client`` in ``replica``, from the values that it has."""
-        run = LocalRun(replica, client, context, self.config, self.loss)
+        run = LocalRun(replica, client, context, self.config, self.loss, self.ranks)
         self.pooled.give_to(run, context.plan)
         return run
 
@@ -77,9 +81,12 @@ class ClientModels:
         Adds the model to ``model_sum`` and keeps the client's private state.
         """
         self.pooled.keep_of(run, context.plan)
+        counters.progress.client = run.client.number  # stays after an error, to name the client
         loss = run.finish()
-        model_sum.add(run.model, run.client.weight)
-        self.states.save(run.client.number, run.model)
+        counters.progress.client = None
+        if self.ranks.is_first:  # the others have an equal model
+            model_sum.add(run.model, run.client.weight)
+            self.states.save(run.client.number, run.model)
         return loss
 
 
@@ -123,7 +130,8 @@ class LockstepRunner(ClientRunner):
 
     def _synchronised_step(self, runs: Sequence[LocalRun], plan: RoundPlan) -> None:
         """Takes one step of all clients; the dummy moves only with pooled gradients."""
-        replicas, weights = [run.model for run in runs], [run.client.weight for run in runs]
+        replicas = [run.model for run in runs]
+        weights = [run.client.weight * run.share for run in runs]
         losses = [partial(run.loss, eager=not self.compiles_synchronised) for run in runs]
         is_dummy = runs[0].client.samples is self.dummy
         if is_dummy:
@@ -132,14 +140,17 @@ class LockstepRunner(ClientRunner):
             if plan.layers is not None:  # a layer with local statistics needs two values
                 sample = sample[torch.zeros(2, dtype=torch.int64, device=sample.device)]
             losses = [partial(self.models.loss, replicas[0], sample, eager=True)]
-        values = federated_backward(replicas, losses, weights, layers=plan.layers)
+        with ExitStack() as local:
+            for run in runs:
+                local.enter_context(run.statistics())
+            values = federated_backward(replicas, losses, weights, layers=plan.layers)
         if plan.pooled_gradients:
             pool_gradients(replicas, weights)
         elif is_dummy:
             replicas[0].zero_grad()
             return
         for run, value in zip(runs, values, strict=True):
-            run.step(value)
+            run.step(value, are_averaged=plan.pooled_gradients)
 
 
 @dataclass
@@ -252,14 +263,15 @@ def make_runners(
         all_steps = mode is CohortMode.stacked
         is_faster = is_builtin and budget.pass_bytes < _SMALL_PASS
         stacks = all_steps or (is_faster and mode is CohortMode.auto)
+    stacks = stacks and not models.ranks.are_many
     stacked = StackedRunner(models, all_steps, config.cohort.max_stacked) if stacks else None
     lockstep = LockstepRunner(models, dummy, one_client_per_rank)
     return ClientRunners(models, lockstep, stacked, budget)
 
 
-def needs_copies(config: Config, ranks: int) -> bool:
-    """Whether a rank of so many ever has more models than the global one."""
-    are_many = (config.clients_per_round or config.clients) > ranks
+def needs_copies(config: Config, groups: int) -> bool:
+    """Whether a rank of so many groups ever has more models than the global one."""
+    are_many = (config.clients_per_round or config.clients) > groups
     return are_many or ALGORITHMS[config.algorithm.name].has_client_models
 
 
@@ -267,7 +279,8 @@ def _can_stack(models: ClientModels, dummy: Samples) -> bool:
     """Tries a stack; if that fails and ranks have several clients, rank 0 prints the reason."""
     config = models.config
     error = vmap_error(models.model, dummy, config, models.loss)
-    is_told = process_group.rank() == 0 and needs_copies(config, process_group.world_size())
+    groups = process_group.world_size() // config.ranks_per_client
+    is_told = process_group.rank() == 0 and needs_copies(config, groups)
     if error and is_told:
         how = "the clients of a rank run in lock-step or one after another"
         line = f"cohort.mode={config.cohort.mode}: {how}, because they cannot be stacked"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config.algorithms import ParameterGroup
 from ..distributed import collectives, process_group
 from ..models.parameter_groups import TensorFilter, pack, unpack
+from .client_ranks import ClientRanks
 
 _MESSAGE_BYTES = 2**26
 
@@ -33,6 +34,8 @@ class PrivateStates:
         self._initial = pack(self._select(model).values())
         """The state of every client that was never drawn."""
         self._states: dict[int, Tensor] = {}
+        self._borrowed: dict[int, Tensor] = {}
+        """Of clients that this rank helps to train; another rank keeps their states."""
         self.owners: dict[int, int] = {}
         """The rank of each state by client, equal on all ranks."""
         self.parts = frozenset(parts)
@@ -44,7 +47,9 @@ class PrivateStates:
     def load(self, client: int, module: nn.Module) -> None:
         """Copies the private values of ``client`` into ``module``."""
         if self.exist:
-            unpack(self._states.get(client, self._initial), self._select(module).values())
+            known = self._borrowed.get(client, self._initial)
+            state = self._states.get(client, known)
+            unpack(state, self._select(module).values())
 
     def save(self, client: int, module: nn.Module) -> None:
         """Copies the private values of ``module`` into the state of ``client``."""
@@ -59,6 +64,23 @@ class PrivateStates:
     def begin_with(self, module: nn.Module) -> None:
         """Lets clients that were never drawn begin with the private values of ``module``."""
         self._initial = pack(self._select(module).values())
+
+    def lend(self, clients: Sequence[int], ranks: ClientRanks) -> None:
+        """Gives the ranks that hold ``clients`` together the states that the first of them has."""
+        self._borrowed = {}
+        if not (self.exist and ranks.are_many and clients):
+            return
+        message = self._initial.new_zeros(len(clients), len(self._initial))
+        if ranks.is_first:
+            for row, client in enumerate(clients):
+                message[row] = self._states.get(client, self._initial)
+        collectives.sum_for_client(message, ranks.group)
+        if not ranks.is_first:
+            self._borrowed = dict(zip(clients, message, strict=True))
+
+    def end_round(self) -> None:
+        """Forgets what other ranks have lent: they keep the states of the round's end."""
+        self._borrowed = {}
 
     def drawn(self) -> list[int]:
         """Returns clients that took part in a round, ascending; equal on all ranks."""

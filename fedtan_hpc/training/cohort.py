@@ -32,6 +32,7 @@ class Cohort:
         Between rounds its private tensors have the values of a client that was never drawn.
         """
         self.loss, self.states, self.runner = models.loss, models.states, runner
+        self.ranks = models.ranks
         self._pooled, self._server = models.pooled, server
         self._pools = ALGORITHMS[models.config.algorithm.name].pooled_gradients
         self._groups = groups_of(self.model)
@@ -55,6 +56,7 @@ class Cohort:
     def end_round(self, model_sum: ModelSum) -> None:
         """Makes ``model`` the new global model, equal on all ranks, and takes the server's step."""
         model_sum.all_reduce()
+        self.states.end_round()
         self.states.reset(self.model)
         for buffer, value in self._unchanged:
             buffer.copy_(value)

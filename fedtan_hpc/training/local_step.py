@@ -1,6 +1,6 @@
 """The local steps of one client: batch, loss, backward pass and optimizer step.
 
-``client_runners`` starts a ``LocalRun`` for each client of a round.  ``vmap_clients`` takes the
+``client_runners`` starts a ``LocalRun`` for each client of a round.  ``stacked`` takes the
 steps of many runs as one, ``compile_step`` compiles the loss, ``memory_budget`` measures it.
 
 Shapes: E local steps with batches of B samples.
@@ -9,6 +9,7 @@ Shapes: E local steps with batches of B samples.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..data.client_store import Client
 from ..runtime import global_random, random_streams
 from ..runtime.transfer import send
 from ..tasks.objective import Objective
+from .client_ranks import ALONE, ClientRanks
 from .optimizers import ClientOptimizer, OptimizerSettings, trained_parameters
 
 
@@ -159,7 +161,13 @@ class LocalRun:
     """
 
     def __init__(
-        self, model: nn.Module, client: Client, context: RoundContext, config: Config, loss: Loss
+        self,
+        model: nn.Module,
+        client: Client,
+        context: RoundContext,
+        config: Config,
+        loss: Loss,
+        ranks: ClientRanks = ALONE,
     ) -> None:
         self.model, self.client, self.loss_function = model, client, loss
         self.losses = LossMean()
@@ -168,6 +176,10 @@ class LocalRun:
         sampler = BatchSampler.of(config)
         self.steps = sampler.steps_of(len(client.samples))
         """The local steps of the client, E."""
+        self._ranks, size = ranks, sampler.size_of(len(client.samples))
+        self._part, self.share = ranks.part.of(size), ranks.part.share(size)
+        """Which samples of each batch this rank takes, and the share of the batch that they are."""
+        self._layers = context.plan.layers
         self.first_gradients = context.first_gradients
         self._round, self._draws = context.number, _drawn(client, context.number, config)
         self._drawn_before, self._drawn = 0, StepDraws()
@@ -194,13 +206,13 @@ class LocalRun:
         """Returns the samples of the next step, augmented."""
         drawn, row = self._of_next_step()
         draw = Draw(self.client.number, self._round, self.losses.count)
-        batch = self.client.samples.batch(draw, drawn.batches_EB[row])
+        batch = self.client.samples.batch(draw, drawn.batches_EB[row, self._part])
         if drawn.augmentation is None:
             return batch
-        inputs, labels = drawn.augmentation.apply(row, batch.inputs), batch.labels
+        change, labels = partial(drawn.augmentation.apply, row, part=self._part), batch.labels
+        inputs = change(batch.inputs)
         if self._mask_border is not None:  # masks are cut as their images are
-            masks = drawn.augmentation.apply(row, labels.unsqueeze(1), self._mask_border)
-            labels = masks.squeeze(1)
+            labels = change(labels.unsqueeze(1), value=self._mask_border).squeeze(1)
         return Samples(inputs, labels)
 
     def _of_next_step(self) -> tuple[StepDraws, int]:
@@ -210,14 +222,21 @@ class LocalRun:
             self._drawn = next(self._draws)
         return self._drawn, self.losses.count - self._drawn_before
 
-    def step(self, loss: Tensor) -> None:
+    def statistics(self) -> AbstractContextManager[None]:
+        """Returns the context of a synchronised step for BN layers that are local in it."""
+        return self._ranks.statistics(self.model, self.share, self._layers)
+
+    def step(self, loss: Tensor, are_averaged: bool = False) -> None:
         """Takes a step along the gradients that the backward pass of ``loss`` has left.
 
         A parameter without a gradient gets the gradient 0, as it does in a stack of clients.
+        Unless they ``are_averaged``, the gradients become those of the client, over all its ranks.
         """
         for value in self.model.parameters():
             if value.grad is None and value.requires_grad:
                 value.grad = torch.zeros_like(value)
+        if not are_averaged:
+            self._ranks.average_gradients(self.model, self.share)
         if self.first_gradients is not None and self.losses.count == 0:
             self.first_gradients.add(self.model, self.client.weight)
         self.proximal.add_to_gradients()
@@ -227,16 +246,18 @@ class LocalRun:
     def finish(self) -> Tensor:
         """Takes the remaining steps, each with the client's local statistics.
 
-        Returns the mean loss of all steps of the round, 0-d float64.  Frees the optimizer's state,
-        because a rank may have many clients.
+        Returns this rank's part of the mean loss of all steps of the round, 0-d float64: the ranks
+        of the client have the parts of a sum.  Frees the optimizer's state, because a rank may have
+        many clients.
         """
         with self._normalisation:
             while self.losses.count < self.steps:
-                loss = self.loss()
-                loss.backward()
+                with self._ranks.statistics(self.model, self.share):
+                    loss = self.loss()
+                    loss.backward()
                 self.step(loss)
         self.optimizer.free()
-        return self.losses.mean()
+        return self.losses.mean() * self.share
 
 
 class ProximalTerm:

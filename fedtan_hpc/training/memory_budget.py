@@ -41,7 +41,8 @@ class MemoryBudget:
         values = sum(value.nbytes for value in model_tensors(model))
         self.model_bytes = values * (2 + state_tensors(config.optimizer))
         """Parameters, gradients and optimizer state of one client."""
-        saved = config.batch_size * saved_bytes_per_sample(model, dummy, objective)
+        samples = -(-config.batch_size // config.ranks_per_client)
+        saved = samples * saved_bytes_per_sample(model, dummy, objective)
         self.pass_bytes = int(_PEAK_FACTOR * saved)
         """Activations of one client in a forward and backward pass of a whole batch."""
 

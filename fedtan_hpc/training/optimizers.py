@@ -1,7 +1,7 @@
 """The clients' optimizers: torch's, with parameter groups, clipping, and state by name.
 
 One ``ClientOptimizer`` steps one client, or a stack of clients at once.  Used by ``local_step``,
-``vmap_clients`` and ``pooled_gradients``.
+``stacked`` and ``pooled_gradients``.
 
 Shapes: K stacked clients.
 """

@@ -1,7 +1,7 @@
 """Large batches of the pooled data: every step follows the mean gradient of all clients.
 
 All clients hold the same model after each step.  The optimizer's state is that of one optimizer,
-and it continues from round to round.  Used by ``client_runners`` and ``vmap_clients``.
+and it continues from round to round.  Used by ``client_runners`` and ``stacked``.
 """
 
 from collections.abc import Sequence

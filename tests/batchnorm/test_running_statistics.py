@@ -14,7 +14,7 @@ from fedtan_hpc import convert_batchnorm, federated_statistics
 from fedtan_hpc.config.schema import Config
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.training.local_step import Loss
-from fedtan_hpc.training.vmap_trial import vmap_error
+from fedtan_hpc.training.stacked.vmap_trial import vmap_error
 from tests.batchnorm.layers import randn
 
 X = randn(6, 4)

@@ -73,6 +73,34 @@ def test_the_rank_that_has_begun_fewer_collectives_is_named(
     assert watchdog._verdict(watchdog._behind()).startswith(verdict)
 
 
+@pytest.mark.parametrize(
+    ("begun", "rank", "verdict"),
+    [
+        (["9 4", "9 4", "8 5", "8 4"], 0, "rank 3 of the client on ranks 2 to 3 hangs in round 4"),
+        (["9 4", "9 3", "9 1", "9 1"], 0, "rank 1 of the client on ranks 0 to 1 hangs in round 4"),
+        (["8 5", "8 4", "9 1", "9 1"], 0, "rank 1 of the client on ranks 0 to 1 hangs in round 4"),
+        (["9 4", "9 4", "8 3", "8 3"], 1, "ranks [2, 3] hang in round 4"),
+    ],
+)
+def test_a_rank_that_waits_for_another_of_its_client_is_not_blamed(
+    begun: list[str], rank: int, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has begun sums of all ranks, and sums with the other rank of its client."""
+    channel = Channel(Store(), "a secret")
+    for number, text in enumerate(begun):
+        channel.write(f"collectives/{number}", text)
+    of_all, of_client = map(int, begun[rank].split())
+    progress = Progress(round=4, collectives=of_all, client_collectives=of_client)
+    monkeypatch.setattr(counters, "progress", progress)
+    monkeypatch.setattr(process_group, "world_size", lambda: len(begun))
+    monkeypatch.setattr(process_group, "rank", lambda: rank)
+    monkeypatch.setattr(
+        process_group, "ranks_of_client", lambda member: [member // 2 * 2, member // 2 * 2 + 1]
+    )
+    watchdog = Watchdog(channel, 30, print)
+    assert watchdog._verdict(watchdog._behind()).startswith(verdict)
+
+
 def test_only_a_wait_that_is_too_long_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress()
     monkeypatch.setattr(counters, "progress", progress)

@@ -100,7 +100,9 @@ def check_options(program: str, words: list[str]) -> None:
     elif program in SUBMISSION:
         configs = cli.compose_as(SubmitConfig, "submit", words)
         check_together(partial(check, each.job()) for each in configs)
-        check_together(partial(check_launch, each.launch) for each in configs)
+        check_together(
+            partial(check_launch, each.launch, each.ranks_per_client) for each in configs
+        )
     else:
         names = {"tools/show_partition.py": ("out",), PARTITION[0]: ("out",)}.get(program, ())
         if program in STUDIES:

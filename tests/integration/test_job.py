@@ -143,6 +143,9 @@ def test_run_writes_what_it_promises(tmp_path: Path) -> None:
         "clients",
         "statistics_seconds",
         "average_seconds",
+        "client_messages",
+        "client_bytes",
+        "client_seconds",
         "evaluation_seconds",
     }
     assert [line["test_accuracy"] is None for line in lines] == [True, False, False]

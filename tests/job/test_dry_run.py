@@ -26,7 +26,7 @@ from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.job.dry_run import dry_run
 from fedtan_hpc.models import factory
 from fedtan_hpc.training.local_step import Loss
-from fedtan_hpc.training.vmap_trial import vmap_error
+from fedtan_hpc.training.stacked.vmap_trial import vmap_error
 
 SHAPE = (3, 32, 32)
 

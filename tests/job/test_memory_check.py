@@ -100,6 +100,10 @@ def test_states_of_clients_count_by_rank_and_round(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r"^clients=100000: "):
         setup.check_memory(config, CPU, 1)
     setup.check_memory(config, CPU, 100)
+    config.ranks_per_client = 100
+    with pytest.raises(ConfigError, match=r"^clients=100000: "):
+        setup.check_memory(config, CPU, 100)
+    config.ranks_per_client = 1
     config.clients_per_round, config.rounds = 10, 100
     setup.check_memory(config, CPU, 1)
 

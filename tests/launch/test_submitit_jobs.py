@@ -140,6 +140,10 @@ def test_several_nodes_are_not_on_this_machine() -> None:
         check_launch(launch)
     with pytest.raises(ConfigError, match=r"launch.tasks_per_node=2: allowed is 1"):
         check_launch(LaunchConfig(cluster=ClusterName.debug, tasks_per_node=2))
+    with pytest.raises(
+        ConfigError, match=r"ranks_per_client=4: allowed is a divisor of .*, 6; set"
+    ):
+        check_launch(LaunchConfig(nodes=2, tasks_per_node=3), ranks_per_client=4)
 
 
 def test_the_cluster_has_defaults_for_options_that_are_left_out() -> None:

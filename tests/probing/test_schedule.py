@@ -172,6 +172,18 @@ def test_a_saved_probe_chooses_before_the_first_round(tmp_path: Path) -> None:
         jobs.run(config(tmp_path / "none", **{**choice, "probe_run": str(tmp_path)}))
 
 
+def test_a_saved_choice_stays_whatever_becomes_of_the_probe(tmp_path: Path) -> None:
+    jobs.run(replace(config(tmp_path / "probed"), probe=ProbeConfig(every=5)))
+    probed = str(tmp_path / "probed")
+    choice: dict[str, Any] = {"layers": "auto", "fraction": 0.5, "probe_run": probed}
+    more: dict[str, Any] = {"checkpoint": CheckpointConfig(every=1), **choice}
+    jobs.run(config(tmp_path / "whole", **more))
+    jobs.run_until(config(tmp_path / "stopped", **more), 2)
+    (tmp_path / "probed").rename(tmp_path / "elsewhere")
+    jobs.run(config(tmp_path / "stopped", **more))
+    assert jobs.same_bits(tmp_path / "whole", tmp_path / "stopped")
+
+
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_choice_survives_an_interruption(tmp_path: Path, number: int, ranks: int) -> None:
@@ -196,6 +208,20 @@ def test_records_that_decide_must_be_there(tmp_path: Path) -> None:
         (Path(str(options.run_dir)) / probe_records.NAME).unlink()
         with pytest.raises(ConfigError, match=f"lacks round {number}, so begin anew"):
             jobs.run(options)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"synchronise_every": "auto", "synchronised_steps": 0},
+        {"synchronise_every": "auto", "layers": "auto", "fraction": 0.0},
+    ],
+)
+def test_a_run_without_synchronised_rounds_goes_on(tmp_path: Path, more: dict[str, Any]) -> None:
+    options = config(tmp_path / "run", checkpoint=CheckpointConfig(every=1), **more)
+    jobs.run_until(options, 2)
+    jobs.run(options)
+    assert len(jobs.rounds_of(tmp_path / "run")) == 5
 
 
 def record(number: int, deviation: float | None) -> ProbeRecord:
@@ -272,6 +298,7 @@ def test_adaptive_rounds_of_a_run(tmp_path: Path, every: int | None) -> None:
         ({"fraction": 0.5}, r"fraction=0\.5: allowed is null unless algorithm\.layers=auto"),
         ({"layers": "auto", "fraction": 1.5}, r"fraction=1\.5: allowed is a number >= 0"),
         ({"layers": "auto", "choosing_rounds": 0}, r"choosing_rounds=0: allowed is a whole"),
+        ({"layers": "auto", "rounds": 3}, r"choosing_rounds=3: allowed is fewer than rounds, 3"),
         ({"layers": ["2"], "probe_run": "x"}, r"probe_run=x: allowed is null unless"),
         ({"layers": "auto", "probe_run": " "}, r"probe_run= : allowed is the folder"),
         ({"layers": "auto", "probe_run": "x", "choosing_rounds": 1}, "leave one of both out"),

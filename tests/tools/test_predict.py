@@ -115,6 +115,21 @@ def test_only_synchronised_layers_send(words: list[str], layers: int) -> None:
     assert methods["fedtan"].synchronise_every == 1
 
 
+def test_clients_on_several_ranks(tmp_path: Path) -> None:
+    """A rank takes its part of a step, and sums of a client stay inside a node."""
+    words = ("network=nvlink_ndr", "ranks=[64]")
+    alone = {row["method"]: row for row in predicted(tmp_path, *words)}
+    shared = {row["method"]: row for row in predicted(tmp_path, *words, "ranks_per_client=4")}
+    for name, row in shared.items():
+        assert row["clients_of_a_rank"] == 1
+        assert row["compute_seconds"] == pytest.approx(alone[name]["compute_seconds"] / 4)
+        assert alone[name]["client_seconds"] == 0.0
+    assert shared["centralised"]["client_seconds"] == 0.0
+    assert 0 < shared["fedtan"]["client_seconds"] < shared["fedavg"]["client_seconds"]
+    with pytest.raises(ConfigError, match=r"ranks=6: allowed is multiples of ranks_per_client, 4"):
+        predicted(tmp_path, "ranks=[6]", "ranks_per_client=4")
+
+
 def test_options_of_the_job_count(tmp_path: Path) -> None:
     words = ("network=ethernet25", "ranks=[4,8]")
     plain = predicted(tmp_path, *words)

@@ -14,8 +14,9 @@ from fedtan_hpc.config.schema import AlgorithmConfig, Config
 from fedtan_hpc.data.batching import Samples
 from fedtan_hpc.data.client_store import Client
 from fedtan_hpc.distributed import process_group
-from fedtan_hpc.job.setup import DTYPES, host, network
+from fedtan_hpc.job.setup import DTYPES, Hosting, host, network
 from fedtan_hpc.models import factory
+from fedtan_hpc.training.client_ranks import ALONE, ClientRanks
 from fedtan_hpc.training.cohort import Cohort
 from fedtan_hpc.training.local_step import RoundContext
 
@@ -50,21 +51,25 @@ def train_round(cohort: Cohort, clients: Sequence[Client], context: RoundContext
     return losses
 
 
-def one_client(config: Config, device: torch.device) -> Callable[[], object]:
+def one_client(
+    config: Config, device: torch.device, ranks: ClientRanks = ALONE
+) -> Callable[[], object]:
     """Returns a function that runs the job's round: local steps, global statistics, average.
 
-    Without a process group the rank trains by itself and sends nothing.
+    Without a process group the rank trains by itself and sends nothing.  Each group of ``ranks``
+    has one client.
     """
     info = config.data.info()
     model = network(config, info.shape, info.classes).to(device, DTYPES[config.precision])
     samples = random_samples(config, device)
     batch = samples[torch.arange(config.batch_size, device=samples.labels.device)]
-    cohort = host(config, model, samples[:1], one_client_per_rank=True, example=batch)
+    cohort = host(config, model, samples[:1], Hosting(ranks, one_client_per_rank=True), batch)
     context = RoundContext(1, config.optimizer.lr, plan(config, 1))
+    size = ranks.part.members
 
     def run() -> object:
-        client = Client(process_group.rank(), 1 / process_group.world_size(), samples)
-        return train_round(cohort, [client], context)
+        group, groups = process_group.rank() // size, process_group.world_size() // size
+        return train_round(cohort, [Client(group, 1 / groups, samples)], context)
 
     return run
 
@@ -90,6 +95,37 @@ def plain(config: Config, model: nn.Module, samples: Samples) -> Callable[[], No
             optimizer.step()
 
     return run
+
+
+class SharedClientRound:
+    """The job's round with ``size`` ranks for each client; ``begin`` makes their groups."""
+
+    _run: Callable[[], object]
+
+    def __init__(self, config: Config, name: str, size: int, device: torch.device) -> None:
+        method = AlgorithmConfig(name=AlgorithmName(name))
+        self._config = replace(config, algorithm=method, ranks_per_client=size)
+        self._size, self._device = size, device
+
+    def begin(self) -> None:
+        """Prepares the round in the current process group, and runs it once to warm up."""
+        self._run = one_client(self._config, self._device, ClientRanks.of(self._size))
+        self._run()
+
+    def __call__(self) -> None:
+        """Runs a round; ``begin`` comes first."""
+        self._run()
+
+
+def on_rank_0(run: Callable[[], object]) -> Callable[[], None]:
+    """Returns a function that calls ``run`` on rank 0; the others wait for it."""
+
+    def called() -> None:
+        if process_group.rank() == 0:
+            run()
+        process_group.barrier()
+
+    return called
 
 
 class DataParallelRound:

@@ -17,6 +17,7 @@ from fedtan_hpc.distributed import counters
 from fedtan_hpc.distributed.model_average import ModelSum
 from fedtan_hpc.job.setup import DTYPES, network
 from fedtan_hpc.probing.schedule import Schedule, automatic_layers
+from fedtan_hpc.training.optimizers import trained_parameters
 from fedtan_hpc.training.pooled_gradients import pool_gradients
 from scaling.round_model import Load, Method
 
@@ -42,6 +43,13 @@ def methods(
     total = ModelSum(model, counters=True)
     total.add(model, 1.0)
     fedavg = Method("fedavg", (*_sent_by(total.all_reduce), 8 * (clients + 2)))
+    if config.ranks_per_client > 1:
+        trained = trained_parameters(model).values()
+        fedavg = replace(
+            fedavg,
+            client_statistics=tuple(_statistics(config, channels)),
+            client_gradients=(sum(value.nbytes for value in trained),),
+        )
     every = algorithm.synchronise_every
     chosen = _synchronised(config, model)
     fedtan = replace(
@@ -51,10 +59,22 @@ def methods(
         synchronised_steps=algorithm.synchronised_steps or 1,
         synchronise_every=1 if every in (None, AUTO) else every,
     )
+    if config.ranks_per_client > 1:  # the other layers are local in a synchronised step
+        beside = sorted(channels)
+        for each in chosen:
+            beside.remove(each)
+        fedtan = replace(fedtan, client_statistics_beside=tuple(_statistics(config, beside)))
     in_the_paper = tuple(4 * values for c in chosen for values in (c, c, 2 * c))
     gradients = _sent_by(lambda: pool_gradients([model], [1.0]))
     everywhere = tuple(_statistics(config, channels))
-    centralised = replace(fedtan, name="centralised", statistics=everywhere, gradients=gradients)
+    centralised = replace(
+        fedtan,
+        name="centralised",
+        statistics=everywhere,
+        gradients=gradients,
+        client_gradients=(),
+        client_statistics_beside=(),
+    )
     return [
         fedtan,
         replace(fedtan, name="three_messages", statistics=in_the_paper),

@@ -13,7 +13,7 @@ _LABELS = {
     "fedtan": "fedtan: 2 messages a layer",
     "three_messages": "as in the paper: 3 messages a layer",
 }
-_TERMS = ("compute", "statistics", "gradients", "average", "waiting")
+_TERMS = ("compute", "statistics", "gradients", "average", "client", "waiting")
 _REMEDIES = ("local_steps", "batch_size", "synchronise_every")
 _REMARKS = """
 All of this is computed; nothing ran on so many ranks.  The assumptions are:

@@ -26,10 +26,19 @@ class Load:
     """Seconds of a step with global statistics, without its messages; None: a local step's."""
     pooled_step_seconds: float | None = None
     """Seconds of a step that also pools gradients; None: a synchronised step's."""
+    ranks_per_client: int = 1
+    """Ranks that hold a client together; the seconds are those of one rank's part of a batch."""
+
+    def divided(self, ranks_per_client: int) -> Load:
+        """Returns the load of each of so many ranks of a client; a step's time is divided."""
+        return replace(self._times(1 / ranks_per_client), ranks_per_client=ranks_per_client)
 
     def scaled(self, batch_size: int) -> Load:
         """Returns the load with another batch size; a step's time is proportional to it."""
-        factor, changes = batch_size / self.batch_size, dict[str, Any](batch_size=batch_size)
+        return replace(self._times(batch_size / self.batch_size), batch_size=batch_size)
+
+    def _times(self, factor: float) -> Load:
+        changes = dict[str, Any]()
         for name in ("step_seconds", "synchronised_step_seconds", "pooled_step_seconds"):
             if (seconds := getattr(self, name)) is not None:
                 changes[name] = factor * seconds
@@ -52,6 +61,12 @@ class Method:
     """Messages of each synchronised step."""
     gradients: tuple[int, ...] = ()
     """Messages of each local step."""
+    client_statistics: tuple[int, ...] = ()
+    """Messages of a local step between the ranks of one client, for BN layers."""
+    client_statistics_beside: tuple[int, ...] = ()
+    """Messages of a synchronised step between these ranks, for layers that are local in it."""
+    client_gradients: tuple[int, ...] = ()
+    """Messages of each step between these ranks."""
     synchronised_steps: int | None = 1
     """Synchronised steps of a round that has any; None: all steps."""
     synchronise_every: int = 1
@@ -74,6 +89,8 @@ class Terms:
     statistics: float
     gradients: float
     average: float
+    client: float
+    """Seconds in messages between the ranks that hold one client."""
     waiting: float
     """Seconds in messages for ranks that arrive later."""
 
@@ -103,7 +120,13 @@ def terms(method: Method, load: Load, network: Network, ranks: int) -> Terms:
     def sums(messages: Sequence[int]) -> float:
         return sum(network.all_reduce_seconds(size, ranks) for size in messages)
 
+    def client_sums(messages: Sequence[int]) -> float:
+        return sum(network.all_reduce_seconds(size, load.ranks_per_client) for size in messages)
+
     synchronised = method.steps(load.local_steps)
+    of_client = load.local_steps * client_sums(method.client_gradients)
+    of_client += (load.local_steps - synchronised) * client_sums(method.client_statistics)
+    of_client += synchronised * client_sums(method.client_statistics_beside)
     step = load.clients * load.synchronised_seconds(method)
     local = (load.local_steps - synchronised) * (load.clients * load.step_seconds)
     messages = len(method.statistics) + (1 if method.gradients else 0)
@@ -117,6 +140,7 @@ def terms(method: Method, load: Load, network: Network, ranks: int) -> Terms:
         statistics=synchronised * sums(method.statistics),
         gradients=load.local_steps * sums(method.gradients),
         average=sums(method.average),
+        client=load.clients * of_client,
         waiting=waiting,
     )
 

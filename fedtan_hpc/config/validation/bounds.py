@@ -72,6 +72,7 @@ def _share(example: object) -> Bound:
 BOUNDS: Mapping[str, Bound] = {
     "clients": _count(),
     "clients_per_round": _count(),
+    "ranks_per_client": _count(1, 4096),
     "rounds": _count(),
     "local_steps": _count(most=10**6),
     "local_epochs": _count(),

@@ -5,7 +5,7 @@ Used by ``validate``.
 
 from collections.abc import Iterator
 
-from ..algorithms import ALL, AUTO
+from ..algorithms import ALL, AUTO, CHOOSING_ROUNDS, FRACTION
 from ..errors import format_option_error
 from ..schema import Config
 
@@ -36,6 +36,7 @@ def synchronising_mistakes(config: Config) -> Iterator[str]:
                 remedy = f"leave it out or use algorithm.{name}=auto"
                 allowed = f"null unless algorithm.{name}=auto"
                 yield format_option_error(f"algorithm.{user}", value, allowed, remedy)
+    yield from _choice_mistakes(config)
     if options.probe_run is not None and not options.probe_run.strip():
         allowed, remedy = "the folder of a run, or null", "name a folder or leave it out"
         yield format_option_error("algorithm.probe_run", options.probe_run, allowed, remedy)
@@ -43,6 +44,18 @@ def synchronising_mistakes(config: Config) -> Iterator[str]:
         allowed, remedy = "null with algorithm.probe_run", "leave one of both out"
         option = "algorithm.choosing_rounds"
         yield format_option_error(option, options.choosing_rounds, allowed, remedy)
+
+
+def _choice_mistakes(config: Config) -> Iterator[str]:
+    """The layers must be chosen before the last round."""
+    options = config.algorithm
+    rounds = options.choosing_rounds or CHOOSING_ROUNDS
+    fraction = FRACTION if options.fraction is None else options.fraction
+    chooses = options.layers == AUTO and options.probe_run is None and 0 < fraction < 1
+    if chooses and rounds >= config.rounds:
+        allowed = f"fewer than rounds, {config.rounds}, for the choice comes after them"
+        remedy = "set fewer, train more rounds, or name the layers"
+        yield format_option_error("algorithm.choosing_rounds", rounds, allowed, remedy)
 
 
 def _are_names(value: object) -> bool:

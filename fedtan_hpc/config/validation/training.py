@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from math import inf
 
-from ..algorithms import ALGORITHMS, Algorithm, Normaliser, ParameterGroup
+from ..algorithms import ALGORITHMS, AUTO, Algorithm, Normaliser, ParameterGroup
 from ..enums import CohortMode, GammaName, ModelName, ModelSource, NormName, ServerOptimizerName
 from ..errors import format_option_error
 from ..schema import Config
@@ -116,6 +116,26 @@ def _is_by_batch(algorithm: Algorithm) -> bool:
     return algorithm.normaliser is Normaliser.batch and algorithm.later_normaliser is None
 
 
+def _several_ranks(config: Config) -> Iterator[str]:
+    """What a client on several ranks does not support."""
+    if config.ranks_per_client == 1:
+        return
+    algorithm, where = config.algorithm, f"ranks_per_client={config.ranks_per_client}"
+    if ALGORITHMS[algorithm.name].normaliser is Normaliser.running:
+        allowed, remedy = f"none of fbn and hbn with {where}", "use another, or ranks_per_client=1"
+        yield format_option_error("algorithm", algorithm.name, allowed, remedy)
+    refused = {
+        "compile": ("true", config.compile, "false"),
+        "cohort.mode": ("stacked", config.cohort.mode is CohortMode.stacked, "auto or sequential"),
+        "probe.every": (config.probe.every, config.probe.every is not None, "null"),
+        "algorithm.layers": (AUTO, algorithm.layers == AUTO, "all or a list of names"),
+        "algorithm.synchronise_every": (AUTO, algorithm.synchronise_every == AUTO, "a number"),
+    }
+    for option, (value, is_set, instead) in refused.items():
+        if is_set:
+            yield format_option_error(option, value, f"{instead} with {where}", "leave it out")
+
+
 def _probe(config: Config) -> Iterator[str]:
     """A probe compares statistics of batches: local ones with global ones."""
     algorithm = ALGORITHMS[config.algorithm.name]
@@ -137,6 +157,7 @@ def _incompatible(config: Config) -> Iterator[str]:
         allowed = f"none with algorithm={name}, which averages nothing"
         yield format_option_error("server.optimizer", optimizer, allowed, "leave it out")
     yield from _probe(config)
+    yield from _several_ranks(config)
     running = ALGORITHMS[name].normaliser is Normaliser.running
     if running and config.cohort.mode is CohortMode.stacked:
         allowed = f"auto or sequential with algorithm={name}"

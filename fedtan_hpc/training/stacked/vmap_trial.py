@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm.layer import FedTANBatchNorm
-from ..batchnorm.statistics_call import GlobalStatistics, Verify
-from ..config.algorithms import RoundPlan, plan
-from ..config.schema import Config
-from ..data.batching import Samples
-from ..data.client_store import Client
-from ..distributed.model_average import model_tensors
-from ..models.copies import copied
-from ..runtime import global_random
-from ..runtime.transfer import copy_all
-from .local_step import LocalRun, Loss, RoundContext, set_training_mode
+from ...batchnorm.layer import FedTANBatchNorm
+from ...batchnorm.statistics_call import GlobalStatistics, Verify
+from ...config.algorithms import RoundPlan, plan
+from ...config.schema import Config
+from ...data.batching import Samples
+from ...data.client_store import Client
+from ...distributed.model_average import model_tensors
+from ...models.copies import copied
+from ...runtime import global_random
+from ...runtime.transfer import copy_all
+from ..local_step import LocalRun, Loss, RoundContext, set_training_mode
 from .vmap_clients import Stack
 
 _SIZES = ((2, 2), (2, 3))

@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
-from ..batchnorm.context import chosen_layers, model_tag, normalised_by
-from ..batchnorm.conversion import batchnorm_layers
-from ..batchnorm.layer import FedTANBatchNorm
-from ..batchnorm.local_statistics import (
+from ...batchnorm.context import chosen_layers, model_tag, normalised_by
+from ...batchnorm.conversion import batchnorm_layers
+from ...batchnorm.layer import FedTANBatchNorm
+from ...batchnorm.local_statistics import (
     LocalStatistics,
     PartlyGlobal,
     RunningStatistics,
     move_stacks,
 )
-from ..batchnorm.statistics_call import BatchNormContext, GlobalStatistics
-from ..models.outputs import arguments
-from ..runtime.transfer import constant, copy_all
-from .local_step import LocalRun, ProximalTerm
-from .optimizers import ClientOptimizer, trained_parameters
-from .pooled_gradients import mean_over_ranks
+from ...batchnorm.statistics_call import BatchNormContext, GlobalStatistics
+from ...models.outputs import arguments
+from ...runtime.transfer import constant, copy_all
+from ..local_step import LocalRun, ProximalTerm
+from ..optimizers import ClientOptimizer, trained_parameters
+from ..pooled_gradients import mean_over_ranks
 
 Gradients = dict[str, Tensor]
 """The clients' gradients, (K, ...) each, by parameter name."""
