@@ -53,7 +53,7 @@ NOT_IDENTIFYING = (
     *("resume", "resume_change", "resume_trust"),
 )
 """Options and groups that do not change what a run computes."""
-_WHERE_COMPUTED = ("comm", "threads", "device")
+_WHERE_COMPUTED = ("comm", "threads", "device", "ranks_per_client")
 """Options that name the folder, but may change when a run continues."""
 _MODES = {RunDirMode.private: folders.PRIVATE, RunDirMode.group: folders.GROUP}
 _MODELS = ("model.pt", "best.pt", "clients.pt")
