@@ -42,7 +42,10 @@ Harm = Callable[[Path], object]
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    """At a half; a file of options inside a name, or it would be one of an older version."""
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    end = half.rfind(b":") if path.suffix == ".yaml" else len(half)
+    path.write_bytes(half[:end])
 
 
 def flipped(path: Path, seed: int) -> None:

@@ -162,6 +162,12 @@ def shortened(line: str) -> str:
     added = [word for programs, more in SHORT.items() if words & set(programs) for word in more]
     if "synchronised_steps=" in line or "local_epochs=" in line:  # these decide
         added = [word for word in added if word != "local_steps=1"]
+    if "layers=auto" in line and "probe_run=" not in line:  # the choice comes after three rounds
+        added = [word.replace("rounds=1", "rounds=4") for word in added]
+    if "probe.every=" in line:
+        added.append("probe.every=1")
+        if words & set(COMPARISON) and "seeds=" not in line:
+            added.append("seeds=[0]")
     return " ".join([command, *added, operator, rest]).strip()
 
 

@@ -165,7 +165,8 @@ def _beyond(options: object, bounds: Mapping[str, Bound], prefix: str) -> Iterat
 
 def _numbers(value: Any) -> list[float]:
     """Returns the numbers of an option, which may also be null or a word."""
-    return value if isinstance(value, list) else [] if isinstance(value, str | None) else [value]
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values if isinstance(each, int | float)]
 
 
 def within(options: Options, bounds: Mapping[str, Bound]) -> Options:
@@ -176,7 +177,7 @@ def within(options: Options, bounds: Mapping[str, Bound]) -> Options:
         holder = attrgetter(group)(changed) if group else changed
         value = getattr(holder, field)
         if isinstance(value, list):
-            setattr(holder, field, [bound.nearest(each) for each in value])
-        elif not isinstance(value, str | None):
+            setattr(holder, field, [bound.nearest(each) for each in _numbers(value)])
+        elif isinstance(value, int | float):
             setattr(holder, field, bound.nearest(value))
     return changed
