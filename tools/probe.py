@@ -44,7 +44,7 @@ _MOST_BATCHES = 10_000
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """The command line."""
 
     folder: Path
     out: Path

@@ -46,13 +46,17 @@ class Part:
 
     def of(self, samples: int) -> slice:
         """Returns the positions of the part in a batch; the first one if the part is empty."""
-        begin, end = (samples * each // self.members for each in (self.member, self.member + 1))
+        begin, end = self._ends(samples)
         return slice(begin, end) if end > begin else slice(0, 1)
 
     def share(self, samples: int) -> float:
         """Returns the size of the part over that of the batch."""
-        begin, end = (samples * each // self.members for each in (self.member, self.member + 1))
+        begin, end = self._ends(samples)
         return (end - begin) / samples
+
+    def _ends(self, samples: int) -> tuple[int, int]:
+        begin, end = samples * self.member, samples * (self.member + 1)
+        return begin // self.members, end // self.members
 
 
 WHOLE = Part()
@@ -251,7 +255,7 @@ class BatchSampler:
                 steps = min(left, max(1, _DRAWN // self.batch_size))
                 yield torch.from_numpy(rng.integers(samples, size=(steps, self.batch_size)))
                 left -= steps
-        size = min(self.batch_size, samples)
+        size = self.size_of(samples)
         per_pass = samples // size
         passes = max(1, _DRAWN // (per_pass * size))
         rng = random_streams.generator(random_streams.BATCHES, *key)

@@ -148,8 +148,8 @@ class Watchdog:
         return [rank for rank in late if not self._waits_for_another(rank, counts)]
 
     def _begun(self, rank: int) -> tuple[int, int]:
-        words = (self._channel.read(f"collectives/{rank}") or "0 0").split()
-        return int(words[0]), int(words[-1]) if len(words) > 1 else 0
+        of_all, of_client = (self._channel.read(f"collectives/{rank}") or "0 0").split()
+        return int(of_all), int(of_client)
 
     def _waits_for_another(self, rank: int, counts: Sequence[tuple[int, int]]) -> bool:
         mates = process_group.ranks_of_client(rank)

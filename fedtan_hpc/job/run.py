@@ -190,9 +190,10 @@ def _opened(run: RunContext) -> tuple[RunContext, OpenedData, list[str]]:
 
     Returns the run with the options that the data decide, and lines that say what was found.
     """
-    probes = _agreed(run.is_first, lambda: schedule.read_saved(run.config, run.run_dir))
     config, opened = open_data(run.config, run.placement)
-    opened = replace(opened, saved_probes=collectives.broadcast_object(probes))
+    if config.algorithm.probe_run is not None:
+        probes = _agreed(run.is_first, lambda: schedule.read_saved(config, run.run_dir))
+        opened = replace(opened, saved_probes=collectives.broadcast_object(probes))
     notes = [opened.note] if opened.note else []
     if opened.dataset is not None or config.model.weights is not None:
         ranks = run.rank_info.world_size

@@ -196,9 +196,10 @@ def prepare(
     one_each = _one_client_per_rank(config, store)
     batch = store.example(config.batch_size) if config.compile else None
     hosting = Hosting(ranks, placement.ranks_per_device, one_each)
-    cohort = host(config, model, store.dummy(), hosting, batch)
+    dummy = store.dummy()
+    cohort = host(config, model, dummy, hosting, batch)
     evaluator = Evaluator(cohort, dataset, store, config)
-    probe = Probe(cohort.runner.models, store.dummy(), cohort.runner.budget)
+    probe = Probe(cohort.runner.models, dummy, cohort.runner.budget)
     schedule = Schedule(config, list(batchnorm_layers(model)), opened.saved_probes)
     return Trainer(config, store, cohort, evaluator, probe, schedule)
 

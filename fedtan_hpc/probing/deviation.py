@@ -13,7 +13,7 @@ such as that of a bias in front of BN."""
 
 
 class Deviation(NamedTuple):
-    """Of one tensor, or of all together; None where the global gradient is 0 to rounding."""
+    """The deviation of a tensor, or of all; None where the global gradient is 0 to rounding."""
 
     relative: float | None
     """||h - g|| / ||g||"""

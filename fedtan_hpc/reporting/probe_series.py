@@ -74,7 +74,7 @@ def of_records(records: Iterable[ProbeRecord]) -> ProbeSeries | None:
 
 @dataclass(frozen=True)
 class _Row:
-    """What one record tells: by quantity, then name; and by kind and cause."""
+    """The figures of one record: by quantity, then name; and by kind and cause."""
 
     values: dict[str, list[Value]]
     totals: dict[str, Value]

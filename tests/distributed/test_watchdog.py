@@ -66,7 +66,7 @@ def test_the_rank_that_has_begun_fewer_collectives_is_named(
     channel = Channel(Store(), "a secret")
     for rank, number in enumerate(begun):
         if number is not None:
-            channel.write(f"collectives/{rank}", str(number))
+            channel.write(f"collectives/{rank}", f"{number} 0")
     monkeypatch.setattr(counters, "progress", Progress(round=round_number, collectives=9))
     monkeypatch.setattr(process_group, "world_size", lambda: len(begun))
     watchdog = Watchdog(channel, 30, print)

@@ -117,7 +117,7 @@ def _is_by_batch(algorithm: Algorithm) -> bool:
 
 
 def _several_ranks(config: Config) -> Iterator[str]:
-    """What a client on several ranks does not support."""
+    """Checks choices that a client on several ranks does not allow."""
     if config.ranks_per_client == 1:
         return
     algorithm, where = config.algorithm, f"ranks_per_client={config.ranks_per_client}"
