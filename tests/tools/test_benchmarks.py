@@ -134,6 +134,10 @@ def test_the_memory_of_workers_is_read_while_they_live() -> None:
     worker = subprocess.Popen([sys.executable, "-c", f"a = b'1' * 50_000_000; {sleep}"])
     while peaks.workers < 50e6:
         time.sleep(0.05)
+    short = processes.MemoryPeaks()
+    short.start()
+    short.finish()
+    assert short.everything > short.workers > 50e6
     worker.kill()
     worker.wait()
     peaks.finish()

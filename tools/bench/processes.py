@@ -54,11 +54,15 @@ class MemoryPeaks(threading.Thread):
     def run(self) -> None:
         """Reads ten times a second."""
         while not self._is_over.wait(0.1):
-            workers = sum(map(proportional_bytes, children()))
-            self.workers = max(self.workers, workers)
-            self.everything = max(self.everything, workers + proportional_bytes(os.getpid()))
+            self._read()
 
     def finish(self) -> None:
-        """Ends the thread."""
+        """Ends the thread and reads once more: what was measured may have been shorter than 0.1 s."""
         self._is_over.set()
         self.join()
+        self._read()
+
+    def _read(self) -> None:
+        workers = sum(map(proportional_bytes, children()))
+        self.workers = max(self.workers, workers)
+        self.everything = max(self.everything, workers + proportional_bytes(os.getpid()))
