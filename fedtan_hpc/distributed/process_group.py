@@ -33,8 +33,8 @@ _start_numbers = itertools.count(1)
 _stores: dict[tuple[str, int], Any] = {}
 """The stores of this process by address and port, kept until the process ends.  Where rank 0 serves
 one, a rank that is already at its next start may be connected to it."""
-_groups: WeakKeyDictionary[Any, dict[int, Group]] = WeakKeyDictionary()
-"""This rank's group of consecutive ranks by its size, for each process group."""
+_groups: WeakKeyDictionary[Any, dict[tuple[int, int], Group]] = WeakKeyDictionary()
+"""This rank's groups of consecutive ranks by size and number, for each process group."""
 _client_ranks = [1]
 """Ranks that hold one client together, in the present job."""
 _limit: timedelta | None = None
@@ -169,21 +169,27 @@ def ranks(group: Group = None) -> list[int]:
     return dist.get_process_group_ranks(group or dist.group.WORLD) if is_started() else [0]
 
 
-def consecutive_groups(size: int) -> Group:
+def backend(group: Group = None) -> str:
+    """Returns the name of the backend of ``group``."""
+    return str(dist.get_backend(group))
+
+
+def consecutive_groups(size: int, number: int = 0) -> Group:
     """Lets ``size`` consecutive ranks hold clients together; returns their group, or None for one.
 
-    All ranks call it together; the groups are made once for each process group.
+    All ranks call it together; the groups are made once for each process group.  Messages of
+    groups with different numbers do not wait for each other.
     """
     _client_ranks[0] = size
     if size == 1:
         return None
     known = _groups.setdefault(dist.group.WORLD, {})
-    if size not in known:
+    if (size, number) not in known:
         starts = range(0, world_size(), size)
         members = [list(range(start, start + size)) for start in starts]
         groups = [dist.new_group(each, timeout=_limit) for each in members]
-        known[size] = groups[rank() // size]
-    return known[size]
+        known[size, number] = groups[rank() // size]
+    return known[size, number]
 
 
 def ranks_of_client(member: int) -> list[int]:

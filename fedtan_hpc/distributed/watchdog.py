@@ -73,8 +73,8 @@ class Watchdog:
         self._pause = min(1.0, timeout_seconds / _CHECKS)
         self._rank, self._world_size = process_group.rank(), process_group.world_size()
         self._ended = threading.Event()
-        self._posted = 0, 0
-        """Collectives of all ranks, and of those of its client, that this one has noted."""
+        self._posted = ""
+        """What this rank has noted: collectives of all ranks and of its client, and its number."""
         self._leaves = threading.Lock()
         self.processes: Sequence[Process | None] = ()
         """The processes of all ranks, by rank, once they are known."""
@@ -114,9 +114,11 @@ class Watchdog:
 
     def _check_ranks(self) -> None:
         progress = counters.progress
-        if (begun := (progress.collectives, progress.client_collectives)) != self._posted:
-            self._posted = begun
-            self._channel.write(f"collectives/{self._rank}", f"{begun[0]} {begun[1]}")
+        client = "" if progress.client is None else progress.client
+        note = f"{progress.collectives} {progress.client_collectives} {client}"
+        if note != self._posted:
+            self._posted = note
+            self._channel.write(f"collectives/{self._rank}", note)
         if verdict := self._channel.read("verdict"):
             self._exit_with(f"rank {self._rank} ends: {verdict}", self._behind())
         # All ranks must read the verdict before the time-out, after which ``_check_clock`` acts.
@@ -147,8 +149,11 @@ class Watchdog:
         ]
         return [rank for rank in late if not self._waits_for_another(rank, counts)]
 
+    def _note(self, rank: int) -> list[str]:
+        return (self._channel.read(f"collectives/{rank}") or "0 0").split()
+
     def _begun(self, rank: int) -> tuple[int, int]:
-        of_all, of_client = (self._channel.read(f"collectives/{rank}") or "0 0").split()
+        of_all, of_client, *_ = self._note(rank)
         return int(of_all), int(of_client)
 
     def _waits_for_another(self, rank: int, counts: Sequence[tuple[int, int]]) -> bool:
@@ -165,7 +170,8 @@ class Watchdog:
         ranks = f"rank {behind[0]} hangs" if len(behind) == 1 else f"ranks {behind[:20]} hang"
         mates = process_group.ranks_of_client(behind[0])
         if len(behind) == 1 and len(mates) > 1:
-            ranks = f"rank {behind[0]} of the client on ranks {mates[0]} to {mates[-1]} hangs"
+            client = " ".join(["the client", *self._note(behind[0])[2:]])
+            ranks = f"rank {behind[0]} of {client} on ranks {mates[0]} to {mates[-1]} hangs"
         return f"{ranks} {when}, or cannot be reached; {waited}"
 
     def _exit_with(self, verdict: str, hanging: Sequence[int] = ()) -> NoReturn:

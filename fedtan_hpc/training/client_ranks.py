@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..batchnorm.context import chosen_layers, statistics_of_client
 from ..data.batching import WHOLE, Part
-from ..distributed import collectives, process_group
-from ..models.parameter_groups import pack, unpack
+from ..distributed import process_group
+from .client_gradients import ClientGradients
 from .optimizers import trained_parameters
+
+OVERLAPPING = {"nccl"}
+"""Backends over which gradients are summed during the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,18 @@ class ClientRanks:
     group: process_group.Group = None
     number: int = 0
     """The number of the group, from 0."""
+    gradient_group: process_group.Group = None
+    """The group for gradients, with the ranks of ``group``; another one if gradients overlap."""
 
     @classmethod
     def of(cls, ranks_per_client: int) -> "ClientRanks":
         """Makes the groups of consecutive ranks; all ranks call it together."""
         rank = process_group.rank()
         part = Part(rank % ranks_per_client, ranks_per_client)
-        group = process_group.consecutive_groups(ranks_per_client)
-        return cls(part, group, rank // ranks_per_client)
+        group = gradient_group = process_group.consecutive_groups(ranks_per_client)
+        if group is not None and process_group.backend(group) in OVERLAPPING:
+            gradient_group = process_group.consecutive_groups(ranks_per_client, number=1)
+        return cls(part, group, rank // ranks_per_client, gradient_group)
 
     @property
     def are_many(self) -> bool:
@@ -62,15 +68,13 @@ class ClientRanks:
         with statistics_of_client(module, names, share, self.group):
             yield
 
-    def average_gradients(self, module: nn.Module, share: float) -> None:
-        """Sets the gradients of ``module`` to the client's, in one message within the group."""
-        if not self.are_many:
-            return
-        gradients = [each.grad for each in trained_parameters(module).values()]
-        present = [gradient for gradient in gradients if gradient is not None]
-        message = pack(present)
-        message = message.mul_(share) if share else torch.zeros_like(message)
-        unpack(collectives.sum_for_client(message, self.group, "a client's gradients"), present)
+    def gradients(self, module: nn.Module, share: float) -> ClientGradients:
+        """Returns what sums the gradients of ``module`` over the client's ranks."""
+        values, overlaps = (
+            trained_parameters(module).values(),
+            self.gradient_group is not self.group,
+        )
+        return ClientGradients(list(values), share, self.gradient_group, overlaps)
 
 
 ALONE = ClientRanks()

@@ -179,6 +179,7 @@ class LocalRun:
         self._ranks, size = ranks, sampler.size_of(len(client.samples))
         self._part, self.share = ranks.part.of(size), ranks.part.share(size)
         """Which samples of each batch this rank takes, and the share of the batch that they are."""
+        self._gradients = ranks.gradients(model, self.share)
         self._layers = context.plan.layers
         self.first_gradients = context.first_gradients
         self._round, self._draws = context.number, _drawn(client, context.number, config)
@@ -236,7 +237,7 @@ class LocalRun:
             if value.grad is None and value.requires_grad:
                 value.grad = torch.zeros_like(value)
         if not are_averaged:
-            self._ranks.average_gradients(self.model, self.share)
+            self._gradients.average()
         if self.first_gradients is not None and self.losses.count == 0:
             self.first_gradients.add(self.model, self.client.weight)
         self.proximal.add_to_gradients()
@@ -250,7 +251,7 @@ class LocalRun:
         of the client have the parts of a sum.  Frees the optimizer's state, because a rank may have
         many clients.
         """
-        with self._normalisation:
+        with self._normalisation, self._gradients.overlapped():
             while self.losses.count < self.steps:
                 with self._ranks.statistics(self.model, self.share):
                     loss = self.loss()

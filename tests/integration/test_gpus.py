@@ -106,18 +106,32 @@ def test_every_tensor_is_that_of_the_authors(name: str) -> None:
         assert all(torch.equal(other[key], value) for key, value in after.items())
 
 
-@pytest.mark.parametrize("algorithm", ["fedtan", "fedavg", "silobn", "centralised"])
-def test_a_job_ends_where_a_single_process_on_a_cpu_does(algorithm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "ranks_per_client"),
+    [
+        ("fedtan", 1),
+        ("fedavg", 1),
+        ("silobn", 1),
+        ("centralised", 1),
+        ("fedtan", GPUS),  # gradients are summed during the backward pass
+        ("fedavg", GPUS),
+    ],
+)
+def test_a_job_ends_where_a_single_process_on_a_cpu_does(
+    algorithm: str, ranks_per_client: int, tmp_path: Path
+) -> None:
     words = [f"algorithm={algorithm}", f"clients={2 * GPUS}", "partition=iid", "rounds=3"]
     words += ["precision=float64", "local_steps=3"]
     launcher = ["torchrun", "--nproc-per-node", str(GPUS), "-m"]
     ways = {"cpu": ["python", "-m"], KIND: launcher}
+    extra = {"cpu": [], KIND: [f"ranks_per_client={ranks_per_client}"]}
     losses = {}
     for kind, start in ways.items():
         done = commands.run(
             *start,
             "fedtan_hpc",
             *words,
+            *extra[kind],
             f"device={kind}",
             f"run_dir={kind}",
             cwd=tmp_path,

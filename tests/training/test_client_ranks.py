@@ -37,6 +37,7 @@ from fedtan_hpc.config.schema import (
     ServerConfig,
 )
 from fedtan_hpc.config.validate import check
+from fedtan_hpc.training import client_gradients, client_ranks
 from tests.helpers import commands, jobs
 from tests.helpers.ranks import RankFailed, on_ranks
 from tests.helpers.rounds import distance
@@ -157,6 +158,27 @@ def test_images_are_changed_and_read_as_on_one_rank(tmp_path: Path, loading: str
         workers=0 if loading == "stream" else None,
     )
     same(tmp_path, "fedavg", data=data, model=ModelConfig(name=ModelName.cnn))
+
+
+def overlapped(options: Config) -> Result:
+    client_ranks.OVERLAPPING, client_gradients._BUCKET_BYTES = {"gloo", "mpi4py"}, 1000
+    try:
+        return result(options)
+    finally:
+        client_ranks.OVERLAPPING, client_gradients._BUCKET_BYTES = {"nccl"}, 25 * 2**20
+
+
+@pytest.mark.parametrize("algorithm", ["fedtan", "fedbn"])
+def test_gradients_that_are_summed_during_the_backward_pass(tmp_path: Path, algorithm: str) -> None:
+    model = ModelConfig(name=ModelName.cnn)
+    made = [config(algorithm, tmp_path / f"{n}", model=model, ranks_per_client=n) for n in (1, 2)]
+    wanted, found = on_ranks(1, result, made[0])[0], on_ranks(4, overlapped, made[1])[0]
+    assert distance(found[0], wanted[0]) < 1e-10
+    assert found[1] == pytest.approx(wanted[1], abs=1e-10)
+    after = config(algorithm, tmp_path / "after", model=model, ranks_per_client=2)
+    on_ranks(4, jobs.run, after)
+    packed, many = (jobs.rounds_of(Path(str(each.run_dir)))[0] for each in (after, made[1]))
+    assert many["client_messages"] > packed["client_messages"] + 3
 
 
 def test_a_batch_smaller_than_the_group_leaves_ranks_without_a_sample(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class MemoryPeaks(threading.Thread):
             self._read()
 
     def finish(self) -> None:
-        """Ends the thread and reads once more: what was measured may have been shorter than 0.1 s."""
+        """Ends the thread and reads once more, as the work may have been shorter than 0.1 s."""
         self._is_over.set()
         self.join()
         self._read()
