@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import commands, slurm_user
+from tests.helpers.jobs import state_of
+from tests.helpers.rounds import distance
 from tests.helpers.slurm_user import Slurm, rounds_of, same_models, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -38,6 +40,25 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 def link(state: str) -> None:
     subprocess.run([TWO_HOSTS, "link", state], check=True)
+
+
+def test_a_client_on_the_ranks_of_a_node_or_of_two(slurm: Slurm, tmp_path: Path) -> None:
+    """Both end as a single process does; rank 0 says which nodes hold one client together."""
+    words = ("clients=2", "rounds=3", "precision=float64", "model=mlp")
+    shared = (*words, "ranks_per_client=2")
+    spread = "ranks_per_client=2: ranks 0 to 1, which hold one client, are on the nodes th-a, th-b"
+    together = slurm.sbatch("--nodes=2", "--ntasks-per-node=2", *shared, "run_dir=node")
+    assert slurm.ended(together)["JobState"] == "COMPLETED", slurm.said()
+    assert "launcher srun, nodes 2, ranks 4" in slurm.said()
+    assert "hold one client" not in slurm.said()
+    apart = slurm.sbatch(*A_NODE_EACH, *shared, "run_dir=nodes")
+    assert slurm.ended(apart)["JobState"] == "COMPLETED", slurm.said()
+    assert spread in slurm.said()
+    done = commands.run("python", "-m", "fedtan_hpc", *words, "run_dir=single", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    single = state_of(tmp_path / "single")
+    for name in ("node", "nodes"):
+        assert distance(state_of(tmp_path / name), single) < 1e-10
 
 
 def test_a_cut_link_ends_a_job_over_two_hosts_and_it_goes_on(slurm: Slurm, tmp_path: Path) -> None:
