@@ -18,6 +18,8 @@ set's shape.  Variants:
     alone         the same on rank 0 while the others wait; only with shared
     fedavg        this package
     fedtan        this package
+    overlapped    fedavg that sums a client's gradients during the backward pass, with shared; in
+                  fedavg they are summed after it, in fedtan as the job does
     ddp           torch's SyncBatchNorm and DistributedDataParallel, on GPUs with a launcher: every
                   step does what FedTAN does in its first; compare them with local_steps=1
 
@@ -138,7 +140,7 @@ def _shared_variants(
         alone = rounds.on_rank_0(rounds.build(config, "local", False, device))
         yield Variant("alone", backend, False, alone)
     for size in shared:
-        for name in ("fedavg", "fedtan"):
+        for name in ("fedavg", "fedtan", "overlapped"):
             run = rounds.SharedClientRound(config, name, size, device)
             yield Variant(f"{name}, {size} ranks a client", backend, False, run, run.begin)
 

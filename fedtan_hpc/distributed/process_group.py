@@ -169,9 +169,9 @@ def ranks(group: Group = None) -> list[int]:
     return dist.get_process_group_ranks(group or dist.group.WORLD) if is_started() else [0]
 
 
-def backend(group: Group = None) -> str:
-    """Returns the name of the backend of ``group``."""
-    return str(dist.get_backend(group))
+def backend() -> str:
+    """Returns the name of the process group's backend; empty without a process group."""
+    return str(dist.get_backend()) if is_started() else ""
 
 
 def consecutive_groups(size: int, number: int = 0) -> Group:

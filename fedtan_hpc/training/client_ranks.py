@@ -18,9 +18,6 @@ from ..distributed import process_group
 from .client_gradients import ClientGradients
 from .optimizers import trained_parameters
 
-OVERLAPPING = {"nccl"}
-"""Backends over which gradients are summed during the backward pass."""
-
 
 @dataclass(frozen=True)
 class ClientRanks:
@@ -34,12 +31,17 @@ class ClientRanks:
     """The group for gradients, with the ranks of ``group``; another one if gradients overlap."""
 
     @classmethod
-    def of(cls, ranks_per_client: int) -> "ClientRanks":
-        """Makes the groups of consecutive ranks; all ranks call it together."""
+    def of(cls, ranks_per_client: int, overlaps: bool | None = None) -> "ClientRanks":
+        """Makes the groups of consecutive ranks; all ranks call it together.
+
+        ``overlaps``: sums gradients during the backward pass; by default over NCCL.
+        """
         rank = process_group.rank()
         part = Part(rank % ranks_per_client, ranks_per_client)
         group = gradient_group = process_group.consecutive_groups(ranks_per_client)
-        if group is not None and process_group.backend(group) in OVERLAPPING:
+        if overlaps is None:
+            overlaps = process_group.backend() == "nccl"
+        if overlaps:
             gradient_group = process_group.consecutive_groups(ranks_per_client, number=1)
         return cls(part, group, rank // ranks_per_client, gradient_group)
 

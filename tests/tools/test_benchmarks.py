@@ -22,10 +22,13 @@ TINY = ("model=mlp", "data.shape=[1,4,4]", "local_steps=2", "batch_size=4", "rep
 
 def test_a_round_of_every_variant_is_timed(tmp_path: Path) -> None:
     tool = commands.tool("bench_round.py")
-    done = commands.forked("torchrun", "--nproc-per-node", "2", tool, *TINY, cwd=tmp_path)
+    words = ("--nproc-per-node", "2", tool, *TINY, "shared=[2]")
+    done = commands.forked("torchrun", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [row["variant"] for row in found["results"]] == ["plain", "local", "fedavg", "fedtan"]
+    names, shared = ["plain", "local", "fedavg", "fedtan", "alone"], "2 ranks a client"
+    names += [f"{name}, {shared}" for name in ("fedavg", "fedtan", "overlapped")]
+    assert [row["variant"] for row in found["results"]] == names
     for row in found["results"]:
         assert row["round_ms"] > 0
         assert len(row["all_ms"]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from fedtan_hpc.config.schema import (
     ServerConfig,
 )
 from fedtan_hpc.config.validate import check
-from fedtan_hpc.training import client_gradients, client_ranks
+from fedtan_hpc.training import client_gradients
+from fedtan_hpc.training.client_ranks import ClientRanks
 from tests.helpers import commands, jobs
 from tests.helpers.ranks import RankFailed, on_ranks
 from tests.helpers.rounds import distance
@@ -161,11 +163,10 @@ def test_images_are_changed_and_read_as_on_one_rank(tmp_path: Path, loading: str
 
 
 def overlapped(options: Config) -> Result:
-    client_ranks.OVERLAPPING, client_gradients._BUCKET_BYTES = {"gloo", "mpi4py"}, 1000
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClientRanks, "of", partial(ClientRanks.of, overlaps=True))
+        patch.setattr(client_gradients, "_BUCKET_BYTES", 1000)
         return result(options)
-    finally:
-        client_ranks.OVERLAPPING, client_gradients._BUCKET_BYTES = {"nccl"}, 25 * 2**20
 
 
 @pytest.mark.parametrize("algorithm", ["fedtan", "fedbn"])

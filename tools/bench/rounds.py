@@ -103,13 +103,15 @@ class SharedClientRound:
     _run: Callable[[], object]
 
     def __init__(self, config: Config, name: str, size: int, device: torch.device) -> None:
-        method = AlgorithmConfig(name=AlgorithmName(name))
+        self._overlaps = {"fedavg": False, "overlapped": True}.get(name)
+        method = AlgorithmConfig(name=AlgorithmName("fedavg" if self._overlaps else name))
         self._config = replace(config, algorithm=method, ranks_per_client=size)
         self._size, self._device = size, device
 
     def begin(self) -> None:
         """Prepares the round in the current process group, and runs it once to warm up."""
-        self._run = one_client(self._config, self._device, ClientRanks.of(self._size))
+        ranks = ClientRanks.of(self._size, self._overlaps)
+        self._run = one_client(self._config, self._device, ranks)
         self._run()
 
     def __call__(self) -> None:
