@@ -4,7 +4,8 @@ Every room that exchanges tensors calls these.  In a single process without a pr
 function returns what one rank alone would receive.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,32 +60,37 @@ def sum_for_client(message: Tensor, group: Group, call: str = "another call") ->
 
 
 def start_sum_for_client(message: Tensor, group: Group, call: str) -> Callable[[], None]:
-    """Starts such a sum, and returns what waits for its end; on a GPU the stream waits.
+    """Starts a sum over the ranks that hold one client; returns a function that waits for it.
 
-    All ranks of the group start their sums in the same order.  The time of waiting is counted.
+    On a GPU the stream waits.  All ranks of the group start their sums in the same order.  The time
+    of waiting is counted.
     """
     traffic = training_traffic
     traffic.client_messages += 1
     traffic.client_bytes += message.nbytes
-    work = dist.all_reduce(message, group=group, async_op=True)
+    with _naming(call, group):
+        work = dist.all_reduce(message, group=group, async_op=True)
 
     def wait() -> None:
-        with collective_timer.timed(message.device, traffic.add_client_seconds):
-            _naming(call, group, work.wait)
+        timed = collective_timer.timed(message.device, traffic.add_client_seconds)
+        with timed, _naming(call, group):
+            _join(work.wait, of_client=True)
 
     return wait
 
 
 def sum_at(call: str, message: Tensor, group: Group) -> Tensor:
     """Sums ``message`` over the ranks in place, uncounted; errors name the place ``call``."""
-    _naming(call, group, _sum, message, group)
+    with _naming(call, group):
+        _join(_sum, message, group, of_client=holds_client(group))
     return message
 
 
-def _naming(call: str, group: Group, function: Callable[..., Any], *arguments: Any) -> None:
-    """Joins in a collective of ``group``; errors name the place ``call``."""
+@contextmanager
+def _naming(call: str, group: Group) -> Iterator[None]:
+    """Lets errors of a collective of ``group`` name the place ``call``."""
     try:
-        _join(function, *arguments, of_client=holds_client(group))
+        yield
     except RuntimeError as error:
         if different_calls.are_meant(error) or different_calls.left_by_another(group):
             raise different_calls.different_calls(call, group) from error

@@ -74,7 +74,7 @@ class Watchdog:
         self._rank, self._world_size = process_group.rank(), process_group.world_size()
         self._ended = threading.Event()
         self._posted = ""
-        """What this rank has noted: collectives of all ranks and of its client, and its number."""
+        """What this rank has noted: collectives of all ranks and of its client, and the client."""
         self._leaves = threading.Lock()
         self.processes: Sequence[Process | None] = ()
         """The processes of all ranks, by rank, once they are known."""
@@ -170,7 +170,10 @@ class Watchdog:
         ranks = f"rank {behind[0]} hangs" if len(behind) == 1 else f"ranks {behind[:20]} hang"
         mates = process_group.ranks_of_client(behind[0])
         if len(behind) == 1 and len(mates) > 1:
-            client = " ".join(["the client", *self._note(behind[0])[2:]])
+            # The note of a stopped process may be older than that of another rank of its client.
+            clients = {" ".join(self._note(mate)[2:]) for mate in mates}
+            known = clients.pop() if len(clients) == 1 else ""
+            client = f"client {known}" if known else "the client"
             ranks = f"rank {behind[0]} of {client} on ranks {mates[0]} to {mates[-1]} hangs"
         return f"{ranks} {when}, or cannot be reached; {waited}"
 

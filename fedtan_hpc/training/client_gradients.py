@@ -18,12 +18,12 @@ from ..models.parameter_groups import pack, unpack
 
 _BUCKET_BYTES = 25 * 2**20
 """Bytes of gradients with which a bucket is full, as by default in DistributedDataParallel."""
+_CALL = "a client's gradients"
 
 
 class _Sum(NamedTuple):
     """The sum of a bucket that is under way."""
 
-    bucket: Sequence[Tensor]
     message: Tensor
     wait: Callable[[], None]
 
@@ -31,22 +31,30 @@ class _Sum(NamedTuple):
 class ClientGradients:
     """The gradients of the trained ``values`` on a rank whose samples are ``share`` of the batch.
 
-    ``group`` are the client's ranks, or None if this rank has all of it.  With ``overlaps`` its
-    messages do not wait for those of BN layers, which are those of another group.
+    ``group`` are the client's ranks, or None if this rank has all of it.  ``overlap_group``, if it
+    is given, are the same ranks: gradients that are sent there during the backward pass and the
+    messages of BN layers do not wait for each other.  ``values`` have one order on all ranks, about
+    that of the forward pass.
     """
 
     def __init__(
-        self, values: Sequence[Tensor], share: float, group: Group, overlaps: bool = False
+        self,
+        values: Sequence[Tensor],
+        share: float,
+        group: Group,
+        overlap_group: Group = None,
     ) -> None:
-        self._values, self._share, self._group = list(values), share, group
-        self._buckets = _buckets(self._values[::-1]) if overlaps else []
+        self._values, self._share, self._group = values, share, group
+        self._overlap_group = overlap_group
+        buckets = _buckets(values[::-1]) if overlap_group is not None else []
+        self._buckets = buckets if len(buckets) > 1 else []
         self._sums: list[_Sum] = []
         self._ready: set[int] = set()
-        self._came_twice = False
+        self._sent: set[int] = set()
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """Sums buckets during the backward passes in the block, if gradients overlap at all."""
+        """Sums buckets during the backward passes in the block, if there are several."""
         values = self._values if self._buckets else []
         hooks = [value.register_post_accumulate_grad_hook(self._take) for value in values]
         try:
@@ -58,35 +66,42 @@ class ClientGradients:
     def _take(self, value: Tensor) -> None:
         """Starts the sums of the next buckets if ``value`` was the last that they waited for.
 
-        Buckets go in one order, so that the ranks meet in the same sums.
+        All ranks sum the same buckets in the same order, whatever is ready first.
         """
-        self._came_twice |= id(value) in self._ready
+        if id(value) in self._sent:
+            raise RuntimeError(
+                "a gradient has grown after it was sent to the client's other ranks: a part of the "
+                "model is computed anew more than once; use checkpoint(use_reentrant=False)"
+            )
         self._ready.add(id(value))
         for bucket in self._buckets[len(self._sums) :]:
-            if any(id(each) not in self._ready for each in bucket):
+            if any(id(each) not in self._ready for each in reversed(bucket)):
                 return
-            message = self._part(bucket)
-            wait = collectives.start_sum_for_client(message, self._group, "a client's gradients")
-            self._sums.append(_Sum(bucket, message, wait))
+            self._start(bucket)
+
+    def _start(self, bucket: Sequence[Tensor]) -> None:
+        message = self._part(bucket)
+        wait = collectives.start_sum_for_client(message, self._overlap_group, _CALL)
+        self._sums.append(_Sum(message, wait))
+        self._sent |= {id(value) for value in bucket}
 
     def average(self) -> None:
-        """Sets the gradients to the client's: the sum over its ranks, weighted by their shares."""
+        """Sets the gradients to the client's: the sum over its ranks, weighted by their shares.
+
+        On every rank all of ``values`` have a gradient.
+        """
         if self._group is None:
             return
-        sums, came_twice = self._sums, self._came_twice
-        self._sums, self._ready, self._came_twice = [], set(), False
-        for each in sums:
+        if not self._buckets:
+            message = collectives.sum_for_client(self._part(self._values), self._group, _CALL)
+            unpack(message, _gradients(self._values))
+            return
+        for bucket in self._buckets[len(self._sums) :]:
+            self._start(bucket)
+        for bucket, each in zip(self._buckets, self._sums, strict=True):
             each.wait()
-        if came_twice:  # a part of the model that is computed anew adds to a gradient already sent
-            sums = []
-        for each in sums:
-            unpack(each.message, _gradients(each.bucket))
-        done = {id(value) for each in sums for value in each.bucket}
-        rest = [value for value in self._values if id(value) not in done]
-        if rest:
-            message = self._part(rest)
-            collectives.sum_for_client(message, self._group, "a client's gradients")
-            unpack(message, _gradients(rest))
+            unpack(each.message, _gradients(bucket))
+        self._sums, self._ready, self._sent = [], set(), set()
 
     def _part(self, values: Sequence[Tensor]) -> Tensor:
         message = pack(_gradients(values))

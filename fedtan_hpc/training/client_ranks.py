@@ -16,7 +16,6 @@ from ..batchnorm.context import chosen_layers, statistics_of_client
 from ..data.batching import WHOLE, Part
 from ..distributed import process_group
 from .client_gradients import ClientGradients
-from .optimizers import trained_parameters
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class ClientRanks:
     group: process_group.Group = None
     number: int = 0
     """The number of the group, from 0."""
-    gradient_group: process_group.Group = None
-    """The group for gradients, with the ranks of ``group``; another one if gradients overlap."""
+    overlap_group: process_group.Group = None
+    """Another group of the same ranks, if gradients are summed during the backward pass."""
 
     @classmethod
     def of(cls, ranks_per_client: int, overlaps: bool | None = None) -> "ClientRanks":
@@ -38,12 +37,12 @@ class ClientRanks:
         """
         rank = process_group.rank()
         part = Part(rank % ranks_per_client, ranks_per_client)
-        group = gradient_group = process_group.consecutive_groups(ranks_per_client)
+        group, overlap_group = process_group.consecutive_groups(ranks_per_client), None
         if overlaps is None:
             overlaps = process_group.backend() == "nccl"
         if overlaps:
-            gradient_group = process_group.consecutive_groups(ranks_per_client, number=1)
-        return cls(part, group, rank // ranks_per_client, gradient_group)
+            overlap_group = process_group.consecutive_groups(ranks_per_client, number=1)
+        return cls(part, group, rank // ranks_per_client, overlap_group)
 
     @property
     def are_many(self) -> bool:
@@ -72,11 +71,8 @@ class ClientRanks:
 
     def gradients(self, module: nn.Module, share: float) -> ClientGradients:
         """Returns what sums the gradients of ``module`` over the client's ranks."""
-        values, overlaps = (
-            trained_parameters(module).values(),
-            self.gradient_group is not self.group,
-        )
-        return ClientGradients(list(values), share, self.gradient_group, overlaps)
+        values = [value for value in module.parameters() if value.requires_grad]
+        return ClientGradients(values, share, self.group, self.overlap_group)
 
 
 ALONE = ClientRanks()

@@ -80,7 +80,8 @@ def test_the_rank_that_has_begun_fewer_collectives_is_named(
         (["9 4", "9 3", "9 1", "9 1"], 0, "rank 1 of the client on ranks 0 to 1 hangs in round 4"),
         (["8 5", "8 4", "9 1", "9 1"], 0, "rank 1 of the client on ranks 0 to 1 hangs in round 4"),
         (["9 4", "9 4", "8 3", "8 3"], 1, "ranks [2, 3] hang in round 4"),
-        (["9 4 5", "9 3 5"], 0, "rank 1 of the client 5 on ranks 0 to 1 hangs in round 4"),
+        (["9 4 7", "9 3 7"], 0, "rank 1 of client 7 on ranks 0 to 1 hangs in round 4"),
+        (["9 4 7", "9 3 5"], 0, "rank 1 of the client on ranks 0 to 1 hangs in round 4"),
     ],
 )
 def test_a_rank_that_waits_for_another_of_its_client_is_not_blamed(

@@ -2,85 +2,116 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fedtan_hpc.distributed import process_group
 from fedtan_hpc.distributed.counters import training_traffic
 from fedtan_hpc.training import client_gradients
 from fedtan_hpc.training.client_ranks import ClientRanks
-from fedtan_hpc.training.optimizers import trained_parameters
-from tests.helpers.ranks import on_ranks
+from tests.helpers.ranks import RankFailed, on_ranks
 
 SHARES = (0.75, 0.25)
 
 
 class Network(nn.Module):
-    """Four layers; one is frozen and one may be left out or used twice, in parts computed anew."""
+    """Four layers; one is frozen.
 
-    def __init__(self, way: str) -> None:
+    "left out": the last one is not used, "on one": not on the second rank.  "again": it is used
+    twice, in two parts that are computed anew, each of which adds to the same gradients.
+    """
+
+    def __init__(self, way: str, member: int) -> None:
         super().__init__()
-        self.way = way
+        self.is_again = way == "again"
+        self.used = 3 if way == "left out" or (way == "on one" and member == 1) else 4
         self.layers = nn.ModuleList(nn.Linear(6, 6, dtype=torch.float64) for _ in range(4))
         self.layers[1].requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a loss."""
-        twice = self.layers[3]
-        if self.way == "computed anew":  # each of the two passes adds to the same gradients
-            x = checkpoint(twice, x, use_reentrant=True)
-        for layer in self.layers[: 3 if self.way == "left out" else 4]:
-            x = (
-                checkpoint(layer, x, use_reentrant=True)
-                if self.way == "computed anew"
-                else layer(x)
-            )
-            x = torch.tanh(x)
+        layers = list(self.layers)[: self.used]
+        for layer in [*layers, *layers[3:]] if self.is_again else layers:
+            y = checkpoint(layer, x, use_reentrant=True) if self.is_again else layer(x)
+            x = torch.tanh(y)
         return x.square().mean()
 
 
-def gradients(way: str, overlaps: bool, limit: int) -> tuple[list[list[Tensor]], int]:
-    """The gradients of two steps on this rank, and the messages within the client."""
+class Result(NamedTuple):
+    steps: list[list[Tensor]]
+    """Gradients of this rank after each step."""
+    messages: int
+    """Messages within the client."""
+    early: int
+    """Of them those that began before the last gradient was there."""
+
+
+def gradients(way: str, overlaps: bool, limit: int, kind: str = "cpu") -> Result:
+    """What two steps of a client on two ranks leave on this one."""
+    ranks = ClientRanks.of(2, overlaps)
+    device = torch.device(kind, process_group.rank()) if kind == "cuda" else torch.device(kind)
+    torch.manual_seed(0)
+    member = ranks.part.member
+    module = Network(way, member).to(device)
+    values = list(module.parameters())
+    trained = [value for value in values if value.requires_grad]
+    sent: list[int] = []
+    values[0].register_hook(lambda _: sent.append(training_traffic.client_messages))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client_gradients, "_BUCKET_BYTES", limit)
-        ranks = ClientRanks.of(2, overlaps)
-        torch.manual_seed(0)
-        module, share = Network(way), SHARES[ranks.part.member]
-        averaged = ranks.gradients(module, share)
-        torch.manual_seed(1 + ranks.part.member)
-        before, found = training_traffic.copy(), []
-        with averaged.overlapped():
-            for _ in range(2):
-                module.zero_grad()
-                module(torch.randn(5, 6, dtype=torch.float64, requires_grad=True)).backward()
-                values = trained_parameters(module).values()
-                for value in values:
-                    value.grad = torch.zeros_like(value) if value.grad is None else value.grad
-                averaged.average()
-                found.append([value.grad.clone() for value in values if value.grad is not None])
-        return found, training_traffic.since(before).client_messages
+        averaged = ranks.gradients(module, SHARES[member])
+    torch.manual_seed(1 + member)
+    before, steps = training_traffic.client_messages, []
+    with averaged.overlapped():
+        for _ in range(2):
+            start = training_traffic.client_messages
+            module.zero_grad()
+            x = torch.randn(5, 6, dtype=torch.float64).to(device).requires_grad_()
+            module(x).backward()
+            sent[-1] -= start
+            for value in trained:
+                value.grad = torch.zeros_like(value) if value.grad is None else value.grad
+            averaged.average()
+            steps.append([value.grad.cpu() for value in trained if value.grad is not None])
+    return Result(steps, training_traffic.client_messages - before, sum(sent))
 
 
-@pytest.mark.parametrize(
-    ("way", "limit", "messages"),
-    [
-        ("plain", 10**9, 1),
-        ("plain", 1, 6),
-        ("plain", 400, 2),
-        ("left out", 1, 1),  # the first bucket never becomes ready, and the others wait for it
-        ("computed anew", 1, 7),
-    ],
-)
-def test_sums_during_the_backward_pass_are_those_after_it(
-    way: str, limit: int, messages: int
-) -> None:
-    after = on_ranks(2, gradients, way, False, limit)
-    during = on_ranks(2, gradients, way, True, limit)
-    for (expected, plain), (found, overlapped) in zip(after, during, strict=True):
-        assert (plain, overlapped) == (2, 2 * messages)
-        for step, wanted in zip(found, expected, strict=True):
+WAYS = [
+    ("plain", 10**9, 1, False),
+    ("plain", 1, 6, True),
+    ("plain", 400, 2, True),
+    ("left out", 1, 6, False),  # the others wait for the first bucket, which is never ready
+    ("on one", 1, 6, True),
+    ("on one", 400, 2, True),
+]
+
+
+def check(wanted: list[Result], found: list[Result], messages: int, early: bool) -> None:
+    for after, during in zip(wanted, found, strict=True):
+        assert (after.messages, during.messages) == (2, 2 * messages)
+        for expected, step in zip(after.steps, during.steps, strict=True):
             assert len(step) == 6
-            for ours, theirs in zip(step, wanted, strict=True):
+            for theirs, ours in zip(expected, step, strict=True):
                 assert torch.allclose(ours, theirs, rtol=0, atol=1e-14)
-    assert all(torch.equal(*pair) for pair in zip(during[0][0][1], during[1][0][1], strict=True))
+    assert (found[0].early > 0) == early
+    for pair in zip(found[0].steps[1], found[1].steps[1], strict=True):
+        assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize(("way", "limit", "messages", "early"), WAYS)
+def test_sums_during_the_backward_pass_are_those_after_it(
+    way: str, limit: int, messages: int, early: bool
+) -> None:
+    wanted = on_ranks(2, gradients, way, False, limit)
+    check(wanted, on_ranks(2, gradients, way, True, limit), messages, early)
+
+
+def test_a_gradient_that_grows_after_it_was_sent_is_an_error() -> None:
+    [one, other] = on_ranks(2, gradients, "again", True, 10**9)  # one bucket: sent after the pass
+    assert one.messages == other.messages == 2
+    with pytest.raises(RankFailed, match=r"use checkpoint\(use_reentrant=False\)"):
+        on_ranks(2, gradients, "again", True, 1)
