@@ -18,8 +18,8 @@ set's shape.  Variants:
     alone         the same on rank 0 while the others wait; only with shared
     fedavg        this package
     fedtan        this package
-    overlapped    fedavg that sums a client's gradients during the backward pass, with shared; in
-                  fedavg they are summed after it, in fedtan as the job does
+    overlapped    fedavg that sums a client's gradients during the backward pass, as the job does;
+                  only with shared, where fedavg sums them after it
     ddp           torch's SyncBatchNorm and DistributedDataParallel, on GPUs with a launcher: every
                   step does what FedTAN does in its first; compare them with local_steps=1
 

@@ -169,11 +169,6 @@ def ranks(group: Group = None) -> list[int]:
     return dist.get_process_group_ranks(group or dist.group.WORLD) if is_started() else [0]
 
 
-def backend() -> str:
-    """Returns the name of the process group's backend; empty without a process group."""
-    return str(dist.get_backend()) if is_started() else ""
-
-
 def consecutive_groups(size: int, number: int = 0) -> Group:
     """Lets ``size`` consecutive ranks hold clients together; returns their group, or None for one.
 

@@ -1,8 +1,7 @@
-"""The gradients of a client that several ranks hold: one sum, or sums during the backward pass.
+"""The gradients of a client that several ranks hold, summed during the backward pass.
 
-A GPU can send gradients while it computes others.  So over NCCL each bucket of parameters is summed
-as soon as the backward pass has made its last gradient.  On CPUs, where torch's
-DistributedDataParallel was no faster so, all gradients go in one message after the pass.
+Parameters are in buckets, and each bucket is summed as soon as the backward pass has made its last
+gradient.  The gradients of a small model are one bucket, which is summed after the pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,10 @@ from ..distributed.process_group import Group
 from ..models.parameter_groups import pack, unpack
 
 _BUCKET_BYTES = 25 * 2**20
-"""Bytes of gradients with which a bucket is full, as by default in DistributedDataParallel."""
+"""Bytes of gradients with which a bucket is full, as by default in DistributedDataParallel.
+
+For ResNet-18 (45 MB) a round took 0.9 of the time of one with a single message with buckets of
+25 MB, and 0.96 to 1.0 with buckets of 4 MB (2 ranks on 2 cores, gloo and MPI)."""
 _CALL = "a client's gradients"
 
 

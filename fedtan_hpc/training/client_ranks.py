@@ -30,16 +30,14 @@ class ClientRanks:
     """Another group of the same ranks, if gradients are summed during the backward pass."""
 
     @classmethod
-    def of(cls, ranks_per_client: int, overlaps: bool | None = None) -> "ClientRanks":
+    def of(cls, ranks_per_client: int, overlaps: bool = True) -> "ClientRanks":
         """Makes the groups of consecutive ranks; all ranks call it together.
 
-        ``overlaps``: sums gradients during the backward pass; by default over NCCL.
+        ``overlaps``: whether gradients of a large model are summed during the backward pass.
         """
         rank = process_group.rank()
         part = Part(rank % ranks_per_client, ranks_per_client)
         group, overlap_group = process_group.consecutive_groups(ranks_per_client), None
-        if overlaps is None:
-            overlaps = process_group.backend() == "nccl"
         if overlaps:
             overlap_group = process_group.consecutive_groups(ranks_per_client, number=1)
         return cls(part, group, rank // ranks_per_client, overlap_group)

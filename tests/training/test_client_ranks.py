@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from fedtan_hpc.config.schema import (
 )
 from fedtan_hpc.config.validate import check
 from fedtan_hpc.training import client_gradients
-from fedtan_hpc.training.client_ranks import ClientRanks
 from tests.helpers import commands, jobs
 from tests.helpers.ranks import RankFailed, on_ranks
 from tests.helpers.rounds import distance
@@ -164,7 +162,6 @@ def test_images_are_changed_and_read_as_on_one_rank(tmp_path: Path, loading: str
 
 def overlapped(options: Config) -> Result:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClientRanks, "of", partial(ClientRanks.of, overlaps=True))
         patch.setattr(client_gradients, "_BUCKET_BYTES", 1000)
         return result(options)
 

@@ -103,8 +103,8 @@ class SharedClientRound:
     _run: Callable[[], object]
 
     def __init__(self, config: Config, name: str, size: int, device: torch.device) -> None:
-        self._overlaps = {"fedavg": False, "overlapped": True}.get(name)
-        method = AlgorithmConfig(name=AlgorithmName("fedavg" if self._overlaps else name))
+        self._overlaps = name != "fedavg"
+        method = AlgorithmConfig(name=AlgorithmName("fedavg" if name == "overlapped" else name))
         self._config = replace(config, algorithm=method, ranks_per_client=size)
         self._size, self._device = size, device
 
