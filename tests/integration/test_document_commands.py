@@ -165,9 +165,9 @@ def shortened(line: str) -> str:
     if "layers=auto" in line and "probe_run=" not in line:  # the choice comes after three rounds
         added = [word.replace("rounds=1", "rounds=4") for word in added]
     if "probe.every=" in line:
-        added.append("probe.every=1")
+        added.append("probe.every=4" if "rounds=4" in added else "probe.every=1")
         if words & set(COMPARISON) and "seeds=" not in line:
-            added.append("seeds=[0]")
+            added += ["seeds=[0]", "data.train_samples=2000", "data.test_samples=200"]
     return " ".join([command, *added, operator, rest]).strip()
 
 
