@@ -40,6 +40,11 @@ class ProbeSeries:
         """Returns the names of the rows that ``values`` has for a quantity."""
         return self.layers if quantity in DISTANCES else self.parameters
 
+    def total_mean(self, name: str, rounds: set[int]) -> Value:
+        """Returns the mean of a total over those of ``rounds`` in which it is known, or null."""
+        totals = zip(self.rounds, self.totals.get(name, ()), strict=False)
+        return mean_of_known(value for number, value in totals if number in rounds)
+
 
 def of_records(records: Iterable[ProbeRecord]) -> ProbeSeries | None:
     """Returns the series of a run, ascending by round; None if there is no record.
@@ -94,6 +99,11 @@ class _Row:
         return cls(values, totals)
 
 
+def rounds_of_all(runs: Sequence[ProbeSeries]) -> set[int]:
+    """Returns the rounds that all runs have; none without a run."""
+    return set.intersection(*(set(run.rounds) for run in runs)) if runs else set()
+
+
 def mean_of(runs: Sequence[ProbeSeries]) -> ProbeSeries | None:
     """Returns the mean over runs, of the rounds that all have; None if there are none.
 
@@ -102,7 +112,7 @@ def mean_of(runs: Sequence[ProbeSeries]) -> ProbeSeries | None:
     alike = [
         run for run in runs if (run.layers, run.parameters) == (runs[0].layers, runs[0].parameters)
     ]
-    together = set[int].intersection(*(set(run.rounds) for run in alike)) if alike else set()
+    together = rounds_of_all(alike)
     if not together:
         return None
     first, picks = alike[0], [_indices(run.rounds, together) for run in alike]

@@ -113,11 +113,13 @@ def probes(lines: Lines) -> dict[str, ProbeSeries]:
 
 def _probe_text(lines: Lines) -> list[str]:
     """Returns the paragraphs of the probes; none if no run has any."""
+    probed = [run.probes for runs in lines.values() for run in runs if run.probes is not None]
+    rounds = probe_series.rounds_of_all(probed)
     rows = [
         row
         for label, runs in lines.items()
         for cause in probe_series.CAUSES
-        if (row := _probe_row(label, runs, cause))
+        if (row := _probe_row(label, runs, cause, rounds))
     ]
     if not rows:
         return []
@@ -129,14 +131,10 @@ def _probe_text(lines: Lines) -> list[str]:
     ]
 
 
-def _probe_row(label: str, runs: Sequence[Run], cause: str) -> list[str]:
-    """Returns a row of means over the probed rounds, ± over the seeds; empty if none is known."""
+def _probe_row(label: str, runs: Sequence[Run], cause: str, rounds: set[int]) -> list[str]:
+    """Returns a row of means over ``rounds``, ± over the seeds; empty if none is known."""
     columns = [
-        [
-            probe_series.mean_of_known(run.probes.totals.get(f"{kind} {cause}", ()))
-            for run in runs
-            if run.probes is not None
-        ]
+        [run.probes.total_mean(f"{kind} {cause}", rounds) for run in runs if run.probes is not None]
         for kind in probe_series.KINDS
     ]
     cells = [
@@ -149,8 +147,8 @@ def _probe_row(label: str, runs: Sequence[Run], cause: str) -> list[str]:
 _PROBES = (
     "Probes: how far the clients' mean gradient h is from the global gradient g.  Cause: the pass "
     "or passes with statistics of the client; trained is the gradient that the round followed.  "
-    "Deviation ||h - g|| / ||g||, cosine of the angle between h and g: means over the probed "
-    "rounds, ± over the seeds."
+    "Deviation ||h - g|| / ||g||, cosine of the angle between h and g: means over the rounds "
+    "that all runs have probed, ± over the seeds."
 )
 _PICTURES = (
     "Total deviation, and distances of the clients' statistics by layer and round",
