@@ -1,7 +1,8 @@
 """The gradients of a client that several ranks hold, summed during the backward pass.
 
-Parameters are in buckets, and each bucket is summed as soon as the backward pass has made its last
-gradient.  The gradients of a small model are one bucket, which is summed after the pass.
+Parameters are in buckets, and in steps that are not synchronised each bucket is summed as soon as
+the backward pass has made its last gradient.  The gradients of a small model are one message after
+the pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
