@@ -51,10 +51,8 @@ def sum_for_training(
 
 def sum_for_client(message: Tensor, group: Group, call: str = "another call") -> Tensor:
     """Sums ``message`` in place over the ranks that hold one client; it is counted apart."""
-    traffic = training_traffic
-    traffic.client_messages += 1
-    traffic.client_bytes += message.nbytes
-    with collective_timer.timed(message.device, traffic.add_client_seconds):
+    _count_for_client(message)
+    with collective_timer.timed(message.device, training_traffic.add_client_seconds):
         sum_at(call, message, group)
     return message
 
@@ -65,18 +63,21 @@ def start_sum_for_client(message: Tensor, group: Group, call: str) -> Callable[[
     On a GPU the stream waits.  All ranks of the group start their sums in the same order.  The time
     of waiting is counted.
     """
-    traffic = training_traffic
-    traffic.client_messages += 1
-    traffic.client_bytes += message.nbytes
+    _count_for_client(message)
     with _naming(call, group):
         work = dist.all_reduce(message, group=group, async_op=True)
 
     def wait() -> None:
-        timed = collective_timer.timed(message.device, traffic.add_client_seconds)
+        timed = collective_timer.timed(message.device, training_traffic.add_client_seconds)
         with timed, _naming(call, group):
             _join(work.wait, of_client=True)
 
     return wait
+
+
+def _count_for_client(message: Tensor) -> None:
+    training_traffic.client_messages += 1
+    training_traffic.client_bytes += message.nbytes
 
 
 def sum_at(call: str, message: Tensor, group: Group) -> Tensor:

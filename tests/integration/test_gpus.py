@@ -123,7 +123,7 @@ def test_gradients_of_a_client_are_summed_during_the_backward_pass(
         ("fedavg", 1),
         ("silobn", 1),
         ("centralised", 1),
-        ("fedtan", GPUS),  # gradients are summed during the backward pass
+        ("fedtan", GPUS),
         ("fedavg", GPUS),
     ],
 )

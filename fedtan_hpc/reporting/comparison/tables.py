@@ -121,12 +121,12 @@ def _probe_text(lines: Lines) -> list[str]:
         for cause in probe_series.CAUSES
         if (row := _probe_row(label, runs, cause, rounds))
     ]
-    if not rows:
+    if not probed:
         return []
     heads = ["method", "cause", "mean total deviation", "mean total cosine"]
+    table = ["\n".join(reports.markdown_table(heads, rows)), _PROBES]
     return [
-        "\n".join(reports.markdown_table(heads, rows)),
-        _PROBES,
+        *(table if rows else ["Probes: no round was probed in all runs."]),
         *(f"![{text}]({name})" for text, name in zip(_PICTURES, probe_plots.FILES, strict=True)),
     ]
 
