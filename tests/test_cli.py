@@ -120,7 +120,7 @@ def test_a_run_ends_with_its_accuracy_and_is_not_repeated(tmp_path: Path) -> Non
     assert f"{100 * accuracy:.2f} %" in first.stdout
     assert "launcher torchrun, nodes 1, ranks 2, backend gloo, device cpu" in first.stdout
     again = commands.ranks(2, "clients=2", *SHORT, "run_dir=here", cwd=tmp_path)
-    assert again.returncode == 0
+    assert again.returncode == 0, again.stderr
     assert "finished" in again.stdout
     assert f"{100 * accuracy:.2f} %" in again.stdout
 
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_told_once(tmp_path: Path) -> None:
 )
 def test_one_rank_shows_help(word: str, text: str, tmp_path: Path) -> None:
     done = commands.ranks(2, word, cwd=tmp_path)
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.count(text) == 1
     assert not list(tmp_path.iterdir())

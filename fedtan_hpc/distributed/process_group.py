@@ -14,6 +14,10 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+# Functions of this module keep the process group of the time when it loads, and so the group's
+# threads after its end.  torch's first optimizer would load it, mostly when there is a group.
+import torch.distributed.nn.functional  # noqa: F401
+
 from ..config.errors import RunError
 from ..runtime import launcher_env
 from . import rendezvous

@@ -225,7 +225,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(
 ) -> None:
     process = start(launcher, tmp_path, "run", f"{rank}:7:{kind}", "comm.timeout_seconds=8")
     code, errors = finished(process)
-    assert code != 0
+    assert code != 0, errors
     verdict = f"rank {rank} hangs in round 7"
     if (launcher, rank, kind) == (MPIRUN, 0, "stop"):  # over MPI rank 0 serves the channel
         verdict = "round 7: rank 0, or the host that serves the ranks, hangs, is gone or cannot"
@@ -283,7 +283,8 @@ def listening_of(process: int) -> set[str]:
 @pytest.mark.slow
 def test_a_killed_rank_costs_the_rounds_since_the_last_checkpoint(tmp_path: Path) -> None:
     """torchrun restarts the ranks; the model equals that of an undisturbed run in every bit."""
-    assert finished(start(TORCHRUN, tmp_path, "whole"))[0] == 0
+    code, errors = finished(start(TORCHRUN, tmp_path, "whole"))
+    assert code == 0, errors
     restarting = (*TORCHRUN, "--max-restarts", "3")
     code, errors = finished(start(restarting, tmp_path, "hit", "1:7:kill 0:13:kill 1:22:error"))
     assert code == 0, errors
@@ -299,7 +300,8 @@ def test_a_killed_rank_costs_the_rounds_since_the_last_checkpoint(tmp_path: Path
 def test_ranks_killed_at_random_moments_cost_nothing(tmp_path: Path) -> None:
     """Ten kills hit start-up, rounds and writing alike, all before the run is complete."""
     more = ("rounds=3000", "checkpoint.every=10", "eval_every=500")
-    assert finished(start(TORCHRUN, tmp_path, "whole", "", *more), 300)[0] == 0
+    code, errors = finished(start(TORCHRUN, tmp_path, "whole", "", *more), 300)
+    assert code == 0, errors
     process = start((*TORCHRUN, "--max-restarts", "10"), tmp_path, "hit", "", *more)
     rng = random.Random(0)
     killed: set[int] = set()
@@ -331,5 +333,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_round(
     exit_code, errors = finished(start(MPIRUN, tmp_path, "run", f"1:7:{kind}"))
     assert exit_code == code, errors
     assert f"stopped by SIG{kind} after round 7" in errors
-    assert finished(start(MPIRUN, tmp_path, "run"))[0] == 0
+    code, errors = finished(start(MPIRUN, tmp_path, "run"))
+    assert code == 0, errors
     assert rounds_of(tmp_path / "run") == list(range(1, 41))

@@ -184,7 +184,7 @@ def test_mpirun_starts_a_job(backend: str, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "here" / "summary.json").read_text())
     assert (summary["world_size"], summary["backend"]) == (2, backend)
     alone = commands.job(*SHORT[:-1], "run_dir=alone", cwd=tmp_path)
-    assert alone.returncode == 0
+    assert alone.returncode == 0, alone.stderr
     expected = json.loads((tmp_path / "alone" / "summary.json").read_text())
     assert summary["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
 
