@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> None:
     tool_options, job_words = options.split(words, OPTIONS)
     config = options.composed(job_words)
     check(config)
-    sizes = benchmark.whole_numbers(tool_options.get("values", _SIZES), "[64,1024]")
+    sizes = benchmark.whole_numbers(tool_options.get("values", _SIZES), "[64,1024]", 10**9)
     repeats = benchmark.repeats(tool_options, 5)
     backends = benchmark.backends(tool_options)
     from bench import sums  # torch loads here

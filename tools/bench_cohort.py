@@ -80,12 +80,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--clients", type=int, nargs="+", default=[4], help="clients of the rank")
+    count = benchmark.count
+    parser.add_argument("--clients", type=count, nargs="+", default=[4], help="clients of the rank")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--model", default="resnet20", choices=[str(name) for name in ModelName])
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--local-steps", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch-size", type=count, default=32)
+    parser.add_argument("--local-steps", type=count, default=5)
+    parser.add_argument("--repeats", type=count, default=7)
     return parser.parse_args()
 
 

@@ -73,7 +73,7 @@ def run(words: Sequence[str]) -> None:
     """Measures both ways, or prints the peaks of one (``only=WAY``), whose process it is."""
     tool_options, job_words = options.split(words, OPTIONS)
     workers = benchmark.whole_numbers(tool_options.get("workers", "workers=[1,2]"), "[1,2]")
-    images = benchmark.whole_numbers(tool_options.get("images", "images=600"), "600")[0]
+    images = benchmark.whole_number(tool_options.get("images", "images=600"), "600")
     repeats = benchmark.repeats(tool_options, 9)
     if not any(word.startswith("model=") for word in job_words):
         job_words = [*_TINY, *job_words]

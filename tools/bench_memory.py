@@ -34,7 +34,8 @@ _TRAINING = ("local", "fedavg", "fedtan")
 def run(words: Sequence[str]) -> None:
     """Starts a process for each variant, or is one of them (``only=NAME-eager``)."""
     tool_options, job_words = options.split(words, OPTIONS)
-    config = options.composed([*benchmark.DEFAULTS, "clients=1", *job_words])
+    words_of_job = benchmark.with_defaults(benchmark.DEFAULTS, job_words)
+    config = options.composed(["clients=1", *words_of_job])
     check(config)
     if "only" in tool_options:
         print(added_megabytes(config, *tool_options["only"].partition("=")[2].split("-")))

@@ -14,7 +14,8 @@ compute_seconds=S    seconds of a local step of one client (default: measured on
                      random samples)
 out=DIR              folder for prediction.json, .md and .png (default prediction)
 
-All other words are options of the job.  Methods: fedtan; three_messages, which is FedTAN with the
+All other words are options of the job; without an experiment the network is model=resnet20, and
+the data are data=synthetic.  Methods: fedtan; three_messages, which is FedTAN with the
 paper's three float32 messages a layer; fedavg; centralised.  Messages are the job's, the network is
 the model of tools/scaling/network_model.py, and nothing overlaps.  Where a probe chooses layers,
 the widest are taken; where it chooses rounds (synchronise_every=auto), all are synchronised.
@@ -43,6 +44,7 @@ OPTIONS = ("network", "ranks", "clients_per_rank", "compute_seconds", "out")
 TARGET = 0.9
 """Efficiency for which the report gives remedies."""
 _DEFAULTS = ["data=synthetic", "model=resnet20"]
+_MOST_SECONDS = 86400.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def run(words: Sequence[str]) -> None:
 def parse(words: Sequence[str]) -> Request:
     """Returns the checked command line; raises ``ConfigError``."""
     tool_options, job_words = options.split(words, OPTIONS)
-    config = options.composed([*_DEFAULTS, *job_words])
+    config = options.composed(benchmark.with_defaults(_DEFAULTS, job_words))
     check(config)
     if config.algorithm.name is not AlgorithmName.fedtan:
         remedy = "leave it out: fedavg and centralised are predicted beside it"
@@ -95,7 +97,7 @@ def parse(words: Sequence[str]) -> Request:
         allowed, remedy = f"multiples of ranks_per_client, {size}", f"try ranks=[{size},{8 * size}]"
         raise ConfigError(format_option_error("ranks", wrong[0], allowed, remedy))
     per_rank = tool_options.get("clients_per_rank", "clients_per_rank=1")
-    [clients] = benchmark.whole_numbers(per_rank, "1")[:1]
+    clients = benchmark.whole_number(per_rank, "1")
     return Request(
         config=config,
         networks=_networks(tool_options.get("network", f"network=[{','.join(PRESETS)}]")),
@@ -109,9 +111,12 @@ def parse(words: Sequence[str]) -> Request:
 def _compute_seconds(word: str | None) -> float | None:
     if word is None:
         return None
-    [value] = options.values(word, "0.02")[:1]
-    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        allowed, remedy = "a finite number > 0", "for example compute_seconds=0.02, or leave it out"
+    values = options.values(word, "0.02")
+    value: Any = values[0] if len(values) == 1 else values
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= _MOST_SECONDS:
+        allowed = f"a number > 0, {_MOST_SECONDS:g} at most"
+        remedy = "for example compute_seconds=0.02, or leave it out"
         raise ConfigError(format_option_error("compute_seconds", value, allowed, remedy))
     return float(value)
 

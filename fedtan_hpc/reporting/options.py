@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from .. import cli
+from ..command_line import sweep
 from ..config import path_options
 from ..config.errors import ConfigError, format_option_error
 from ..config.schema import Config
@@ -83,9 +84,13 @@ def values(word: str, example: str) -> list[Any]:
     wrong = ConfigError(format_option_error(name, text, "a list", f"for example {name}={example}"))
     try:
         override = OverridesParser.create().parse_override(word)
-        is_sweep = override.is_sweep_override()
-        value: Any = list(override.sweep_iterator()) if is_sweep else override.value()
-    except HydraException as error:
+        value: Any = override.value()
+        if override.is_sweep_override():
+            sweep.points([override])  # refuses a range of 10^18 numbers before it is listed
+            value = list(override.sweep_iterator())
+    except ConfigError:
+        raise
+    except Exception as error:  # hydra's own, or that of Python's conversion of a number
         raise wrong from error
     items = value if isinstance(value, list) else [value]
     if not items or any(item in ("", None) for item in items):

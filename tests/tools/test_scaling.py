@@ -63,7 +63,7 @@ def test_weak_scaling_has_as_many_clients_on_each_rank() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["world_sizes=[0]"], "world_sizes=0: allowed is whole numbers >= 1"),
+        (["world_sizes=[0]"], "world_sizes=0: allowed is a whole number >= 1, 1000000 at most"),
         (["mode=sideways"], "mode=sideways: allowed is strong | weak"),
         (["launcher=rocket"], "launcher=rocket: allowed is torchrun | mpirun | slurm"),
         (["methods=[fedfoo]"], "methods=fedfoo: allowed is fedtan"),

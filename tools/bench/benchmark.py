@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedtan_hpc import cli
 from fedtan_hpc.config.enums import BackendName
-from fedtan_hpc.config.errors import ConfigError, format_option_error
+from fedtan_hpc.config.errors import ConfigError, format_option_error, shown
 from fedtan_hpc.config.schema import CommConfig, Config
+from fedtan_hpc.config.validation.bounds import Bound
 from fedtan_hpc.reporting import options
 from fedtan_hpc.runtime import launcher_env
 
@@ -25,7 +27,15 @@ if TYPE_CHECKING:
     from fedtan_hpc.runtime.device import DevicePlacement
 
 DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
-"""Options of the job that bench_round and bench_memory set unless told otherwise."""
+"""Options of the job that bench_round and bench_memory set, unless an experiment is named."""
+_MOST = 1_000_000
+"""Most repeats, ranks, images and other things that a tool counts."""
+
+
+def with_defaults(defaults: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Returns the job's words after the defaults, which an experiment replaces."""
+    is_experiment = any(word.lstrip("+").startswith("experiment=") for word in words)
+    return [*([] if is_experiment else defaults), *words]
 
 
 def main(name: str, help_text: str | None, run: Callable[[Sequence[str]], None]) -> None:
@@ -110,19 +120,43 @@ def choices(word: str, known: Sequence[str], example: str) -> list[str]:
     return names
 
 
-def whole_numbers(word: str, example: str) -> list[int]:
-    """Returns the numbers in ``name=[a,b]``; raises ``ConfigError`` for others than 1, 2, ..."""
+def whole_numbers(word: str, example: str, most: int = _MOST) -> list[int]:
+    """Returns the numbers in ``name=[a,b]``; raises ``ConfigError`` unless they are 1 to ``most``.
+
+    ``example`` is for the remedy.
+    """
     option, numbers = word.partition("=")[0], options.values(word, example)
+    bound = Bound(1, most, example)
     for number in numbers:
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not isinstance(number, int) or isinstance(number, bool) or not bound.contains(number):
             remedy = f"for example {option}={example}"
-            raise ConfigError(format_option_error(option, number, "whole numbers >= 1", remedy))
+            raise ConfigError(format_option_error(option, number, str(bound), remedy))
     return numbers
+
+
+def whole_number(word: str, example: str, most: int = _MOST) -> int:
+    """Returns the number in ``name=3``; raises ``ConfigError`` unless it is one from 1 to ``most``.
+
+    ``example`` is for the remedy.
+    """
+    numbers = whole_numbers(word, example, most)
+    if len(numbers) > 1:
+        option, allowed = word.partition("=")[0], "a single whole number"
+        remedy = f"for example {option}={example}"
+        raise ConfigError(format_option_error(option, numbers, allowed, remedy))
+    return numbers[0]
+
+
+def count(text: str) -> int:
+    """Returns the number that an option of argparse gives, if it is one from 1 to ``_MOST``."""
+    if not text.isdecimal() or len(text) > len(str(_MOST)) or not 1 <= int(text) <= _MOST:
+        raise ArgumentTypeError(f"{shown(text)}: allowed is {Bound(1, _MOST, 1)}")
+    return int(text)
 
 
 def repeats(tool_options: Mapping[str, str], default: int) -> int:
     """Returns the value of ``repeats=N``; raises ``ConfigError`` unless it is an integer >= 1."""
-    return whole_numbers(tool_options.get("repeats", f"repeats={default}"), str(default))[0]
+    return whole_number(tool_options.get("repeats", f"repeats={default}"), str(default))
 
 
 def show_progress(repeat: int, repeats: int) -> None:
