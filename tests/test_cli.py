@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -216,3 +217,16 @@ def test_only_commands_and_submitted_jobs_change_the_memory_of_their_process(
     monkeypatch.setattr("submitit.JobEnvironment", lambda: environment)
     submitit_jobs.Job(config)()
     assert calls == ["malloc"] * 2
+
+
+def test_ctrl_c_while_modules_load_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Key:
+        def find_spec(self, name: str, path: object, target: object = None) -> None:
+            if name == "fedtan_hpc.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fedtan_hpc.cli")
+    monkeypatch.setattr(sys, "meta_path", [Key(), *sys.meta_path])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("fedtan_hpc", run_name="__main__")
+    assert caught.value.code == 130
