@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,14 @@ from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers import commands, networks
 from tests.helpers.ranks import on_ranks
 from tests.helpers.rounds import CPU, distance, iid_config, train_round
+from tests.training import test_client_gradients
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not selected by -m gpu"),
 ]
-ON_GPU = DevicePlacement(torch.device("cuda", 0), "gloo")
+KIND = "cuda"
+ON_GPU = DevicePlacement(torch.device(KIND, 0), "gloo")
 
 
 def trained(options: Config, place: DevicePlacement) -> dict[str, Tensor]:
@@ -49,12 +52,27 @@ def test_a_gpu_trains_the_model_that_a_cpu_trains(algorithm: str, clients: int) 
     assert distance(trained(options, ON_GPU), trained(options, CPU)) < 1e-10
 
 
-@pytest.mark.parametrize("clients", [2, 5])
-def test_ranks_that_share_a_gpu_train_the_same_model(clients: int) -> None:
-    options = iid_config(clients=clients)
+@pytest.mark.parametrize(
+    ("algorithm", "clients", "ranks_per_client"),
+    [("fedtan", 2, 1), ("fedtan", 5, 1), ("fedtan", 3, 2), ("fedavg", 3, 2)],
+)
+def test_ranks_that_share_a_gpu_train_the_same_model(
+    algorithm: str, clients: int, ranks_per_client: int
+) -> None:
+    options = iid_config(algorithm, clients=clients)
     alone = trained(options, CPU)
-    for state in on_ranks(2, trained, options, ON_GPU):
+    shared = replace(options, ranks_per_client=ranks_per_client)
+    for state in on_ranks(2, trained, shared, ON_GPU):
         assert distance(state, alone) < 1e-10
+
+
+@pytest.mark.parametrize(("way", "limit", "messages", "early"), test_client_gradients.WAYS)
+def test_ranks_that_share_a_gpu_sum_gradients_during_the_backward_pass(
+    way: str, limit: int, messages: int, early: bool
+) -> None:
+    function = test_client_gradients.gradients
+    wanted, found = (on_ranks(2, function, way, each, limit, KIND) for each in (False, True))
+    test_client_gradients.check(wanted, found, messages, early)
 
 
 def gradients_in_lockstep(device: str) -> list[Tensor]:

@@ -53,7 +53,9 @@ class Result(NamedTuple):
 def gradients(way: str, overlaps: bool, limit: int, kind: str = "cpu") -> Result:
     """What two steps of a client on two ranks leave on this one."""
     ranks = ClientRanks.of(2, overlaps)
-    device = torch.device(kind, process_group.rank()) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind)
+    if kind == "cuda":  # the ranks share a GPU if there is but one
+        device = torch.device(kind, process_group.rank() % torch.cuda.device_count())
     torch.manual_seed(0)
     member = ranks.part.member
     module = Network(way, member).to(device)
