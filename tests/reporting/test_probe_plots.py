@@ -198,6 +198,17 @@ def test_a_comparison_has_pictures_and_lines_of_its_probes(
     assert "| fedtan | trained | 0.000 ± 0.000 | 1.000 ± 0.000 |" in text
 
 
+def test_runs_that_were_probed_in_different_rounds_have_pictures_without_a_table(
+    tmp_path: Path,
+) -> None:
+    methods = "methods=[fedtan,'fedavg probe.every=3']"  # rounds 2 and 4, and round 3
+    compare.main([methods, "seeds=[0]", *SHORT, f"out={tmp_path}"])
+    text = (tmp_path / "compare.md").read_text()
+    assert "Probes: no round was probed in all runs." in text
+    assert "| cause |" not in text
+    assert all(f"]({name})" in text and (tmp_path / name).exists() for name in probe_plots.FILES)
+
+
 def _cell(out: Path, method: str, kind: str, cause: str) -> str:
     means = []
     for seed in (0, 1):
