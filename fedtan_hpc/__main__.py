@@ -1,10 +1,8 @@
 """``python -m fedtan_hpc``."""
 
-import sys
+from .runtime.signals import interrupted_by_ctrl_c
 
-try:
+with interrupted_by_ctrl_c():  # hydra loads here
     from .cli import main
-except KeyboardInterrupt:  # Ctrl-C while hydra loads; ``main`` handles it later
-    sys.exit(130)
 
 main()

@@ -29,7 +29,7 @@ from .config.errors import (
 from .config.schema import Config
 from .config.validate import check
 from .runtime import failure_file, launcher_env
-from .runtime.signals import Interrupted, interrupted_by_ctrl_c
+from .runtime.signals import INTERRUPTED, Interrupted, interrupted_by_ctrl_c
 
 _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit code of a program that SIGPIPE ends, as in ``program | head``."""
@@ -72,7 +72,7 @@ def exit_codes(program: str) -> Iterator[None]:
     except Interrupted:
         if launcher_env.rank_hint() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        _exit(130)
+        _exit(INTERRUPTED)
     except (BrokenPipeError, OutputClosedError):
         _exit(_NOBODY_READS)
     except Stopped as error:

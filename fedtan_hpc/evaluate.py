@@ -29,6 +29,7 @@ from .config.enums import PartitionName
 from .config.errors import ConfigError, format_option_error, printable
 from .config.schema import Config, PartitionConfig
 from .config.validate import check
+from .config.validation.bounds import MOST
 from .files import atomic_files
 from .reporting import options
 from .runtime import launcher_env
@@ -94,7 +95,7 @@ def _is_true(name: str, text: str) -> bool:
 
 
 def _client(text: str) -> int | None:
-    if text != "null" and not text.isdecimal():
+    if text != "null" and not options.is_count(text, MOST, least=0):
         allowed = "the number of a client, from 0, or null"
         raise ConfigError(format_option_error("client", text, allowed, "for example client=0"))
     return None if text == "null" else int(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -37,6 +36,20 @@ def faulty(self, context):
 Cohort.begin_round = faulty
 from fedtan_hpc.cli import main
 main()
+"""
+KEY = """
+import os, runpy, signal, sys, time
+class Key:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            class Named:
+                def __set_name__(self, owner, name):  # Python makes another error of an exception
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(5)
+            type("Owner", (), {"name": Named()})
+sys.meta_path.insert(0, Key())
+module = sys.argv.pop()
+runpy.run_module("fedtan_hpc", run_name="__main__")
 """
 
 
@@ -219,14 +232,9 @@ def test_only_commands_and_submitted_jobs_change_the_memory_of_their_process(
     assert calls == ["malloc"] * 2
 
 
-def test_ctrl_c_while_modules_load_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Key:
-        def find_spec(self, name: str, path: object, target: object = None) -> None:
-            if name == "fedtan_hpc.cli":
-                raise KeyboardInterrupt
-
-    monkeypatch.delitem(sys.modules, "fedtan_hpc.cli")
-    monkeypatch.setattr(sys, "meta_path", [Key(), *sys.meta_path])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_module("fedtan_hpc", run_name="__main__")
-    assert caught.value.code == 130
+@pytest.mark.parametrize("module", ["fedtan_hpc.cli", "hydra.types", "torch.utils"])
+def test_ctrl_c_while_modules_load_leaves_no_traceback(module: str, tmp_path: Path) -> None:
+    done = commands.run("python", "-c", KEY, module, cwd=tmp_path)
+    assert done.returncode == 130
+    assert done.stderr == "fedtan_hpc: interrupted\n"
+    assert not list(tmp_path.iterdir())

@@ -40,7 +40,7 @@ def run(words: Sequence[str]) -> None:
     if "only" in tool_options:
         print(added_megabytes(config, *tool_options["only"].partition("=")[2].split("-")))
         return
-    compiling = options.values(tool_options.get("compile", "compile=[false]"), "[false,true]")
+    compiling = benchmark.compiling(tool_options)
     results = measure(job_words, compiling, benchmark.repeats(tool_options, 3))
     columns = {"variant": "{variant}", "peak, MB": "{peak_MB:.0f}", "to plain": "{to_plain:.2f}"}
     benchmark.print_table(results, columns)

@@ -67,7 +67,7 @@ def run(words: Sequence[str]) -> None:
     """Times all variants, and prints."""
     tool_options, job_words = options.split(words, OPTIONS)
     config = options.composed(benchmark.with_defaults(benchmark.DEFAULTS, job_words))
-    compiling = options.values(tool_options.get("compile", "compile=[false]"), "[false,true]")
+    compiling = benchmark.compiling(tool_options)
     repeats = benchmark.repeats(tool_options, 9)
     config.clients = ranks = launcher_env.detect().world_size
     check(config)

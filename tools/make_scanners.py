@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"folder={words.folder}: it exists; name another, or delete it")
     if not 0 <= words.strength <= 0.95:
         parser.error(f"--strength={words.strength}: allowed is 0 to 0.95; try 0.8")
+    if not 0 <= words.seed < 2**32:
+        parser.error(f"--seed={words.seed}: allowed is 0 to {2**32 - 1}; try 0")
     count = write(words.folder, words.strength, words.seed)
     print(f"{count} images of {len(NAMES)} clients in {words.folder}")
 

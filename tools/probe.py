@@ -172,8 +172,7 @@ def _setting(request: Request, saved: SavedRun, config: Config) -> dict[str, Any
 
 
 def _batches(text: str) -> int:
-    is_number = text.isdecimal() and len(text) <= len(str(_MOST_BATCHES))
-    if not is_number or not 1 <= int(text) <= _MOST_BATCHES:
+    if not options.is_count(text, _MOST_BATCHES):
         allowed = f"a whole number from 1 to {_MOST_BATCHES}"
         raise ConfigError(format_option_error("batches", text, allowed, "for example batches=10"))
     return int(text)

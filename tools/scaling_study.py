@@ -17,7 +17,7 @@ Writes ``scaling.csv``, ``scaling.md`` and ``scaling.png``.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def plan(words: Sequence[str]) -> Study:
         launch_words=launch_words,
     )
     options.check_plotting()
-    for point in study.points():
+    for point in replace(study, repeats=1).points():
         check(options.composed(point.words))
     study_runs.check_launcher(study.launcher, launch_words)
     options.check_writable(study.out / "scaling.md")

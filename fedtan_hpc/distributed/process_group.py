@@ -3,6 +3,7 @@
 Jobs start and stop it; every room that exchanges tensors asks for rank and world size.
 """
 
+import gc
 import itertools
 import os
 import sys
@@ -107,6 +108,7 @@ def _mpi() -> Any:
 def stop() -> None:
     """Leaves the process group once all ranks have come here."""
     barrier()
+    gc.collect()  # cycles of the job's objects keep groups of ranks, and so their threads
     dist.destroy_process_group()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from .. import cli
 from ..command_line import sweep
@@ -58,6 +57,12 @@ def folder(word: str) -> str:
         allowed = "the name of a file or folder"
         raise ConfigError(format_option_error(name, path, allowed, "name it"))
     return str(path_options.expanded(path))
+
+
+def is_count(text: str, most: int, least: int = 1) -> bool:
+    """Returns whether the text is a whole number from ``least`` to ``most``."""
+    # Python refuses to convert thousands of digits.
+    return text.isdecimal() and len(text) <= len(str(most)) and least <= int(text) <= most
 
 
 def check_writable(path: Path) -> None:
@@ -120,5 +125,5 @@ def composed(words: Sequence[str]) -> Config:
 def _is_sweep(word: str) -> bool:
     try:
         return OverridesParser.create().parse_override(word).is_sweep_override()
-    except HydraException:  # cli.compose reports the mistake
+    except Exception:  # cli.compose reports the mistake
         return False

@@ -18,6 +18,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 script asks it to.  submitit sends USR2.  Ctrl-C sends INT."""
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C.  Any other ``KeyboardInterrupt`` is one that the user's code has raised."""
 
@@ -64,7 +68,14 @@ def interrupted_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _interrupt(_: int, __: FrameType | None) -> NoReturn:
+def _interrupt(_: int, frame: FrameType | None) -> NoReturn:
+    while frame is not None:
+        # While a module loads, torch and Python itself turn exceptions into others.
+        if "importlib._bootstrap" in frame.f_code.co_filename:
+            if launcher_env.rank_hint() == 0:
+                os.write(2, b"fedtan_hpc: interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
     raise Interrupted
 
 

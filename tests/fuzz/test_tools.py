@@ -12,6 +12,7 @@ import pytest
 
 import bench_allreduce
 import bench_checkpoint
+import bench_cohort
 import bench_loading
 import bench_memory
 import bench_round
@@ -21,6 +22,7 @@ import probe
 import scaling_study
 import validate_prediction
 from bench import benchmark
+from fedtan_hpc import evaluate
 from fedtan_hpc.config.errors import ConfigError
 from fedtan_hpc.reporting import options
 
@@ -28,17 +30,17 @@ OPTIONS = {
     bench_allreduce: ("values", "repeats"),
     bench_checkpoint: ("repeats",),
     bench_loading: ("workers", "images", "repeats"),
-    bench_memory: ("repeats",),
-    bench_round: ("shared", "repeats"),
+    bench_memory: ("compile", "repeats"),
+    bench_round: ("compile", "shared", "repeats"),
     fit_network: ("repeats",),
-    predict_scaling: ("ranks", "clients_per_rank", "compute_seconds"),
+    predict_scaling: ("network", "ranks", "clients_per_rank", "compute_seconds"),
     probe: ("batches",),
     scaling_study: ("world_sizes", "repeats"),
     validate_prediction: ("repeats",),
 }
-LISTS = ("values", "workers", "shared", "ranks", "world_sizes")
+LISTS = ("compile", "network", "values", "workers", "shared", "ranks", "world_sizes")
 SEVERAL = ("1,2", "[1,2]", "range(1,3)")
-WORST = ("0", "10000000000", "x", "9" * 5000, "range(1,1000000000000000000)")
+WORST = ("0", "10000000000", "x", "[[a]]", "9" * 5000, "range(1,1000000000000000000)")
 WRONG = [
     *WORST,
     *("-1", "nan", "-inf", "1e308", "1.0", "true", "", "x y", "[", "[]", "a\x1b[31mb", "\n"),
@@ -74,6 +76,26 @@ def test_a_number_of_a_tool_has_bounds(text: str) -> None:
     check_mistakes(partial(benchmark.whole_number, f"repeats={text}", "3"), "repeats")
     with pytest.raises(ArgumentTypeError, match="allowed is a whole number >= 1"):
         benchmark.count(text)
+
+
+@pytest.mark.parametrize("tool", [each for each in OPTIONS if each is not probe])
+def test_a_wrong_number_of_the_job_is_told_too(tool: ModuleType) -> None:
+    check_mistakes(partial(tool.run, ["rounds=" + "9" * 5000]), "rounds")
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.0", "9" * 11, "9" * 5000])
+def test_a_wrong_client_of_an_evaluation_is_told(text: str) -> None:
+    check_mistakes(partial(evaluate.evaluated, {"run_dir": "x", "client": text}, []), "client")
+
+
+@pytest.mark.parametrize("word", ["--clients", "--batch-size", "--local-steps", "--repeats"])
+def test_counts_of_stacked_clients_have_bounds(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_cohort.py", word, "9" * 5000])
+    with pytest.raises(SystemExit):
+        bench_cohort.parse()
+    assert f"argument {word}: " in capsys.readouterr().err
 
 
 def test_a_range_and_a_list_are_values() -> None:

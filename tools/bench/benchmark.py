@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 DEFAULTS = ["data=synthetic", "data.shape=[3,32,32]", "model=resnet20", "optimizer.momentum=0.9"]
 """Options of the job that bench_round and bench_memory set, unless an experiment is named."""
 _MOST = 1_000_000
-"""Most repeats, ranks, images and other things that a tool counts."""
+"""Most ranks, images and other things that a tool counts."""
+_MOST_REPEATS = 1000
 
 
 def with_defaults(defaults: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -113,7 +114,8 @@ def backends(tool_options: Mapping[str, str]) -> list[str]:
 
 def choices(word: str, known: Sequence[str], example: str) -> list[str]:
     """Returns the names in ``name=[a,b]``; raises ``ConfigError`` for one that is not known."""
-    names = [str(name) for name in options.values(word, example)]
+    values = options.values(word, example)
+    names = [str(name).lower() if isinstance(name, bool) else str(name) for name in values]
     if unknown := [name for name in names if name not in known]:
         option, remedy = word.partition("=")[0], "choose some of these"
         raise ConfigError(format_option_error(option, unknown[0], " | ".join(known), remedy))
@@ -149,14 +151,21 @@ def whole_number(word: str, example: str, most: int = _MOST) -> int:
 
 def count(text: str) -> int:
     """Returns the number that an option of argparse gives, if it is one from 1 to ``_MOST``."""
-    if not text.isdecimal() or len(text) > len(str(_MOST)) or not 1 <= int(text) <= _MOST:
+    if not options.is_count(text, _MOST):
         raise ArgumentTypeError(f"{shown(text)}: allowed is {Bound(1, _MOST, 1)}")
     return int(text)
 
 
 def repeats(tool_options: Mapping[str, str], default: int) -> int:
     """Returns the value of ``repeats=N``; raises ``ConfigError`` unless it is an integer >= 1."""
-    return whole_number(tool_options.get("repeats", f"repeats={default}"), str(default))
+    word = tool_options.get("repeats", f"repeats={default}")
+    return whole_number(word, str(default), _MOST_REPEATS)
+
+
+def compiling(tool_options: Mapping[str, str]) -> list[bool]:
+    """Returns the value of ``compile=[...]``; raises ``ConfigError`` unless it is true or false."""
+    word = tool_options.get("compile", "compile=[false]")
+    return [name == "true" for name in choices(word, ["false", "true"], "[false,true]")]
 
 
 def show_progress(repeat: int, repeats: int) -> None:
