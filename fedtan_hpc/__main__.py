@@ -1,8 +1,14 @@
 """``python -m fedtan_hpc``."""
 
-from .runtime.signals import interrupted_by_ctrl_c
+import sys
 
-with interrupted_by_ctrl_c():  # hydra loads here
-    from .cli import main
+from .runtime.signals import INTERRUPTED, Interrupted, interrupted_by_ctrl_c, say_interrupted
+
+try:
+    with interrupted_by_ctrl_c():  # hydra loads here
+        from .cli import main
+except Interrupted:
+    say_interrupted("fedtan_hpc")
+    sys.exit(INTERRUPTED)
 
 main()

@@ -29,7 +29,7 @@ from .config.errors import (
 from .config.schema import Config
 from .config.validate import check
 from .runtime import failure_file, launcher_env
-from .runtime.signals import INTERRUPTED, Interrupted, interrupted_by_ctrl_c
+from .runtime.signals import INTERRUPTED, Interrupted, interrupted_by_ctrl_c, say_interrupted
 
 _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit code of a program that SIGPIPE ends, as in ``program | head``."""
@@ -62,7 +62,7 @@ def main() -> None:
 def exit_codes(program: str) -> Iterator[None]:
     """Ends the process after a failure: lines that begin with ``program``, and an exit code."""
     try:
-        with interrupted_by_ctrl_c(), _failure_file():
+        with _failure_file(), interrupted_by_ctrl_c():
             yield
         sys.stdout.flush()
     except ConfigError as error:
@@ -70,8 +70,7 @@ def exit_codes(program: str) -> Iterator[None]:
         on_all_ranks = "torch" not in sys.modules or error.on_all_ranks
         _leave(2, [f"{program}: {line}" for line in error.mistakes], on_all_ranks)
     except Interrupted:
-        if launcher_env.rank_hint() == 0:
-            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        say_interrupted(program)
         _exit(INTERRUPTED)
     except (BrokenPipeError, OutputClosedError):
         _exit(_NOBODY_READS)

@@ -124,7 +124,7 @@ def _compute_seconds(word: str | None) -> float | None:
 def _networks(word: str) -> list[Network]:
     networks = []
     for name in options.values(word, "[nvlink_ndr,network.json]"):
-        networks += [PRESETS[name]] if str(name) in PRESETS else _from_file(str(name))
+        networks += [PRESETS[str(name)]] if str(name) in PRESETS else _from_file(str(name))
     return networks
 
 

@@ -181,7 +181,7 @@ def _run(
             lines = [*_opening_lines(run, resumption), *notes]
             print("\n".join(map(printable, lines)), flush=True)
         observers = [*([Display()] if callbacks is None else callbacks), *observers]
-        with _noting_failures(run.run_dir):
+        with _noting_failures(run.run_dir), stop.ctrl_c.blamed():
             return _train(run, opened, observers, resumption, stop)
 
 

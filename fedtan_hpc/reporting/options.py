@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 
 from .. import cli
 from ..command_line import sweep
@@ -92,7 +93,8 @@ def values(word: str, example: str) -> list[Any]:
         value: Any = override.value()
         if override.is_sweep_override():
             sweep.points([override])  # refuses a range of 10^18 numbers before it is listed
-            value = list(override.sweep_iterator())
+            swept = override.sweep_iterator()
+            value = [each.text if isinstance(each, QuotedString) else each for each in swept]
     except ConfigError:
         raise
     except Exception as error:  # hydra's own, or that of Python's conversion of a number

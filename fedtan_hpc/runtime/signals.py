@@ -3,9 +3,11 @@
 A job handles them from its start; the trainer reads the ``StopRequest`` at the end of each round.
 """
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -20,10 +22,37 @@ script asks it to.  submitit sends USR2.  Ctrl-C sends INT."""
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code after Ctrl-C."""
+_SOON = 10.0
+"""Seconds after Ctrl-C in which it is to blame for an error."""
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C.  Any other ``KeyboardInterrupt`` is one that the user's code has raised."""
+
+
+class CtrlC:
+    """Ctrl-C raises ``Interrupted``, and so do errors that follow it.
+
+    While modules load, Python and libraries make other errors of it, such as a ``RuntimeError``.
+    """
+
+    def __init__(self) -> None:
+        self._pressed_at = -math.inf
+
+    def interrupt(self, _: int = 0, __: FrameType | None = None) -> NoReturn:
+        """Handles the signal."""
+        self._pressed_at = time.monotonic()
+        raise Interrupted
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Raises ``Interrupted`` in place of an error soon after Ctrl-C."""
+        try:
+            yield
+        except Exception as error:
+            if time.monotonic() - self._pressed_at < _SOON:
+                raise Interrupted from error
+            raise
 
 
 class StopRequest:
@@ -36,11 +65,12 @@ class StopRequest:
         """The signal on which the ranks agreed at the end of a round; 0 for none."""
         self.has_begun_rounds = False
         """Whether there is a round to finish; until then Ctrl-C ends the run at once."""
+        self.ctrl_c = CtrlC()
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
         """Handles signal ``number``; a second Ctrl-C does not wait for the round either."""
         if number == signal.SIGINT and (self.signal == number or not self.has_begun_rounds):
-            raise Interrupted
+            self.ctrl_c.interrupt()
         is_first, self.signal = not self.signal, int(number)
         if is_first and launcher_env.rank_hint() == 0:
             with suppress(OSError):  # Ctrl-C also ends a tee that reads our output
@@ -61,22 +91,20 @@ def interrupted_by_ctrl_c() -> Iterator[None]:
     if not is_main or before is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, _interrupt)
+    ctrl_c = CtrlC()
+    signal.signal(signal.SIGINT, ctrl_c.interrupt)
     try:
-        yield
+        with ctrl_c.blamed():
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _interrupt(_: int, frame: FrameType | None) -> NoReturn:
-    while frame is not None:
-        # While a module loads, torch and Python itself turn exceptions into others.
-        if "importlib._bootstrap" in frame.f_code.co_filename:
-            if launcher_env.rank_hint() == 0:
-                os.write(2, b"fedtan_hpc: interrupted\n")
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
-    raise Interrupted
+def say_interrupted(program: str) -> None:
+    """Prints on rank 0 that Ctrl-C ends the program."""
+    if launcher_env.rank_hint() == 0:
+        with suppress(OSError):  # Ctrl-C also ends a tee that reads our output
+            os.write(2, f"{program}: interrupted\n".encode())
 
 
 @contextmanager
@@ -91,7 +119,8 @@ def handle_stop_signals() -> Iterator[StopRequest]:
         return
     handlers = {number: signal.signal(number, stop.ask) for number in STOP_SIGNALS}
     try:
-        yield stop
+        with stop.ctrl_c.blamed():
+            yield stop
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python

@@ -6,6 +6,7 @@ import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,6 +18,7 @@ import bench_loading
 import bench_memory
 import bench_round
 import fit_network
+import make_scanners
 import predict_scaling
 import probe
 import scaling_study
@@ -92,15 +94,31 @@ def test_a_wrong_client_of_an_evaluation_is_told(text: str) -> None:
 def test_counts_of_stacked_clients_have_bounds(
     word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["bench_cohort.py", word, "9" * 5000])
+    for text in ("0", "1000001", "9" * 5000):
+        monkeypatch.setattr("sys.argv", ["bench_cohort.py", word, text])
+        with pytest.raises(SystemExit):
+            bench_cohort.parse()
+        assert "allowed is a whole number >= 1, 1000000 at most" in capsys.readouterr().err
+
+
+def test_repeats_have_a_bound_of_their_own() -> None:
+    assert benchmark.repeats({"repeats": "repeats=1000"}, 3) == 1000
+    check_mistakes(partial(benchmark.repeats, {"repeats": "repeats=1001"}, 3), "repeats")
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_of_scanners_has_bounds(
+    seed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        bench_cohort.parse()
-    assert f"argument {word}: " in capsys.readouterr().err
+        make_scanners.main([str(tmp_path / "new"), "--seed", seed])
+    assert f"--seed={seed}: allowed is 0 to 4294967295" in capsys.readouterr().err
 
 
 def test_a_range_and_a_list_are_values() -> None:
     assert benchmark.whole_number("repeats=12", "3") == benchmark.count("12") == 12
     assert options.values("ranks=range(1,4)", "1") == [1, 2, 3]
+    assert options.values("network='a b',c", "1") == ["a b", "c"]
     assert options.values("ranks=[8,64]", "1") == options.values("ranks=8,64", "1") == [8, 64]
 
 

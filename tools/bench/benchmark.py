@@ -157,7 +157,7 @@ def count(text: str) -> int:
 
 
 def repeats(tool_options: Mapping[str, str], default: int) -> int:
-    """Returns the value of ``repeats=N``; raises ``ConfigError`` unless it is an integer >= 1."""
+    """Returns the value of ``repeats=N``; raises ``ConfigError`` unless it is 1 to 1000."""
     word = tool_options.get("repeats", f"repeats={default}")
     return whole_number(word, str(default), _MOST_REPEATS)
 
