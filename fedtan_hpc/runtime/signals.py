@@ -6,6 +6,7 @@ A job handles them from its start; the trainer reads the ``StopRequest`` at the 
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def say_interrupted(program: str) -> None:
     """Prints on rank 0 that Ctrl-C ends the program."""
     if launcher_env.rank_hint() == 0:
         with suppress(OSError):  # Ctrl-C also ends a tee that reads our output
-            os.write(2, f"{program}: interrupted\n".encode())
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
 
 
 @contextmanager
