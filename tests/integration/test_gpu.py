@@ -26,7 +26,7 @@ from fedtan_hpc.training.local_step import RoundContext
 from tests.helpers import commands, networks
 from tests.helpers.ranks import on_ranks
 from tests.helpers.rounds import CPU, distance, iid_config, train_round
-from tests.training import test_client_gradients
+from tests.training.test_client_gradients import WAYS, Way, check
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,13 +66,9 @@ def test_ranks_that_share_a_gpu_train_the_same_model(
         assert distance(state, alone) < 1e-10
 
 
-@pytest.mark.parametrize(("way", "limit", "messages", "early"), test_client_gradients.WAYS)
-def test_ranks_that_share_a_gpu_sum_gradients_during_the_backward_pass(
-    way: str, limit: int, messages: int, early: bool
-) -> None:
-    function = test_client_gradients.gradients
-    wanted, found = (on_ranks(2, function, way, each, limit, KIND) for each in (False, True))
-    test_client_gradients.check(wanted, found, messages, early)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_ranks_that_share_a_gpu_sum_gradients_during_the_backward_pass(way: Way) -> None:
+    check(on_ranks, KIND, way)
 
 
 def gradients_in_lockstep(device: str) -> list[Tensor]:

@@ -20,7 +20,7 @@ import fedtan_hpc
 from tests.helpers import commands, networks, pooled
 from tests.helpers.ranks import on_gpus
 from tests.integration import test_parity as parity
-from tests.training import test_client_gradients
+from tests.training.test_client_gradients import WAYS, Way, check
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 several_gpus = pytest.mark.skipif(
@@ -107,13 +107,9 @@ def test_every_tensor_is_that_of_the_authors(name: str) -> None:
         assert all(torch.equal(other[key], value) for key, value in after.items())
 
 
-@pytest.mark.parametrize(("way", "limit", "messages", "early"), test_client_gradients.WAYS)
-def test_gradients_of_a_client_are_summed_during_the_backward_pass(
-    way: str, limit: int, messages: int, early: bool
-) -> None:
-    function = test_client_gradients.gradients
-    wanted, found = (on_gpus(2, function, way, each, limit, KIND) for each in (False, True))
-    test_client_gradients.check(wanted, found, messages, early)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_gradients_of_a_client_are_summed_during_the_backward_pass(way: Way) -> None:
+    check(on_gpus, KIND, way)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import pytest
 import torch
@@ -82,7 +83,9 @@ def gradients(way: str, overlaps: bool, limit: int, kind: str = "cpu") -> Result
     return Result(steps, training_traffic.client_messages - before, sum(sent))
 
 
-WAYS = [
+Way: TypeAlias = tuple[str, int, int, bool]
+"""A way of the network, bytes of a bucket, messages of a step, and whether some begin early."""
+WAYS: list[Way] = [
     ("plain", 10**9, 1, False),
     ("plain", 1, 6, True),
     ("plain", 400, 2, True),
@@ -92,7 +95,10 @@ WAYS = [
 ]
 
 
-def check(wanted: list[Result], found: list[Result], messages: int, early: bool) -> None:
+def check(launch: Callable[..., list[Result]], kind: str, way: Way) -> None:
+    """Compares sums during the pass with those after it, on two ranks that ``launch`` starts."""
+    name, limit, messages, early = way
+    wanted, found = (launch(2, gradients, name, each, limit, kind) for each in (False, True))
     for after, during in zip(wanted, found, strict=True):
         assert (after.messages, during.messages) == (2, 2 * messages)
         for expected, step in zip(after.steps, during.steps, strict=True):
@@ -104,12 +110,9 @@ def check(wanted: list[Result], found: list[Result], messages: int, early: bool)
         assert torch.equal(*pair)
 
 
-@pytest.mark.parametrize(("way", "limit", "messages", "early"), WAYS)
-def test_sums_during_the_backward_pass_are_those_after_it(
-    way: str, limit: int, messages: int, early: bool
-) -> None:
-    wanted = on_ranks(2, gradients, way, False, limit)
-    check(wanted, on_ranks(2, gradients, way, True, limit), messages, early)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_sums_during_the_backward_pass_are_those_after_it(way: Way) -> None:
+    check(on_ranks, "cpu", way)
 
 
 def test_a_gradient_that_grows_after_it_was_sent_is_an_error() -> None:
